@@ -1,0 +1,1 @@
+"""Codecs that turn tensors into bytes for every wire. Knows no transport."""

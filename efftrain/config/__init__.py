@@ -1,0 +1,1 @@
+"""Recipes: strict TOML into frozen dataclasses."""

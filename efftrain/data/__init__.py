@@ -1,0 +1,1 @@
+"""Data sets, their loaders and seeded partitions."""

@@ -1,0 +1,1 @@
+"""Model families, plain torch modules."""

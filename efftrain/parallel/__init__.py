@@ -1,0 +1,1 @@
+"""Cluster training: one plan over torch.distributed."""

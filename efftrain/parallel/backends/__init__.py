@@ -1,0 +1,1 @@
+"""What runs a plan: torch.distributed here, others beside it."""

@@ -1,0 +1,1 @@
+"""Parameters, MACs, activations, memory and energy of a model."""

@@ -1,0 +1,1 @@
+"""Run folders, plots and the HTML report."""
