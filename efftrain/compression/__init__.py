@@ -1,1 +1,30 @@
-"""Codecs that turn tensors into bytes for every wire. Knows no transport."""
+"""Codecs that turn tensors into bytes for every wire. Knows no transport, and decodes without torch.
+
+>>> import numpy as np
+>>> from efftrain.compression import Int8, TopK
+>>> codec = TopK(0.25) >> Int8()
+>>> payload = codec.encode(np.array([0.0, 4.0, 0.1, -0.2], np.float32))
+>>> codec.decode(payload).tolist()
+[0.0, 4.0, 0.0, 0.0]
+"""
+
+from efftrain.compression.codec import Codec
+from efftrain.compression.feedback import Feedback, redistribute
+from efftrain.compression.quantize import Identity, Int8
+from efftrain.compression.sparsify import TopK
+from efftrain.compression.spec import codec_of, decode, format_codec, parse_codec
+from efftrain.compression.wire import Payload
+
+__all__ = [
+    "Codec",
+    "Feedback",
+    "Identity",
+    "Int8",
+    "Payload",
+    "TopK",
+    "codec_of",
+    "decode",
+    "format_codec",
+    "parse_codec",
+    "redistribute",
+]

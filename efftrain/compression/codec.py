@@ -1,0 +1,146 @@
+"""What a codec is: a pure, stateless pair of functions between a flat tensor and bytes.
+
+A codec knows no transport. It says how its payloads combine, and the transport picks the collective from that.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from efftrain.compression.wire import MAX_ELEMENTS, Bytes, Floats, Parts, Payload, pack, unpack
+from efftrain.errors import NonFiniteError, PayloadError
+
+Combine: TypeAlias = Literal["sum", "gather", "two_phase"]
+"""How the payloads of several ranks become one tensor: ``sum`` (linear: the tensors may be all-reduced as they are),
+``gather`` (exchange all payloads, decode each, add), ``two_phase`` (reduce-scatter, re-encode, all-gather)."""
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """Base of all codecs. A subclass is a frozen dataclass whose fields are its knobs.
+
+    Subclasses lay out parameters and body; header, checksum and argument checks live here, once.
+    """
+
+    codec_id: ClassVar[int]
+    """Number in the payload header. Never reused."""
+    combine: ClassVar[Combine]
+    fixed_size: ClassVar[bool] = True
+    """Whether the number of elements alone gives the number of bytes; see ``encoded_bytes``."""
+
+    def encode(self, flat: Any, *, key: int = 0) -> Payload:
+        """Turn a flat tensor into bytes.
+
+        Args:
+            flat: Shape ``(N,)``, float32 (or float16 / bfloat16, widened without loss); a NumPy array or a torch
+                tensor (one on a GPU is copied to the host). Not changed.
+            key: Seeds stochastic rounding; the same key and tensor give the same bytes. Ignored by the others.
+
+        Raises:
+            ValueError: Not flat, or not a floating-point type that fits float32.
+            NonFiniteError: An entry is inf or NaN: it would poison the residual of every later step.
+        """
+        values = as_float32(flat)
+        refuse_non_finite(values)
+        return pack(self.codec_id, self._params(), values.size, self._encode_body(values, key))
+
+    def decode(self, payload: Any, *, max_elements: int = MAX_ELEMENTS) -> Floats:
+        """Turn bytes made by an equal codec back into a tensor.
+
+        Args:
+            payload: A ``Payload`` or the bytes of one.
+            max_elements: Refuse larger tensors.
+
+        Returns:
+            Shape ``(N,)``, float32. ``torch.from_numpy`` views it without a copy.
+
+        Raises:
+            PayloadError: For any bytes that ``encode`` of this codec cannot have written.
+        """
+        parts = unpack(payload, max_elements=max_elements)
+        self._check_is_mine(parts)
+        return self._decode_body(parts.body, parts.num_elements)
+
+    def decode_add(self, payload: Any, out: Any, *, weight: float = 1.0) -> None:
+        """Add ``weight * decode(payload)`` to ``out`` in place.
+
+        Args:
+            payload: A payload of exactly as many elements as ``out``.
+            out: Shape ``(N,)``, float32, contiguous; a NumPy array or a torch tensor on the CPU.
+            weight: Factor, e.g. one over the number of ranks.
+
+        Raises:
+            PayloadError: As ``decode``, or the number of elements differs from ``out``. ``out`` is then unchanged.
+        """
+        target: Floats = out.numpy() if hasattr(out, "numpy") else out
+        if target.dtype != np.float32 or target.ndim != 1:
+            raise ValueError(f"out is {target.dtype} {target.shape}, expected flat float32")
+        parts = unpack(payload, max_elements=target.size)
+        self._check_is_mine(parts)
+        if parts.num_elements != target.size:
+            raise PayloadError(f"payload holds {parts.num_elements} elements, expected {target.size}")
+        self._add_body(parts.body, target, np.float32(weight))
+
+    @abstractmethod
+    def encoded_bytes(self, num_elements: int) -> int:
+        """Size of a payload of ``num_elements``, header included; for codecs of variable size the largest one."""
+
+    # What a subclass lays out -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _params(self) -> bytes:
+        """Everything but the body that decoding needs, at most 255 bytes."""
+
+    @classmethod
+    @abstractmethod
+    def _from_params(cls, params: bytes) -> "Codec":
+        """Inverse of ``_params``. Raises ``PayloadError`` for any other bytes."""
+
+    @abstractmethod
+    def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
+        """Pieces of the body, in order. ``values`` is finite, flat and contiguous."""
+
+    @abstractmethod
+    def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        """Inverse of ``_encode_body``; must check every length and range itself."""
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        """Add the decoded body to ``out``. Sparse codecs touch only the entries they sent."""
+        out += weight * self._decode_body(body, out.size)
+
+    def _check_is_mine(self, parts: Parts) -> None:
+        if parts.codec_id != self.codec_id or parts.params != self._params():
+            raise PayloadError(f"payload was not written by {self}; both ends of a wire need the same codec")
+
+
+def as_float32(flat: Any) -> Floats:
+    """View a flat NumPy array or torch tensor as contiguous float32 on the host; narrower floats are widened.
+
+    Raises:
+        ValueError: Not flat, or of a type whose values float32 cannot hold.
+    """
+    if hasattr(flat, "detach"):
+        tensor = flat.detach()
+        name = str(tensor.dtype).removeprefix("torch.")
+        flat = (tensor.float() if name in ("float16", "bfloat16") else tensor).cpu().numpy()
+    array = np.asarray(flat)
+    if array.ndim != 1:
+        raise ValueError(f"codecs take flat tensors, got shape {array.shape}; flatten it first")
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    if array.dtype != np.float32:
+        raise ValueError(f"codecs take float32, float16 or bfloat16, got {array.dtype}; convert it first")
+    return np.ascontiguousarray(array)
+
+
+def refuse_non_finite(values: Floats, name: str = "the tensor") -> None:
+    """Raise ``NonFiniteError`` naming the tensor and its first bad entry."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise NonFiniteError(
+            f"{np.count_nonzero(~finite)} of {values.size} entries of {name} are inf or NaN, the first at index "
+            f"{first}; codecs carry finite values only. Skip the step or lower the learning rate."
+        )
