@@ -74,8 +74,7 @@ class Span:
             Booleans ``(W,)``.
         """
         first = self.start * lengths + (self.gap if self.start > 0 else 0)
-        inside: np.ndarray = (positions >= first) & (positions < self.end * lengths)
-        return inside
+        return np.asarray((positions >= first) & (positions < self.end * lengths))
 
 
 PARTS: Mapping[str, Span] = {
@@ -105,7 +104,7 @@ class Standardizer:
 
     def apply(self, inputs: np.ndarray) -> np.ndarray:
         """``(inputs - mean) / std`` for inputs ``(..., C, T)``, as a new float32 array."""
-        return ((inputs - self.mean[:, None]) / self.std[:, None]).astype(np.float32)
+        return np.asarray((inputs - self.mean[:, None]) / self.std[:, None], np.float32)
 
     @classmethod
     def fit(cls, inputs: np.ndarray) -> "Standardizer":
