@@ -1,0 +1,92 @@
+"""What computes a client's training: the registry.
+
+An engine takes plain arrays and gives plain arrays, so that a client's app, the wire and the server need not know
+whether torch, generated C or a microcontroller did the work.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from efftrain.data import ArrayDataset
+from efftrain.errors import ConfigError
+from efftrain.federated.recipe import ClientConfig, ModelConfig
+
+State: TypeAlias = dict[str, npt.NDArray[np.generic]]
+"""A model's tensors by name, as in torch's ``state_dict``."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of one client's local training."""
+
+    state: State
+    loss: float
+    """Mean training loss over the samples seen, while the weights moved."""
+    num_samples: int
+    """Size of the client's data set: its weight in the mean."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Result of one client's evaluation."""
+
+    accuracy: float
+    """Share of right answers, in ``[0, 1]``."""
+    loss: float
+    num_samples: int
+
+
+class Engine(Protocol):
+    """Trains and measures one client. Stateless: equal arguments give equal results."""
+
+    def initial_state(self, model: ModelConfig, seed: int) -> State:
+        """A model with fresh weights."""
+        ...
+
+    def train(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig, seed: int) -> Trained:
+        """Train a copy of ``state`` on one client's data.
+
+        Args:
+            model: Which model.
+            state: Its tensors. Not changed.
+            data: The client's training data.
+            config: Epochs, batch size, learning rate.
+            seed: Of the order of the samples.
+
+        Raises:
+            NonFiniteError: The loss became inf or NaN.
+        """
+        ...
+
+    def evaluate(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig) -> Measured:
+        """Accuracy and mean loss of ``state`` on one client's test data."""
+        ...
+
+
+_ENGINES: Mapping[str, tuple[str, str]] = {"torch": ("efftrain.federated.engines.torch_engine", "TorchEngine")}
+
+ENGINES: tuple[str, ...] = tuple(_ENGINES)
+"""Names that ``get_engine`` knows."""
+
+
+@cache
+def get_engine(name: str) -> Engine:
+    """The engine of that name; imported when first asked for.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    if name not in _ENGINES:
+        raise ConfigError(f"engine {name!r} is unknown, expected one of {', '.join(ENGINES)}")
+    module, attribute = _ENGINES[name]
+    engine: Engine = getattr(importlib.import_module(module), attribute)()
+    return engine
+
+
+__all__ = ["ENGINES", "Engine", "Measured", "State", "Trained", "get_engine"]

@@ -1,0 +1,147 @@
+"""The one door to Flower: its version is checked here, and nothing else imports ``flwr``.
+
+Note [nothing phones home]
+    Flower sends usage figures and asks for updates unless two variables of the environment say no. They are read when
+    ``flwr`` is imported, so they are set here before; a user who sets ``FLWR_TELEMETRY_ENABLED=1`` keeps it. A process
+    that Flower's own commands start (``flower-superlink``, ``flwr run``) imports ``flwr`` first: export them there.
+"""
+
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from efftrain.errors import ToolError
+
+_OLDEST, _TOO_NEW = (1, 41), (1, 42)
+_INSTALL = "pip install 'efftrain[federated]'"
+
+
+def check_version(version: str | None) -> None:
+    """Refuse a Flower that this adapter was not written for.
+
+    Args:
+        version: Version of the installed ``flwr``, None if there is none.
+
+    Raises:
+        ToolError: It is missing or outside ``>=1.41,<1.42``; the message has the line that installs the right one.
+    """
+    if version is None:
+        raise ToolError(f"federated training needs Flower, which is not installed. Install it: {_INSTALL}")
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not _OLDEST <= found < _TOO_NEW:
+        raise ToolError(
+            f"Flower {version} is installed, this efftrain works with flwr>=1.41,<1.42 (its message and grid "
+            f"interfaces change between minor versions). Install the right one: {_INSTALL}"
+        )
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("flwr")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _stay_at_home() -> None:
+    """See Note [nothing phones home]."""
+    told_by_user = "FLWR_TELEMETRY_ENABLED" in os.environ
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    telemetry = sys.modules.get("flwr.supercore.telemetry")
+    if telemetry is not None and not told_by_user:  # flwr came first: its copy of the variable is what counts
+        telemetry.FLWR_TELEMETRY_ENABLED = "0"  # type: ignore[attr-defined]
+
+
+VERSION = _installed_version()
+check_version(VERSION)
+_stay_at_home()
+
+with warnings.catch_warnings():
+    # flwr 1.41 imports names that click and others are about to drop. That is for Flower to mend, and must not stop
+    # a program that treats warnings as errors.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from flwr.app import (
+        Array,
+        ArrayRecord,
+        ConfigRecord,
+        Context,
+        Error,
+        Message,
+        MessageType,
+        MetricRecord,
+        RecordDict,
+    )
+    from flwr.clientapp import ClientApp
+    from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg, Strategy
+    from flwr.supercore.run import Run
+    from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "SUPERLINK_NODE_ID",
+    "VERSION",
+    "Array",
+    "ArrayRecord",
+    "ClientApp",
+    "ConfigRecord",
+    "Context",
+    "Error",
+    "ErrorCode",
+    "FedAvg",
+    "Grid",
+    "Message",
+    "MessageType",
+    "MetricRecord",
+    "RecordDict",
+    "Run",
+    "ServerApp",
+    "Strategy",
+    "category",
+    "check_version",
+    "copy_records",
+    "identify_process",
+    "quiet",
+]
+
+
+def identify_process(run_id: int) -> None:
+    """Give this process the identity that ``Message(...)`` asks for, unless Flower's own commands have set one.
+
+    Outside of a ServerApp started by Flower no instruction message can be built without it.
+    """
+    for name, value in (("run_id", run_id), ("node_id", SUPERLINK_NODE_ID), ("task_id", 0)):
+        try:
+            getattr(TaskIdentity, name)
+        except RuntimeError:  # how Flower says that it is not set
+            setattr(TaskIdentity, name, value)
+
+
+def category(message: Message) -> str:
+    """``"train"``, ``"evaluate"`` or ``"query"``: the type of a message without its action."""
+    return message.metadata.message_type.split(".")[0]
+
+
+def copy_records(content: RecordDict) -> RecordDict:
+    """A copy in which records can be added, replaced and changed without touching the original.
+
+    Strategies put one ``RecordDict`` into all messages of a round. On a wire every node gets its own; in one process
+    this copy is what keeps a client that changes its message from changing everybody's. Array bytes are shared.
+    """
+    return RecordDict({name: record.copy() for name, record in content.items()})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Flower's log lines below WARNING from the console meanwhile."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,156 @@
+"""What a federated run is made of: the recipe. Loads without Flower and without torch.
+
+One recipe configures both ends: the server sends it along with every training message, so a client needs nothing but
+its data and this package.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from efftrain.compression import Codec, parse_codec
+from efftrain.models import MODELS
+
+PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The model that all clients train."""
+
+    name: str = "watch-cnn"
+    """One of ``efftrain.models.MODELS``. Never a file of the user's: the server sends this name to the clients, and
+    what a server names must not become code that a client runs."""
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS:
+            raise ValueError(f"name is {self.name!r}, expected one of {', '.join(MODELS)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Whose data each client holds. One client per person: client ``i`` is ``people[i]``."""
+
+    name: Literal["watch"] = "watch"
+    people: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    """The people of ``efftrain.data.load_watch`` that take part, each once."""
+    train_part: PartName = "middle"
+    """Part of each recording that a client trains on; it never leaves the client."""
+    test_part: PartName = "late"
+    """Part of each recording that a client measures the global model on."""
+    scale_part: PartName = "early"
+    """Part that the channels are standardized by, over all ``people``: what the server saw when it pretrained."""
+
+    def __post_init__(self) -> None:
+        if not self.people or len(set(self.people)) != len(self.people):
+            raise ValueError(f"people is {list(self.people)}, expected at least one person and none twice")
+        if self.train_part == self.test_part:
+            raise ValueError(f"train_part and test_part are both {self.train_part!r}; the test would measure memory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientConfig:
+    """Local training of one client in one round: plain SGD, new momentum every round."""
+
+    engine: Literal["torch"] = "torch"
+    """What computes; see ``efftrain.federated.engines``."""
+    epochs: int = 1
+    batch_size: int = 16
+    lr: float = 0.05
+    momentum: float = 0.0
+    threads: int = 1
+    """Threads of one operator. Part of the recipe: sums split over threads round differently."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr is {self.lr}, expected a positive number")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}, expected a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundsConfig:
+    """The server's side: how many rounds, with whom, aggregated how."""
+
+    rounds: int = 10
+    fraction: float = 1.0
+    """Share of the clients that train in a round, at least one; drawn from the recipe's seed."""
+    strategy: Literal["fedavg"] = "fedavg"
+    """``fedavg``: mean of the clients' models weighted by samples (McMahan et al., arXiv:1602.05629)."""
+    min_replies: int = 1
+    """Quorum: with fewer accepted replies in a round the run ends with ``RoundError``."""
+    timeout_s: float = 600.0
+    """How long a round waits for replies on a real network. In process, clients run inside the call."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}, expected at least 1")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}, expected a share in (0, 1]")
+        if self.min_replies < 1:
+            raise ValueError(f"min_replies is {self.min_replies}, expected at least 1")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}, expected a positive number of seconds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UplinkConfig:
+    """What clients send: the update of every parameter through a codec."""
+
+    codec: str = "TopK(0.05) >> Int8(block=64)"
+    """As for ``efftrain.compression.parse_codec``; ``"Identity()"`` is plain fp32."""
+    feedback: bool = True
+    """Whether a client keeps what the codec left out and adds it to its next update."""
+
+    def __post_init__(self) -> None:
+        parse_codec(self.codec)
+
+    def build(self) -> Codec:
+        """The codec itself."""
+        return parse_codec(self.codec)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """What a reply may hold at most; beyond it is refused. See ``efftrain.federated.gate``."""
+
+    max_samples: int = 100_000
+    """Largest number of samples a client may claim. It is that client's weight in the mean, so keep it tight."""
+    max_update_norm: float = 100.0
+    """Largest Euclidean norm of an update over all parameters."""
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 1:
+            raise ValueError(f"max_samples is {self.max_samples}, expected at least 1")
+        if not self.max_update_norm > 0:
+            raise ValueError(f"max_update_norm is {self.max_update_norm}, expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FederatedRecipe:
+    """A whole federated run. ``efftrain.config.load_recipe(FederatedRecipe, path)`` reads one."""
+
+    name: str = "federated"
+    seed: int = 0
+    """Seeds the first model (if none is given), the cohorts, the shuffling and stochastic rounding."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    server: RoundsConfig = field(default_factory=RoundsConfig)
+    uplink: UplinkConfig = field(default_factory=UplinkConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
+        if self.server.min_replies > len(self.data.people):
+            raise ValueError(
+                f"server.min_replies is {self.server.min_replies}, but there are {len(self.data.people)} clients"
+            )
+
+    @property
+    def num_clients(self) -> int:
+        """Clients of the whole population."""
+        return len(self.data.people)

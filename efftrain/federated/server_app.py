@@ -1,0 +1,75 @@
+"""The server: a Flower ``ServerApp``, the same in process, under ``flwr run`` and on a SuperLink.
+
+Its settings are Flower's run config: the recipe's keys with dots (``server.rounds = 10``), as
+``federated/pyproject.toml`` lists them. Flower's config knows no lists, so these are written as text: ``data.people = "[1, 2, 3]"``.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from efftrain.config import from_dict
+from efftrain.errors import ConfigError
+from efftrain.federated.flower import ArrayRecord, ConfigRecord, Context, Grid, ServerApp
+from efftrain.federated.recipe import FederatedRecipe
+from efftrain.federated.rounds import RoundResult, drive_rounds
+
+OUTPUT = "output"
+"""Run-config key beside the recipe's: a file on the server that the result is written to as JSON; "" writes none."""
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds of the recipe in ``context.run_config``.
+
+    Leaves the final model (``"arrays"``) and the figures as JSON (``"result"``, key ``"json"``) in ``context.state``.
+
+    Raises:
+        ConfigError: The run config is no recipe.
+        RoundError: As ``drive_rounds``.
+    """
+    recipe = recipe_from_run_config(context.run_config)
+    result = drive_rounds(grid, recipe, on_round=_print_round)
+    text = json.dumps(result.to_dict())
+    context.state["arrays"] = ArrayRecord(result.state)
+    context.state["result"] = ConfigRecord({"json": text})
+    output = str(context.run_config.get(OUTPUT, ""))
+    if output:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+
+
+def recipe_from_run_config(run_config: Mapping[str, bool | float | int | str]) -> FederatedRecipe:
+    """The recipe that Flower's flat run config spells out.
+
+    Args:
+        run_config: ``"section.key"`` -> value. A text that starts with ``[`` is a list in JSON.
+
+    Raises:
+        ConfigError: An unknown key, a wrong type or a value out of its range.
+    """
+    table: dict[str, Any] = {}
+    for path, value in run_config.items():
+        if path == OUTPUT:
+            continue
+        section, _, key = path.rpartition(".")
+        place = table.setdefault(section, {}) if section else table
+        place[key] = _list(path, value) if isinstance(value, str) and value.startswith("[") else value
+    return from_dict(FederatedRecipe, table)
+
+
+def _list(path: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"run config {path} = {text!r} starts like a list but is no JSON: {error}") from error
+
+
+def _print_round(result: RoundResult) -> None:
+    print(
+        f"round {result.round}: accuracy {result.accuracy:.4f}, uplink {result.uplink_bytes} bytes, "
+        f"{result.clients_trained} trained, {result.clients_dropped} dropped, {result.replies_refused} refused",
+        flush=True,
+    )
