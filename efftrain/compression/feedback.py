@@ -21,23 +21,35 @@ from efftrain.errors import CheckpointError
 
 
 class Feedback:
-    """Residuals of one sender (one rank, one client).
+    """What one sender (one rank, one client) still owes: residuals and, with momentum correction, velocities.
 
-    ``encode`` stages the new residual; ``commit`` makes it valid once the step is known to count, ``rollback`` drops
-    it (another rank saw a NaN, the reply was not accepted). Until then the old residual is untouched, at the price of
-    a second copy of it.
+    ``encode`` stages the new state; ``commit`` makes it valid once the step is known to count, ``rollback`` drops it
+    (another rank saw a NaN, the reply was not accepted). Until then the old state is untouched, at the price of a
+    second copy of it.
+
+    With ``momentum``, the velocity ``v = momentum * v + g`` is kept here and sent in place of the gradient, and the
+    optimizer at the other end runs without momentum. Momentum applied after a sparse exchange loses the discount of
+    the entries that waited; applied before it, what arrives is what dense momentum SGD would have applied, only later.
 
     Args:
-        codec: What encodes; the residual is float32 whatever it is.
+        codec: What encodes; the state is float32 whatever it is.
+        momentum: In ``[0, 1)``; 0 sends plain gradients and keeps no velocity.
+
+    Source: momentum correction of Lin et al., Deep Gradient Compression (arXiv:1712.01887), section 3.1.
+        Differs: no momentum factor masking. It resets the velocity of every entry that is sent, which at small batches
+        costs more than staleness does (``docs/log.md``).
     """
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, *, momentum: float = 0.0) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}, expected [0, 1)")
         self.codec = codec
-        self._residuals: dict[str, Floats] = {}
+        self.momentum = momentum
+        self._state: dict[str, Floats] = {}
         self._staged: dict[str, Floats] = {}
 
     def encode(self, name: str, flat: Any, *, key: int = 0) -> Payload:
-        """Encode ``flat`` plus the residual of parameter ``name`` and stage what is left over.
+        """Encode ``flat`` (or its velocity) plus the residual of parameter ``name`` and stage what is left over.
 
         Args:
             name: The parameter's name; always the same for the same parameter.
@@ -45,56 +57,62 @@ class Feedback:
             key: As for ``Codec.encode``.
 
         Raises:
-            NonFiniteError: ``flat`` holds inf or NaN; the message has ``name``. No residual changes.
-            ValueError: ``N`` differs from the residual's.
+            NonFiniteError: ``flat`` holds inf or NaN; the message has ``name``. No state changes.
+            ValueError: ``N`` differs from that of the state.
         """
         values = as_float32(flat)
         refuse_non_finite(values, f"parameter {name!r}")
-        residual = self._residuals.get(name)
-        if residual is not None:
-            if residual.size != values.size:
-                raise ValueError(f"parameter {name!r} has {values.size} elements, its residual {residual.size}")
-            values = values + residual
+        if self.momentum:
+            values = self._plus(f"velocity/{name}", values, self.momentum)
+            self._staged[f"velocity/{name}"] = values
+        values = self._plus(f"residual/{name}", values)
         payload = self.codec.encode(values, key=key)
         left = -self.codec.decode(payload, max_elements=values.size)
         left += values
-        self._staged[name] = left
+        self._staged[f"residual/{name}"] = left
         return payload
 
     def commit(self) -> None:
-        """Make all staged residuals valid."""
-        self._residuals.update(self._staged)
+        """Make all that is staged valid."""
+        self._state.update(self._staged)
         self._staged.clear()
 
     def rollback(self) -> None:
-        """Forget all staged residuals."""
+        """Forget all that is staged."""
         self._staged.clear()
 
     def norm(self) -> float:
         """Euclidean norm over all residuals: how much is still waiting to be sent."""
-        return float(np.sqrt(sum(float(np.dot(r, r)) for r in self._residuals.values())))
+        residuals = (value for name, value in self._state.items() if name.startswith("residual/"))
+        return float(np.sqrt(sum(float(np.dot(r, r)) for r in residuals)))
 
     def state_dict(self) -> dict[str, Floats]:
-        """Name -> residual, float32, copied. Goes into every checkpoint, one per rank."""
-        return {name: residual.copy() for name, residual in self._residuals.items()}
+        """``residual/<name>`` and ``velocity/<name>``, flat float32, copied. In every checkpoint, one per rank."""
+        return {name: value.copy() for name, value in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, Floats]) -> None:
-        """Replace all residuals.
+        """Replace the whole state.
 
         Raises:
-            CheckpointError: An entry is not flat float32.
+            CheckpointError: An entry is not flat float32, or is no residual or velocity.
         """
-        for name, residual in state.items():
-            if residual.dtype != np.float32 or residual.ndim != 1:
-                raise CheckpointError(
-                    f"residual of {name!r} is {residual.dtype} {residual.shape}, expected flat float32"
-                )
-        self._residuals = {name: residual.copy() for name, residual in state.items()}
+        for name, value in state.items():
+            if value.dtype != np.float32 or value.ndim != 1 or not name.startswith(("residual/", "velocity/")):
+                raise CheckpointError(f"feedback entry {name!r} is {value.dtype} {value.shape}, expected flat float32")
+        self._state = {name: value.copy() for name, value in state.items()}
         self._staged.clear()
+
+    def _plus(self, name: str, values: Floats, factor: float = 1.0) -> Floats:
+        old = self._state.get(name)
+        if old is None:
+            return values
+        if old.size != values.size:
+            raise ValueError(f"{name!r} has {old.size} elements, its gradient {values.size}")
+        return values + np.float32(factor) * old
 
 
 def redistribute(states: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
-    """Residuals for a new world size: every new rank gets the mean of the old ranks' residuals.
+    """Feedback for a new world size: every new rank gets the mean of the old ranks' residuals and velocities.
 
     Gradients are averaged over ranks, so what ``W`` ranks still owe the model is ``sum(r) / W``; if each new rank holds
     just that, its average is the same for every new world size. Nothing is lost, but who owes it is forgotten.

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
 from efftrain.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -91,9 +93,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump_toml(config: Any) -> str:
     """The resolved recipe as TOML; ``from_dict`` of it gives an equal config."""
-    lines: list[str] = []
-    _write_table(to_dict(config), (), lines)
-    return "\n".join(lines).strip() + "\n"
+    return tomli_w.dumps(to_dict(config))
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -170,28 +170,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
-
-
-def _write_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    plain = {k: v for k, v in table.items() if not isinstance(v, Mapping)}
-    if path and (plain or not table):
-        lines.append(f"\n[{'.'.join(_key(p) for p in path)}]")
-    lines.extend(f"{_key(key)} = {_literal(value)}" for key, value in plain.items())
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            _write_table(value, (*path, key), lines)
-
-
-def _key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key) else _literal(key)
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        body = "".join(c if c >= " " and c not in '"\\\x7f' else f"\\u{ord(c):04x}" for c in value)
-        return f'"{body}"'
-    if isinstance(value, list):
-        return "[" + ", ".join(_literal(item) for item in value) + "]"
-    return repr(value)

@@ -221,21 +221,31 @@ def load_watch() -> WatchData:
     return data
 
 
-def watch_split(split: str = "train") -> ArrayDataset:
+def watch_split(split: str = "train", people: int = 9, train_share: float = 0.7) -> ArrayDataset:
     """The data set as one classification task, standardized by its training windows.
 
-    Person 10 is kept out of both training and test: ``train`` is the first 70 % of every recording of people 1 to 9,
-    ``test`` the last 30 % with a gap of one window, ``unseen`` everything of person 10. So ``test`` measures new
-    movements of known people, and ``unseen`` a new person.
+    Some people are kept out of both training and test: ``train`` is the first ``train_share`` of every recording of
+    people 1 to ``people``, ``test`` the last 30 % of the same recordings with a gap of one window, ``unseen``
+    everything of the other people. So ``test`` measures new movements of known people, and ``unseen`` new people.
+
+    Args:
+        split: ``train``, ``test`` or ``unseen``.
+        people: Number of people in training, 1 to 9.
+        train_share: In ``(0, 0.7]``.
 
     Raises:
-        ConfigError: Another split.
+        ConfigError: Another split, or an option out of its range.
         DataError: The shipped file is missing or damaged.
     """
     check_split("watch", split, ("train", "test", "unseen"))
+    if not 1 <= people < len(PEOPLE) or not 0 < train_share <= 0.7:
+        raise ConfigError(
+            f"Data set watch: people is {people}, expected 1 to {len(PEOPLE) - 1}; "
+            f"train_share is {train_share}, expected more than 0 and at most 0.7."
+        )
     data = load_watch()
-    train, standardizer = standardize(data.select(PEOPLE[:-1], span=Span(0.0, 0.7)))
+    train, standardizer = standardize(data.select(PEOPLE[:people], span=Span(0.0, train_share)))
     if split == "train":
         return train
-    chosen = data.select(PEOPLE[:-1], "late") if split == "test" else data.select(PEOPLE[-1])
+    chosen = data.select(PEOPLE[:people], "late") if split == "test" else data.select(PEOPLE[people:])
     return standardize(chosen, standardizer)[0]

@@ -1,0 +1,66 @@
+"""Entry point ``efftrain``: the verbs, and how every error ends.
+
+Nothing here or in a verb's module may import torch at the top: ``efftrain --help`` answers at once.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import efftrain
+from efftrain.cli.demo import demo_command
+from efftrain.cli.doctor import doctor_command
+from efftrain.cli.profile import profile_command
+from efftrain.cli.report import report_command
+from efftrain.cli.train import train_command
+from efftrain.errors import EfftrainError
+
+app = typer.Typer(
+    name="efftrain",
+    help="Train neural networks where compute, memory or bandwidth is scarce.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo_command)
+app.command("doctor")(doctor_command)
+app.command("profile")(profile_command)
+app.command("report")(report_command)
+app.command("train")(train_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"efftrain {efftrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 only if all that was asked happened, 1 for an error, 2 for wrong usage."""
+    try:
+        app(arguments)
+    except EfftrainError as error:
+        rank = os.environ.get("RANK")
+        print(f"efftrain: {f'rank {rank}: ' if rank else ''}{_one_line(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("efftrain: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader (head, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def report_command() -> None:
+    """Stub."""

@@ -1,1 +1,0 @@
-"""What runs a plan: torch.distributed here, others beside it."""

@@ -1,0 +1,52 @@
+"""Joining and leaving the group of processes that a launcher started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from efftrain.errors import ConfigError
+
+
+@contextmanager
+def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
+    """Join the processes started by torchrun; without a launcher, do nothing.
+
+    Args:
+        timeout_s: A collective that takes longer ends the job with an error: no hang.
+
+    Yields:
+        The device of this rank.
+
+    Raises:
+        ConfigError: The launcher's variables are incomplete.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or unset WORLD_SIZE")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes; 1 outside a ``process_group``."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process; 0 outside a ``process_group``."""
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,87 @@
+"""The plan: how one training run is spread over processes. Valid by construction, or refused with the remedy."""
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from efftrain.compression import Codec, Identity
+from efftrain.errors import ConfigError
+from efftrain.parallel import mesh
+from efftrain.parallel.data import DataParallel
+from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a run is spread over processes.
+
+    Args:
+        data: Replicas that share each batch; ``None`` takes all processes.
+        codec: What gradients go through on the data axis. ``Identity`` is the plain all-reduce.
+        momentum_correction: Move the momentum of SGD in front of the codec (see ``compression.Feedback``); what sparse
+            codecs need to train as the uncompressed run does. Without effect on ``Identity`` and on one process.
+
+    The tensor, pipeline and shard axes join this class; a plan of today stays valid then.
+    """
+
+    data: int | None = None
+    codec: Codec = field(default_factory=Identity)
+    momentum_correction: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data is not None and self.data < 1:
+            raise ConfigError(f"plan.data is {self.data}, expected at least 1")
+
+    def check(self, world_size: int) -> None:
+        """Refuse a plan that does not fit the number of processes.
+
+        Raises:
+            ConfigError: With the remedy.
+        """
+        if self.data is not None and self.data != world_size:
+            raise ConfigError(
+                f"the plan wants {self.data} data-parallel processes, {world_size} were started; "
+                f"start with torchrun --nproc-per-node {self.data} or set parallel.data={world_size}"
+            )
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective = cross_entropy,
+        optimizer: OptimizerConfig | None = None,
+        step: StepConfig | None = None,
+        total_steps: int = 1,
+        seed: int = 0,
+    ) -> Job:
+        """Turn a plain model into a job of this rank.
+
+        Args:
+            model: On its device, equal on all ranks (DDP broadcasts rank 0's weights).
+            objective: Gives the mean loss of a batch.
+            optimizer: Optimizer and schedule.
+            step: How one update is computed.
+            total_steps: Length of the schedule; ``training.fit`` sets it.
+            seed: Of stochastic rounding in the codec.
+
+        Raises:
+            ConfigError: The plan does not fit the processes started.
+        """
+        self.check(mesh.world_size())
+        optimizer = optimizer or OptimizerConfig()
+        exchange: Exchange = SingleProcess()
+        if mesh.world_size() > 1:
+            momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
+            exchange = DataParallel(self.codec, momentum=momentum, seed=seed)
+            optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
+        return Job(
+            model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange
+        )
+
+    def _corrects(self, optimizer: OptimizerConfig) -> bool:
+        if self.momentum_correction and optimizer.name != "sgd":
+            raise ConfigError(
+                f"momentum_correction is for SGD with momentum, the optimizer is {optimizer.name}; "
+                'set optimizer.name="sgd" or parallel.momentum_correction=false'
+            )
+        return self.momentum_correction and self.codec.combine != "sum"

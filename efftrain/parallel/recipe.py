@@ -1,0 +1,193 @@
+"""A cluster recipe, and its run: what ``efftrain train RECIPE`` and ``torchrun parallel/train.py RECIPE`` do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from efftrain.compression import format_codec, parse_codec
+from efftrain.data import load_dataset
+from efftrain.errors import ConfigError
+from efftrain.models import build_model, load_pretrained
+from efftrain.models.pretrained import Pretrained
+from efftrain.parallel import mesh
+from efftrain.parallel.plan import Plan
+from efftrain.report.run import RunFolder, next_run_number, run_path
+from efftrain.training import (
+    Distillation,
+    LoopConfig,
+    Objective,
+    OptimizerConfig,
+    StepConfig,
+    StepResult,
+    cross_entropy,
+    fit,
+    set_seed,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model."""
+
+    name: str
+    """A shipped family (``watch-cnn``, ...) or ``path/to/file.py:Class``."""
+    options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Arguments of the family."""
+    pretrained: str | None = None
+    """Folder written by ``save_pretrained``; start from its weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data."""
+
+    name: str
+    """A shipped set (``watch``, ``digits``, ``fashion-mnist``, ``pytext``) or ``path/to/file.py:name``."""
+    options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Arguments of its loader, e.g. ``people = 8`` of ``watch``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The plan, as a recipe writes it."""
+
+    data: int | None = None
+    """Replicas; left out: all processes."""
+    codec: str = "Identity()"
+    """What gradients go through, e.g. ``"TopK(0.01) >> Int8()"``."""
+    momentum_correction: bool = False
+    """Apply SGD's momentum before the codec instead of after it; for sparse codecs."""
+    timeout_s: float = 120.0
+    """A collective that takes longer ends the job."""
+
+    def __post_init__(self) -> None:
+        parse_codec(self.codec)
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}, expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Learn from a teacher too."""
+
+    teacher: str
+    """Folder written by ``save_pretrained``."""
+    temperature: float = 2.0
+    weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRecipe:
+    """One training run on a cluster, or on one process."""
+
+    name: str
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distillation: DistillationConfig | None = None
+    tensorboard: bool = False
+    """Also write tensorboard files (extra ``tensorboard``)."""
+
+
+def train(
+    recipe: ClusterRecipe,
+    *,
+    out: Path,
+    resume: bool = False,
+    on_step: Callable[[int, int, StepResult], None] | None = None,
+) -> dict[str, Any] | None:
+    """Run a recipe on the processes that were started.
+
+    Args:
+        recipe: What to do.
+        out: Where run folders are. Rank 0 makes ``out/<name>``, or ``out/<name>-2`` if that is taken.
+        resume: Go on with the newest run of this name instead.
+        on_step: Called on rank 0 after each update with updates done, updates in all, and the result.
+
+    Returns:
+        What ``result.json`` holds, on rank 0; ``None`` on the others.
+
+    Raises:
+        EfftrainError: Anything wrong with recipe, data, checkpoint or numbers; see ``training.fit``.
+    """
+    with mesh.process_group(timeout_s=recipe.parallel.timeout_s) as device:
+        plan = Plan(
+            data=recipe.parallel.data,
+            codec=parse_codec(recipe.parallel.codec),
+            momentum_correction=recipe.parallel.momentum_correction,
+        )
+        plan.check(mesh.world_size())
+        set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
+        model = build_model(recipe.model.name, **recipe.model.options)
+        if recipe.model.pretrained is not None:
+            model.load_state_dict(load_pretrained(Path(recipe.model.pretrained)).state_dict())
+        train_data, test_data = (
+            load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
+        )
+        job = plan.apply(
+            model.to(device),
+            objective=_objective(recipe, device),
+            optimizer=recipe.optimizer,
+            step=recipe.step,
+            seed=recipe.seed,
+        )
+        set_seed(recipe.seed, mesh.rank(), deterministic=recipe.loop.deterministic)
+        total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
+        number = next_run_number(out, recipe.name) - resume if mesh.rank() == 0 else 0
+        number = int(job.exchange.sum([number])[0])  # rank 0 has looked before it makes the folder
+        if number < 1:
+            raise ConfigError(f"no run called {recipe.name!r} in {out} to resume; leave out --resume")
+        path = run_path(out, recipe.name, number)
+        run = RunFolder(path, tensorboard=recipe.tensorboard) if mesh.rank() == 0 else None
+        if run is not None:
+            run.write_recipe(recipe)
+        report = (lambda done, result: on_step(done, total_steps, result)) if run is not None and on_step else None
+        try:
+            result = fit(
+                job,
+                train_data,
+                test_data,
+                recipe.loop,
+                seed=recipe.seed,
+                run=run,
+                checkpoints=path / "checkpoints",
+                resume=resume,
+                on_step=report,
+            )
+            if run is None:
+                return None
+            if isinstance(model, Pretrained):
+                model.save_pretrained(path / "model")
+            return run.finish(
+                {
+                    "kind": "cluster",
+                    "name": recipe.name,
+                    "path": str(path),
+                    "seed": recipe.seed,
+                    "world_size": mesh.world_size(),
+                    "codec": format_codec(plan.codec),
+                    "accuracy": result.evaluation.accuracy,
+                    "loss": result.evaluation.loss,
+                    "num_steps": result.num_steps,
+                    "num_skipped": result.num_skipped,
+                    "train_s": result.train_s,
+                    "num_parameters": sum(p.numel() for p in model.parameters()),
+                    **result.totals,
+                }
+            )
+        finally:
+            if run is not None:
+                run.close()
+
+
+def _objective(recipe: ClusterRecipe, device: Any) -> Objective:
+    config = recipe.distillation
+    if config is None:
+        return cross_entropy
+    teacher = load_pretrained(Path(config.teacher)).to(device)
+    return Distillation(teacher, config.temperature, config.weight)

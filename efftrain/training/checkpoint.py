@@ -1,0 +1,203 @@
+"""Checkpoints: safetensors and JSON, whole or not at all.
+
+``checkpoints/step-00000100/`` holds ``shared.safetensors`` (model, optimizer: equal on all ranks, written by rank 0),
+``rank-<r>.safetensors`` (random state, feedback) and ``meta.json`` with the SHA-256 of each file. Everything is written
+into a ``.partial`` folder that is renamed when all ranks are done, so a folder without that ending is complete. The
+newest two are kept.
+
+World size changed: the feedback of all old ranks is shared out (see ``compression.redistribute``), and the random state
+starts anew from seed and step; model, optimizer and data order go on exactly.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+from torch import Tensor
+
+from efftrain.errors import CheckpointError
+from efftrain.training.exchange import Exchange
+from efftrain.training.job import Job
+
+FORMAT_VERSION = 1
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint knows beside the job."""
+
+    path: Path
+    step: int
+    extra: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, job: Job, *, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint of all ranks. Every rank calls it after the same step.
+
+    Args:
+        folder: The run's ``checkpoints`` folder, on a file system that all ranks share.
+        job: What to save.
+        extra: Numbers and texts to find again, e.g. the best accuracy. JSON.
+
+    Raises:
+        CheckpointError: A file could not be written on some rank (disk full, read-only). Older checkpoints are
+            untouched.
+    """
+    exchange = job.exchange
+    path = folder / f"step-{job.num_steps:08d}"
+    partial = path.with_name(path.name + ".partial")
+    with _Together(exchange, f"checkpoint {path}"):
+        if exchange.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+    shared, numbers = job.state_dict()
+    with _Together(exchange, f"checkpoint {path}"):
+        _write(partial / f"rank-{exchange.rank}.safetensors", format_safetensors(_own_state(exchange)))
+        if exchange.rank == 0:
+            _write(partial / "shared.safetensors", format_safetensors(shared))
+    with _Together(exchange, f"checkpoint {path}"):
+        if exchange.rank == 0:
+            files = {p.name: _sha256(p.read_bytes()) for p in sorted(partial.glob("*.safetensors"))}
+            meta = {
+                "format_version": FORMAT_VERSION,
+                "world_size": exchange.world_size,
+                "numbers": numbers,
+                "extra": dict(extra or {}),
+                "files": files,
+            }
+            _write(partial / "meta.json", json.dumps(meta, indent=2).encode())
+            if path.exists():  # a resumed run that reaches the same step again
+                shutil.rmtree(path)
+            partial.rename(path)
+            for old in sorted(complete_checkpoints(folder))[:-KEEP]:
+                shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
+    """Restore the newest checkpoint into ``job``, or return ``None`` if there is none. Every rank calls it.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        job: Built as for the run that wrote it.
+        seed: Of the run; starts the random state anew when the world size changed.
+
+    Raises:
+        CheckpointError: Damaged, or of another model. The message names file, expected and found.
+    """
+    found = sorted(complete_checkpoints(folder))
+    if not found:
+        return None
+    path = found[-1]
+    meta = _read_meta(path)
+    shared = _read(path, "shared.safetensors", meta)
+    own = [_read(path, f"rank-{rank}.safetensors", meta) for rank in range(meta["world_size"])]
+    job.load_state_dict(shared, meta["numbers"])
+    exchange = job.exchange
+    exchange.load_state_dicts([_with_prefix(state, "exchange/") for state in own])
+    if meta["world_size"] == exchange.world_size:
+        _restore_random(own[exchange.rank])
+    else:
+        torch.manual_seed(hash_seed(seed, job.num_steps, exchange.rank))
+    return Restored(path, job.num_steps, meta["extra"])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """All finished checkpoints below ``folder``, in no order."""
+    return [p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(".partial")]
+
+
+def hash_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, without the correlations of adding them."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _Together:
+    """If the block fails on one rank, it fails on all: nobody waits for a rank that is gone."""
+
+    def __init__(self, exchange: Exchange, what: str) -> None:
+        self._exchange, self._what = exchange, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        num_failed = self._exchange.sum([float(error is not None)])[0]
+        if error is not None:
+            raise CheckpointError(
+                f"{self._what} could not be written: {error}; free or unlock the disk. Older checkpoints are untouched."
+            ) from error
+        if num_failed:
+            raise CheckpointError(f"{self._what}: {num_failed:.0f} other ranks could not write their part")
+
+
+def _own_state(exchange: Exchange) -> dict[str, Tensor]:
+    state = {f"exchange/{name}": value for name, value in exchange.state_dict().items()}
+    state["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state["random/cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["random/cpu"])
+    if "random/cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random/cuda"])
+
+
+def _with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        version, world_size, files = meta["format_version"], meta["world_size"], meta["files"]
+        well_formed = isinstance(world_size, int) and isinstance(files, dict) and isinstance(meta["extra"], dict)
+        well_formed = well_formed and isinstance(meta["numbers"], dict)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: meta.json is missing or damaged; delete the folder to use an older one"
+        ) from error
+    if version != FORMAT_VERSION or not well_formed:
+        raise CheckpointError(f"checkpoint {path} has format version {version}, expected {FORMAT_VERSION}")
+    return dict(meta)
+
+
+def _read(path: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    expected = meta["files"].get(name)
+    try:
+        data = (path / name).read_bytes()
+        if _sha256(data) != expected:
+            raise CheckpointError(
+                f"checkpoint file {path / name}: SHA-256 is {_sha256(data)}, expected {expected}; "
+                "it is damaged. Delete the folder to use an older checkpoint."
+            )
+        return parse_safetensors(data)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint file {path / name} cannot be read: {error}") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

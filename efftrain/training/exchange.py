@@ -1,0 +1,78 @@
+"""What a training step needs from the other ranks, whoever provides it."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Exchange(Protocol):
+    """The one door between a training step and the other ranks.
+
+    ``SingleProcess`` is the empty one; ``efftrain.parallel`` has those that talk.
+    """
+
+    rank: int
+    world_size: int
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Make the backward pass of ``model`` leave the average gradient of all ranks in ``.grad``."""
+
+    def local_only(self) -> AbstractContextManager[None]:
+        """Inside, gradients are summed up locally and nothing is sent: micro-batches but the last."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over all ranks. Every rank calls it with as many values; also a barrier."""
+
+    def took_part(self) -> bool:
+        """False if this rank had to send something else than its gradient since ``settle``: it held inf or NaN."""
+
+    def settle(self, ok: bool) -> None:
+        """The step counts (``ok``) or all ranks skip it: keep or forget what feedback staged."""
+
+    def stats(self) -> dict[str, float]:
+        """Figures of the last step on this rank, e.g. ``wire_bytes``. Empty if nothing is sent."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank alone must remember (feedback), for its part of a checkpoint."""
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Restore from the parts of all ranks that wrote the checkpoint, in rank order."""
+
+
+class SingleProcess:
+    """No other ranks."""
+
+    rank = 0
+    world_size = 1
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model
+
+    def local_only(self) -> AbstractContextManager[None]:
+        """Nothing to suppress."""
+        return nullcontext()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The values themselves."""
+        return list(values)
+
+    def took_part(self) -> bool:
+        """Always."""
+        return True
+
+    def settle(self, ok: bool) -> None:
+        """Nothing is staged."""
+
+    def stats(self) -> dict[str, float]:
+        """Nothing is sent."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Feedback of a compressed run, if the checkpoint has any, is not needed by an uncompressed one."""

@@ -1,0 +1,179 @@
+"""A job: a model, its optimizer, and all that one update needs. The plan decides who takes part in it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from efftrain.errors import CheckpointError, ConfigError, NonFiniteError
+from efftrain.training.exchange import Exchange, SingleProcess
+from efftrain.training.objective import Objective, cross_entropy
+from efftrain.training.optimizer import OptimizerConfig
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""So many steps with inf or NaN one after the other end the run: nothing is learned any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How one update is computed."""
+
+    micro_batches: int = 1
+    """The batch of a rank is cut into so many pieces; gradients are accumulated. Less memory, same result."""
+    clip_norm: float | None = None
+    """Largest Euclidean norm of the averaged gradient; larger ones are scaled down to it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` runs the forward pass under autocast; weights and gradients stay fp32."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches is {self.micro_batches}, expected at least 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}, expected more than 0")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did."""
+
+    loss: float
+    """Mean over all ranks, in the objective's unit; NaN if the step was skipped."""
+    grad_norm: float
+    """Euclidean norm of the averaged gradient before clipping."""
+    lr: float
+    skipped: bool
+    """Some rank saw inf or NaN, so no rank changed anything."""
+
+
+class Job:
+    """Training state of one rank.
+
+    Args:
+        model: On its device. The exchange may wrap it; ``job.model`` stays the one given.
+        objective: Gives the mean loss of a batch.
+        optimizer: Optimizer and schedule.
+        step: How one update is computed.
+        total_steps: Length of the schedule in updates.
+        exchange: The other ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective = cross_entropy,
+        optimizer: OptimizerConfig | None = None,
+        step: StepConfig | None = None,
+        total_steps: int = 1,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.step_config = step or StepConfig()
+        self.total_steps = total_steps
+        self.exchange = exchange or SingleProcess()
+        self.optimizer = self.optimizer_config.build(model)
+        self.num_steps = 0
+        self.num_skipped = 0
+        self.device = next(model.parameters()).device
+        self._wrapped = self.exchange.wrap(model)
+        self._skipped_in_a_row = 0
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        """One update from this rank's share of the batch.
+
+        Args:
+            inputs: Shape ``(B, ...)``; ``B`` is a multiple of ``micro_batches``.
+            targets: int64, shape ``(B,)`` or ``(B, T)``.
+
+        Raises:
+            NonFiniteError: inf or NaN in ``MAX_SKIPPED_IN_A_ROW`` steps one after the other. Before that such a step
+                is skipped by all ranks alike.
+        """
+        lr = self.optimizer_config.lr_at(self.num_steps, self.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        local_loss = self._backward(inputs, targets)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        healthy = self.exchange.took_part() and bool(torch.isfinite(norm)) and bool(torch.isfinite(local_loss))
+        # One collective answers both: was every rank healthy, and what is the mean loss.
+        num_healthy, total = self.exchange.sum([float(healthy), float(local_loss) if healthy else 0.0])
+        skipped = num_healthy < self.exchange.world_size
+        self.exchange.settle(ok=not skipped)
+        self.num_steps += 1
+        if skipped:
+            self._count_skip()
+            return StepResult(float("nan"), float("nan"), lr, skipped=True)
+        self._skipped_in_a_row = 0
+        if self.step_config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.step_config.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return StepResult(total / self.exchange.world_size, float(norm), lr, skipped=False)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Model and optimizer, equal on all ranks: tensors by name, and numbers that JSON can hold."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        numbers: dict[str, Any] = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{index}/{key}"] = value
+        return {name: value.detach().contiguous() for name, value in tensors.items()}, numbers
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: The tensors do not fit this model.
+        """
+        own = self.model.state_dict()
+        saved = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        for name in sorted(own.keys() | saved.keys()):
+            if name not in own or name not in saved or own[name].shape != saved[name].shape:
+                expected = tuple(own[name].shape) if name in own else "no such tensor"
+                found = tuple(saved[name].shape) if name in saved else "no such tensor"
+                raise CheckpointError(
+                    f"checkpoint tensor {name!r}: expected {expected}, found {found}; is it of another model?"
+                )
+        self.model.load_state_dict(saved)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.num_steps, self.num_skipped = int(numbers["num_steps"]), int(numbers["num_skipped"])
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Accumulate the gradient of the mean loss over the micro-batches; returns that loss, detached."""
+        n = self.step_config.micro_batches
+        if len(inputs) % n:
+            raise ConfigError(f"a batch of {len(inputs)} a rank cannot be cut into {n} micro_batches of equal size")
+        self._wrapped.train()
+        loss = torch.zeros((), device=self.device)
+        pieces: Sequence[tuple[Tensor, Tensor]] = list(zip(inputs.chunk(n), targets.chunk(n), strict=True))
+        for part_inputs, part_targets in pieces[:-1]:
+            with self.exchange.local_only():
+                loss += self._backward_piece(part_inputs, part_targets)
+        return loss + self._backward_piece(*pieces[-1])
+
+    def _backward_piece(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.step_config.precision == "bf16"):
+            loss = self.objective(self._wrapped, inputs.to(self.device), targets.to(self.device))
+        loss = loss / self.step_config.micro_batches
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _count_skip(self) -> None:
+        self.num_skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"loss or gradient was inf or NaN in {MAX_SKIPPED_IN_A_ROW} steps one after the other, up to step "
+                f"{self.num_steps}; lower optimizer.lr, set step.clip_norm, or look at the data"
+            )

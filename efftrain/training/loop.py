@@ -1,0 +1,200 @@
+"""The training loop of every cluster recipe: epochs over a data set, evaluation, metrics, checkpoints, resume.
+
+The order of the data depends on seed and epoch alone, and a batch is cut among the ranks, so any world size sees the
+same batches and a run resumes at the very sample where it stopped.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efftrain.data import Dataset
+from efftrain.errors import ConfigError
+from efftrain.report.run import RunFolder
+from efftrain.training.checkpoint import load_checkpoint, save_checkpoint
+from efftrain.training.job import Job, StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and how often."""
+
+    epochs: int = 10
+    batch_size: int = 64
+    """Samples of one update, over all ranks and micro-batches together."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated. 0: only then."""
+    eval_batch_size: int = 256
+    checkpoint_every: int = 0
+    """Updates between checkpoints. 0: only at the end."""
+    log_every: int = 10
+    """Updates between lines in ``metrics.jsonl``."""
+    deterministic: bool = True
+    """Only deterministic kernels; a little slower on a GPU."""
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size, self.eval_batch_size, self.log_every) < 1:
+            raise ValueError("epochs, batch_size, eval_batch_size and log_every must be at least 1")
+        if min(self.eval_every, self.checkpoint_every) < 0:
+            raise ValueError("eval_every and checkpoint_every must not be negative")
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Updates of one epoch; the samples of an incomplete batch at its end wait for another shuffle.
+
+        Raises:
+            ConfigError: Not even one batch.
+        """
+        if num_samples < self.batch_size:
+            raise ConfigError(f"loop.batch_size is {self.batch_size}, the data set has only {num_samples} samples")
+        return num_samples // self.batch_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a data set."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    evaluation: Evaluation
+    num_steps: int
+    num_skipped: int
+    train_s: float
+    """Wall time of this process; a resumed run does not know the time before."""
+    totals: dict[str, float]
+    """Sums of ``Exchange.stats`` over the steps, e.g. ``wire_bytes`` sent by this rank."""
+
+
+def set_seed(seed: int, rank: int, *, deterministic: bool) -> None:
+    """Seed torch on this rank; ranks differ so that dropout does.
+
+    ``deterministic`` makes torch refuse kernels without a deterministic form.
+    """
+    torch.manual_seed(seed * 1_000_003 + rank)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def fit(
+    job: Job,
+    train: Dataset,
+    test: Dataset,
+    config: LoopConfig,
+    *,
+    seed: int,
+    run: RunFolder | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[int, StepResult], None] | None = None,
+) -> FitResult:
+    """Train ``job`` and evaluate it.
+
+    Args:
+        job: Of this rank.
+        train: All training samples; every rank has them all and takes its share of each batch.
+        test: For evaluation.
+        config: How long and how often.
+        seed: Of the data order.
+        run: Where rank 0 writes its metrics.
+        checkpoints: Folder of the checkpoints; ``None`` writes none.
+        resume: Start from the newest checkpoint there, if any.
+        on_step: Called after each update with the number of updates done; for progress bars.
+
+    Raises:
+        ConfigError: The batch cannot be cut evenly among ranks and micro-batches.
+        NonFiniteError: See ``Job.step``.
+        CheckpointError: See ``save_checkpoint`` and ``load_checkpoint``.
+    """
+    exchange = job.exchange
+    pieces = exchange.world_size * job.step_config.micro_batches
+    if config.batch_size % pieces:
+        raise ConfigError(
+            f"loop.batch_size is {config.batch_size}, expected a multiple of {pieces}: "
+            f"{exchange.world_size} ranks x {job.step_config.micro_batches} micro_batches"
+        )
+    steps_per_epoch = config.steps_per_epoch(len(train))
+    job.total_steps = config.epochs * steps_per_epoch
+    totals: dict[str, float] = {}
+    if resume and checkpoints is not None:
+        restored = load_checkpoint(checkpoints, job, seed=seed)
+        if restored is not None:
+            totals.update(restored.extra["totals"])
+            if run is not None:
+                run.rewind(restored.step)
+    started = time.perf_counter()
+    for indices in _batches(len(train), config, seed, first_step=job.num_steps):
+        share = len(indices) // exchange.world_size
+        inputs, targets = _tensors(train, indices[exchange.rank * share : (exchange.rank + 1) * share])
+        step_started = time.perf_counter()
+        result = job.step(inputs, targets)
+        stats = exchange.stats()
+        for name, value in stats.items():
+            totals[name] = totals.get(name, 0.0) + value
+        step = job.num_steps
+        if run is not None and (step % config.log_every == 0 or result.skipped or step == 1):
+            step_s = time.perf_counter() - step_started
+            run.log("step", step=step, **vars(result), step_s=step_s, **stats)
+        if on_step is not None:
+            on_step(step, result)
+        epoch, inside = divmod(step, steps_per_epoch)
+        if not inside and config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
+            _evaluate_and_log(job, test, config, run, epoch, totals)
+        if checkpoints is not None and config.checkpoint_every and step % config.checkpoint_every == 0:
+            save_checkpoint(checkpoints, job, extra={"totals": totals})
+    evaluation = _evaluate_and_log(job, test, config, run, config.epochs, totals)
+    if checkpoints is not None:
+        save_checkpoint(checkpoints, job, extra={"totals": totals})
+    return FitResult(evaluation, job.num_steps, job.num_skipped, time.perf_counter() - started, totals)
+
+
+@torch.no_grad()
+def evaluate(job: Job, data: Dataset, batch_size: int = 256) -> Evaluation:
+    """Mean loss and accuracy over ``data``; each rank takes its share of the samples."""
+    exchange = job.exchange
+    model = job.model.eval()
+    indices = np.arange(exchange.rank, len(data), exchange.world_size)
+    loss = correct = count = 0.0
+    for start in range(0, len(indices), batch_size):
+        inputs, targets = _tensors(data, indices[start : start + batch_size])
+        inputs, targets = inputs.to(job.device), targets.to(job.device)
+        logits = model(inputs).flatten(0, -2).float()
+        flat = targets.flatten()
+        loss += float(torch.nn.functional.cross_entropy(logits, flat, reduction="sum"))
+        correct += float((logits.argmax(-1) == flat).sum())
+        count += flat.numel()
+    loss, correct, count = exchange.sum([loss, correct, count])
+    return Evaluation(loss / count, correct / count)
+
+
+def _batches(num_samples: int, config: LoopConfig, seed: int, first_step: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Indices of each update's samples, from update ``first_step`` on."""
+    steps_per_epoch = config.steps_per_epoch(num_samples)
+    for epoch in range(first_step // steps_per_epoch, config.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_samples)
+        start = first_step - epoch * steps_per_epoch if epoch == first_step // steps_per_epoch else 0
+        for step in range(start, steps_per_epoch):
+            yield order[step * config.batch_size : (step + 1) * config.batch_size]
+
+
+def _tensors(data: Dataset, indices: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    inputs, targets = data.batch(indices)
+    return torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(np.ascontiguousarray(targets)).long()
+
+
+def _evaluate_and_log(
+    job: Job, test: Dataset, config: LoopConfig, run: RunFolder | None, epoch: int, totals: dict[str, float]
+) -> Evaluation:
+    result = evaluate(job, test, config.eval_batch_size)
+    if run is not None:
+        run.log("eval", step=job.num_steps, epoch=epoch, loss=result.loss, accuracy=result.accuracy, **totals)
+    return result

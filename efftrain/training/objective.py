@@ -1,0 +1,60 @@
+"""What is minimized: a function of model, inputs and targets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""``(model, inputs, targets) -> mean loss``, a scalar tensor."""
+
+
+def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean softmax cross-entropy in nats.
+
+    Args:
+        model: Gives logits of shape ``(B, C)``, or ``(B, T, C)`` for sequences.
+        inputs: Shape ``(B, ...)``.
+        targets: int64, shape ``(B,)`` or ``(B, T)``.
+    """
+    logits = model(inputs)
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learn from a teacher's soft answers beside the labels.
+
+    ``weight * T^2 * KL(teacher || student at temperature T) + (1 - weight) * cross_entropy``
+
+    Args:
+        teacher: A trained module with the student's output shape. Put in eval mode; never updated.
+        temperature: ``T > 0``; higher shows more of how the teacher ranks the wrong classes.
+        weight: Share of the soft term, in ``[0, 1]``.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531), section 2.
+    """
+
+    teacher: nn.Module
+    temperature: float = 2.0
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}, expected more than 0")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight is {self.weight}, expected a share in [0, 1]")
+        self.teacher.eval().requires_grad_(False)
+
+    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over the batch; shapes as in ``cross_entropy``."""
+        logits = model(inputs).flatten(0, -2).float()
+        with torch.no_grad():
+            soft = F.log_softmax(self.teacher(inputs).flatten(0, -2).float() / self.temperature, dim=-1)
+        student = F.log_softmax(logits / self.temperature, dim=-1)
+        divergence = F.kl_div(student, soft, reduction="batchmean", log_target=True)
+        hard = F.cross_entropy(logits, targets.flatten())
+        return self.weight * self.temperature**2 * divergence + (1 - self.weight) * hard

@@ -1,0 +1,56 @@
+"""Optimizers and learning-rate schedules, by configuration."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Of ``sgd``; ``adamw`` uses the betas 0.9 and 0.95."""
+    weight_decay: float = 0.0
+    """Decoupled for ``adamw``, added to the gradient for ``sgd``. Not applied to vectors (biases, norms)."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0, before the schedule starts."""
+    final_lr_ratio: float = 0.0
+    """Where ``cosine`` ends, as a share of ``lr``."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}, expected more than 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}, expected [0, 1)")
+        if self.weight_decay < 0 or self.warmup_steps < 0 or not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError("weight_decay and warmup_steps must not be negative, final_lr_ratio lies in [0, 1]")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over the trainable parameters of ``model``, matrices and vectors in groups of their own."""
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of update ``step``, counted from 0, of ``total_steps``."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        floor = self.final_lr_ratio
+        return self.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
