@@ -1,0 +1,1 @@
+"""What runs a program: NumPy, the host's processor, an emulated board. All three leave the same bits."""

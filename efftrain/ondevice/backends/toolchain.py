@@ -1,0 +1,216 @@
+"""Compilers: the system's or zig's for the host, arm-none-eabi-gcc or zig's for Cortex-M.
+
+Objects and libraries are cached under the hash of everything that goes into them. Each is built in a folder of its own and
+moved into place whole, so two processes may build the same thing at once.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from efftrain.errors import BudgetError, ToolError
+
+WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Wvla", "-Werror")
+_COMMON = ("-std=c99", *WARNINGS, "-fno-strict-aliasing")
+Kind = Literal["auto", "gcc", "zig"]
+Cpu = Literal["cortex-m4", "cortex-m7"]
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """A compiler driver and the options that make it build for one target."""
+
+    name: str
+    command: tuple[str, ...]
+    compile_flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+
+
+def host_toolchain(kind: Kind = "auto") -> Toolchain:
+    """A C compiler for this machine.
+
+    Args:
+        kind: ``gcc`` for the system's own compiler, whatever it is called, ``zig``, or ``auto``: the first of them.
+
+    Raises:
+        ToolError: There is none.
+    """
+    system = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
+    flags = (*_COMMON, "-O3", "-fPIC", "-fno-sanitize=all")
+    if kind != "zig" and system:
+        return Toolchain("system", (system,), flags, ("-shared",))
+    if kind != "gcc" and _has_zig():
+        return Toolchain("zig", (sys.executable, "-m", "ziglang", "cc"), flags, ("-shared",))
+    raise ToolError(
+        "no C compiler for this machine was found. Install gcc or clang from your system's packages, "
+        "or `pip install 'efftrain[board]'`, which brings one."
+    )
+
+
+def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
+    """A cross compiler. All code is built for the soft-float interface, so that no floating point can be used unseen.
+
+    Raises:
+        ToolError: There is none.
+    """
+    gcc = shutil.which("arm-none-eabi-gcc")
+    common = (*_COMMON, "-O2", "-ffreestanding", "-fno-builtin", "-ffunction-sections", "-fstack-usage")
+    link = ("-nostdlib", "-Wl,--gc-sections")
+    if kind != "zig" and gcc:
+        machine = (f"-mcpu={cpu}", "-mthumb", "-mfloat-abi=soft")
+        return Toolchain("arm-none-eabi-gcc", (gcc,), (*common, *machine), (*machine, *link, "-lgcc"))
+    if kind != "gcc" and _has_zig():
+        machine = ("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}")
+        command = (sys.executable, "-m", "ziglang", "cc")
+        return Toolchain("zig", command, (*common, *machine, "-fno-sanitize=all"), (*machine, *link, "-O2"))
+    raise ToolError(
+        "no compiler for Cortex-M was found. `pip install 'efftrain[board]'` brings one (zig); or install "
+        "arm-none-eabi-gcc, for example with `apt install gcc-arm-none-eabi`."
+    )
+
+
+def build(toolchain: Toolchain, sources: Mapping[str, str], output: str, extra: Sequence[str] = (), script: str = "") -> Path:
+    """Compile and link.
+
+    Args:
+        toolchain: What with.
+        sources: Text by file name, headers included.
+        output: File name of the result.
+        extra: More options for compiling and linking.
+        script: Text of a linker script.
+
+    Returns:
+        Path of the result in the cache. Beside it lie ``<source>.su`` files if the compiler wrote stack usage.
+
+    Raises:
+        ToolError: The compiler failed; the message has its first lines.
+        BudgetError: The linker says that a memory region is too small.
+    """
+    headers = {name: text for name, text in sources.items() if name.endswith(".h")}
+    objects = [_object(toolchain, name, text, headers, extra) for name, text in sources.items() if name.endswith(".c")]
+    key = _key(toolchain, [str(path) for path in objects], script, output, *extra)
+
+    def link(folder: Path) -> None:
+        options = [*toolchain.link_flags, *extra]
+        libraries = [option for option in options if option.startswith("-l")]
+        options = [option for option in options if option not in libraries]
+        if script:
+            (folder / "board.ld").write_text(script)
+            options += ["-T", str(folder / "board.ld")]
+        _run([*toolchain.command, *options, *(str(o / "out.o") for o in objects), *libraries, "-o", str(folder / output)], folder)
+        for number, path in enumerate(objects):
+            for usage in path.glob("*.su"):
+                shutil.copyfile(usage, folder / f"{number}-{usage.name}")
+
+    return _cached("link", key, link) / output
+
+
+def stack_bound(program: Path) -> int | None:
+    """Most stack that the deepest chain of calls can take, from the compiler's own stack usage; ``None`` if it wrote none.
+
+    The chain is driver -> model -> model's own function -> kernel -> kernel's helper; the largest frames of each level are
+    added, whether or not they call each other, so this is never less than what is used.
+    """
+    frames: dict[str, list[int]] = {"driver": [], "model": [], "kernel": []}
+    found = False
+    for usage in program.parent.glob("*.su"):
+        for line in usage.read_text().splitlines():
+            place, num_bytes, qualifier = line.rsplit("\t", 2)
+            if qualifier != "static":
+                raise ToolError(f"the stack usage of {place} is {qualifier}, not static; it cannot be bounded")
+            file = Path(place.split(":")[0]).name
+            if file == "startup.c":
+                continue
+            level = "driver" if file == "driver.c" else "kernel" if file.startswith("eft_") else "model"
+            frames[level].append(int(num_bytes))
+            found = True
+    if not found:
+        return None
+    return max(frames["driver"], default=0) + sum(sorted(frames["model"])[-2:]) + sum(sorted(frames["kernel"])[-2:])
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: ``EFFTRAIN_CACHE``, else ``XDG_CACHE_HOME`` or ``~/.cache`` with ``efftrain`` behind it."""
+    if chosen := os.environ.get("EFFTRAIN_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efftrain"
+
+
+def _object(toolchain: Toolchain, name: str, text: str, headers: Mapping[str, str], extra: Sequence[str]) -> Path:
+    included = {header: body for header, body in headers.items() if _includes(text, header, headers)}
+    key = _key(toolchain, name, text, *sorted(included.items()), *extra)
+
+    def compile_one(folder: Path) -> None:
+        for file, body in {**included, name: text}.items():
+            (folder / file).write_text(body)
+        compiling = [option for option in extra if not option.startswith(("-Wl,", "-l"))]
+        _run([*toolchain.command, *toolchain.compile_flags, *compiling, "-c", name, "-o", "out.o"], folder)
+        usage = folder / "out.su"
+        if usage.exists():
+            usage.rename(folder / f"{Path(name).stem}.su")
+
+    return _cached("object", key, compile_one)
+
+
+def _includes(text: str, header: str, headers: Mapping[str, str]) -> bool:
+    """Whether a file includes a header, itself or through another."""
+    direct = [name for name in headers if f'#include "{name}"' in text]
+    return header in direct or any(_includes(headers[name], header, headers) for name in direct)
+
+
+def _cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    target = cache_folder() / "ondevice" / kind / key
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=target.parent))
+    try:
+        make(folder)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, and its result is the same
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _key(toolchain: Toolchain, *parts: object) -> str:
+    content = repr((toolchain, _version(toolchain.command), parts))
+    return hashlib.sha256(content.encode()).hexdigest()[:40]
+
+
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    if "ziglang" in command:
+        return importlib.metadata.version("ziglang")
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.splitlines()[0] if result.stdout else ""
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return
+    message = (result.stderr or result.stdout).strip()
+    if "overflowed by" in message or "will not fit in region" in message or "region 'RAM'" in message:
+        line = next((text for text in message.splitlines() if "region" in text), message.splitlines()[0])
+        raise BudgetError(f"the linker refuses the firmware: {line.strip()}. Choose a smaller scheme or a larger board.")
+    lines = "\n".join(message.splitlines()[:8])
+    raise ToolError(f"{Path(command[0]).name} failed on code that this library generated:\n{lines}")
+
+
+@cache
+def _has_zig() -> bool:
+    return importlib.util.find_spec("ziglang") is not None

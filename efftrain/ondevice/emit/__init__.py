@@ -1,0 +1,1 @@
+"""From a planned training step to C99 files."""

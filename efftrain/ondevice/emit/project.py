@@ -1,0 +1,89 @@
+"""Everything of a program as files: for a user's own build, for the host library and for firmware."""
+
+from pathlib import Path
+from string import Template
+
+from efftrain.ondevice.emit.c_source import CSource
+from efftrain.ondevice.memory import MemoryPlan
+from efftrain.ondevice.target import Board
+from efftrain.units import format_bytes, format_count
+
+RUNTIME = Path(__file__).parent.parent / "runtime"
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def runtime_sources() -> dict[str, str]:
+    """The kernels, by file name, headers included."""
+    return {path.name: path.read_text() for path in sorted(RUNTIME.glob("*.[ch]"))}
+
+
+def template(file: str, **values: str | int) -> str:
+    """A file of ``templates/`` with its fields filled in."""
+    return Template((_TEMPLATES / file).read_text()).substitute(values)
+
+
+def firmware_sources(name: str, code: CSource) -> dict[str, str]:
+    """All C files of the firmware, by file name."""
+    return {
+        **runtime_sources(),
+        f"{name}.h": code.header,
+        f"{name}.c": code.source,
+        "startup.c": (_TEMPLATES / "startup.c").read_text(),
+        "driver.c": template("driver.c", name=name, NAME=name.upper()),
+    }
+
+
+def linker_script(board: Board, plan: MemoryPlan) -> str:
+    """A script whose memory regions are the board's, no byte more."""
+    return template(
+        "board.ld",
+        board=board.name,
+        ram_bytes=board.ram_bytes,
+        ram_origin=hex(board.ram_origin),
+        flash_bytes=board.flash_bytes,
+        flash_origin=hex(board.flash_origin),
+        stack_bytes=plan.stack_bytes,
+    )
+
+
+def write_project(folder: Path, name: str, code: CSource, plan: MemoryPlan, board: Board, scheme: str) -> None:
+    """A self-contained folder: program, kernels, an example and what it costs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        **runtime_sources(),
+        f"{name}.h": code.header,
+        f"{name}.c": code.source,
+        "main.c": template("main.c", name=name, NAME=name.upper()),
+        "board.ld": linker_script(board, plan),
+        "README.md": _readme(name, plan, board, scheme),
+    }
+    for file, text in files.items():
+        (folder / file).write_text(text)
+
+
+def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str) -> str:
+    rows = {
+        "arena": plan.arena_bytes,
+        "trained state": plan.trained_state_bytes,
+        "stack (reserved)": plan.stack_bytes,
+        "static": plan.static_bytes,
+        "**RAM, all of it**": plan.total_ram_bytes,
+        "flash (constants, and an allowance for code)": plan.flash_bytes,
+    }
+    table = "\n".join(f"| {part} | {num_bytes:,} B |" for part, num_bytes in rows.items())
+    return f"""\
+# {name}: a model that trains on {board.name}
+
+Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion or floating point; compile every `.c` file
+here (with `-fno-strict-aliasing` if you use link-time optimization: the arena holds buffers of several types in turn).
+
+| memory | bytes |
+|---|---|
+{table}
+
+The board has {format_bytes(board.ram_bytes)} of RAM and {format_bytes(board.flash_bytes)} of flash. The arena is
+{plan.arena_gap_bytes} B above the most bytes that are alive at once ({plan.arena_lower_bound_bytes:,} B).
+A prediction takes {format_count(plan.macs_forward)} multiply-adds, the backward pass and update {format_count(plan.macs_backward)} more.
+
+`{name}.h` is the contract, `main.c` an example, `board.ld` a linker script that holds the program to the board's memory.
+"""

@@ -1,0 +1,49 @@
+/* What runs before the program on a bare Cortex-M. The vector table is the shortest that is valid. */
+#include <stdint.h>
+
+extern uint32_t _stack_top;
+void Reset_Handler(void);
+
+static void stop(void)
+{
+    for (;;) {
+        __asm volatile("bkpt 0");
+    }
+}
+
+int32_t board_init(uint32_t seed);
+
+void Reset_Handler(void)
+{
+    (void)board_init(0U);
+    stop();
+}
+
+__attribute__((section(".vectors"), used)) const void *const vectors[16] = {
+    &_stack_top, (const void *)Reset_Handler, (const void *)stop, (const void *)stop,
+    (const void *)stop, (const void *)stop, (const void *)stop, 0,
+    0, 0, 0, (const void *)stop,
+    (const void *)stop, 0, (const void *)stop, (const void *)stop};
+
+/* A compiler may make these calls of plain loops and copies, even in freestanding code. */
+void *memcpy(void *to, const void *from, unsigned int count);
+void *memset(void *to, int value, unsigned int count);
+
+void *memcpy(void *to, const void *from, unsigned int count)
+{
+    volatile uint8_t *target = (volatile uint8_t *)to;
+    const uint8_t *source = (const uint8_t *)from;
+    for (unsigned int i = 0; i < count; i++) {
+        target[i] = source[i];
+    }
+    return to;
+}
+
+void *memset(void *to, int value, unsigned int count)
+{
+    volatile uint8_t *target = (volatile uint8_t *)to;
+    for (unsigned int i = 0; i < count; i++) {
+        target[i] = (uint8_t)value;
+    }
+    return to;
+}

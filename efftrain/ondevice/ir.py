@@ -1,0 +1,290 @@
+"""The intermediate representation: static shapes, channel last, batch 1, every tensor written once.
+
+Two levels share the tensors. A ``FloatGraph`` is what the front end reads from a PyTorch module. A ``StepGraph`` is one
+whole training step in integers, forward, loss, backward and updates, in the order in which a device will run it. ``verify``
+states what must hold for either; every pass is followed by it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+DType = Literal["f32", "s8", "s16", "s32", "bit"]
+Role = Literal["input", "activation", "mask", "logits", "gradient", "scratch"]
+Shape = tuple[int, int, int]
+"""Height, width, channels. A signal in time has height 1; a vector is 1 x 1 x channels."""
+
+_BITS = {"f32": 32, "s8": 8, "s16": 16, "s32": 32, "bit": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """What is known of a tensor before anything runs."""
+
+    shape: Shape
+    dtype: DType
+    role: Role = "activation"
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes without alignment; bits are packed."""
+        return (self.num_elements * _BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operation: which tensors it reads and which it writes is all that the planner needs to know."""
+
+    READS: ClassVar[tuple[str, ...]] = ()
+    WRITES: ClassVar[tuple[str, ...]] = ()
+
+    name: str
+    """Unique in its graph, and safe to print; made of the user's own names, so never pasted into C as it is."""
+
+    def _named(self, attributes: tuple[str, ...]) -> tuple[str, ...]:
+        values = (getattr(self, attribute) for attribute in attributes)
+        return tuple(value for value in values if value is not None)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the tensors it reads."""
+        return self._named(self.READS)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the tensors it writes."""
+        return self._named(self.WRITES)
+
+
+# --- what the front end gives -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatOp(Op):
+    """An operator of the user's model, one tensor in and one out."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+
+    x: str
+    y: str
+    source: str
+    """Where the user wrote it, for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conv(FloatOp):
+    """Dense convolution; the weight constant is ``(out, kernel_h, kernel_w, in)``."""
+
+    weight: str
+    bias: str | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    relu: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear(FloatOp):
+    """Matrix and bias; the weight constant is ``(out, in)``. ``canonicalize`` turns it into a ``Conv``."""
+
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relu(FloatOp):
+    """Maximum with zero. ``canonicalize`` folds it into what it follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flatten(FloatOp):
+    """Channels, height, width (torch's order) to a vector. ``canonicalize`` removes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalAverage(FloatOp):
+    """Mean over all pixels of each channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class FloatGraph:
+    """A model in real numbers. The last op writes the logits."""
+
+    input: str
+    output: str
+    tensors: Mapping[str, TensorType]
+    ops: tuple[FloatOp, ...]
+    constants: Mapping[str, npt.NDArray[np.float32]]
+
+
+# --- one training step in integers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOp(Op):
+    """An op that uses the constants, weights or biases of ``layer``."""
+
+    layer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvForward(LayerOp):
+    """``eft_conv_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y", "mask")
+    x: str
+    y: str
+    mask: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadForward(LayerOp):
+    """``eft_head_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("logits",)
+    x: str
+    logits: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageForward(LayerOp):
+    """``eft_global_average_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    x: str
+    y: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftmaxLoss(Op):
+    """``eft_softmax_loss_s16``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("logits",)
+    WRITES: ClassVar[tuple[str, ...]] = ("g",)
+    logits: str
+    g: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageGrad(LayerOp):
+    """``eft_global_average_grad_s16``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("gx",)
+    g: str
+    mask: str | None
+    gx: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvInputGrad(LayerOp):
+    """``eft_conv_input_grad_s16``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("gx", "scratch")
+    g: str
+    mask: str | None
+    gx: str
+    scratch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdate(LayerOp):
+    """``eft_conv_update_master_s8`` or ``eft_conv_update_stochastic_s8``: gradient and update, no gradient buffer."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x", "g")
+    WRITES: ClassVar[tuple[str, ...]] = ("scratch",)
+    x: str
+    g: str
+    scratch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasUpdate(LayerOp):
+    """``eft_bias_update_s32``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g",)
+    g: str
+
+
+StepOp = ConvForward | HeadForward | AverageForward | SoftmaxLoss | AverageGrad | ConvInputGrad | WeightUpdate | BiasUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """One training step; the ops up to the ``HeadForward`` are the prediction."""
+
+    input: str
+    logits: str
+    tensors: Mapping[str, TensorType]
+    ops: tuple[StepOp, ...]
+
+
+# --- what must hold ---------------------------------------------------------------------------------------------------
+
+
+def verify(graph: FloatGraph | StepGraph) -> None:
+    """Check the rules that passes rely on.
+
+    Raises:
+        AssertionError: The graph breaks one: a bug of this compiler, never of a user.
+    """
+    names = [op.name for op in graph.ops]
+    assert len(set(names)) == len(names), f"ops share a name: {names}"
+    written = {graph.input}
+    for op in graph.ops:
+        for field in fields(op):
+            assert field.name not in op.READS + op.WRITES or getattr(op, field.name) in (None, *graph.tensors), (
+                f"{op.name}.{field.name} is no tensor of the graph"
+            )
+        for name in op.reads:
+            assert name in written, f"{op.name} reads {name} before it is written"
+        for name in op.writes:
+            assert name not in written, f"{op.name} writes {name} a second time"
+            written.add(name)
+    assert written == set(graph.tensors), f"tensors that no op writes: {sorted(set(graph.tensors) - written)}"
+    if isinstance(graph, StepGraph):
+        assert graph.logits in written, "no op writes the logits"
+        _verify_step(graph)
+
+
+def _verify_step(graph: StepGraph) -> None:
+    updated_weights: set[str] = set()
+    updated_biases: set[str] = set()
+    for op in graph.ops:
+        match op:
+            case ConvForward() | HeadForward():
+                late = updated_weights | updated_biases
+                assert op.layer not in late, f"{op.name} would see parameters of the next step"
+            case ConvInputGrad():
+                assert op.layer not in updated_weights, f"{op.name} would see weights of the next step"
+                _same_shape(graph, op.gx, op.mask)
+            case AverageGrad():
+                _same_shape(graph, op.gx, op.mask)
+            case WeightUpdate():
+                assert op.layer not in updated_weights, f"{op.name} updates weights a second time"
+                updated_weights.add(op.layer)
+            case BiasUpdate():
+                assert op.layer not in updated_biases, f"{op.name} updates biases a second time"
+                updated_biases.add(op.layer)
+            case _:
+                pass
+    for name, tensor in graph.tensors.items():
+        wanted = {"mask": "bit", "gradient": "s16", "logits": "s16", "scratch": "s32"}.get(tensor.role, "s8")
+        assert tensor.dtype == wanted, f"{name} is a {tensor.role} of type {tensor.dtype}, not {wanted}"
+
+
+def _same_shape(graph: StepGraph, gradient: str, mask: str | None) -> None:
+    if mask is not None:
+        assert graph.tensors[gradient].shape == graph.tensors[mask].shape, f"{mask} does not fit {gradient}"

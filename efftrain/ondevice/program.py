@@ -1,0 +1,301 @@
+"""``compile``: a module, a scheme and a board in; a program with its plan, its C and three engines out."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from efftrain.errors import BudgetError, ConfigError
+from efftrain.ondevice import memory
+from efftrain.ondevice.autodiff import differentiate
+from efftrain.ondevice.backends.board import BoardEngine, CpuName, Firmware, build_firmware
+from efftrain.ondevice.backends.host import HostEngine, build_library
+from efftrain.ondevice.backends.simulator import Simulator
+from efftrain.ondevice.backends.toolchain import Kind
+from efftrain.ondevice.emit.c_source import CSource, check_identifier, emit_c
+from efftrain.ondevice.emit.project import write_project
+from efftrain.ondevice.frontend import read_module
+from efftrain.ondevice.ir import (
+    ConvForward,
+    ConvInputGrad,
+    FloatGraph,
+    HeadForward,
+    StepGraph,
+    WeightUpdate,
+)
+from efftrain.ondevice.memory import MemoryPlan
+from efftrain.ondevice.passes import run_passes
+from efftrain.ondevice.quantize import ConvConstants, Layers, calibrate, quantize
+from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
+from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
+from efftrain.ondevice.target import Board
+
+STATIC_BYTES = 8
+"""Seed and learning-rate shift in the context."""
+CODE_BYTES = 12_288
+"""Allowance for code and small tables in flash; the build checks that the linked firmware keeps to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A training step for one model, scheme and board, lowered to integers and planned to the byte.
+
+    Args:
+        name: Prefix of the C functions.
+        scheme: What learns.
+        target: The board that it is planned for.
+        graph: The step, after the passes.
+        layers: Constants by layer.
+        trained: What learns, by layer.
+        layout: Of the trained state.
+        plan: Memory.
+        rounding: How weights move.
+        seed: Of the stochastic rounding, for engines that are not given another.
+        input_scale: Real value of one unit of the input.
+        float_graph: The model as it was read.
+    """
+
+    name: str
+    scheme: Scheme
+    target: Board
+    graph: StepGraph = field(repr=False)
+    layers: Layers = field(repr=False)
+    trained: dict[str, Trained] = field(repr=False)
+    layout: StateLayout = field(repr=False)
+    plan: MemoryPlan = field(repr=False)
+    rounding: Rounding
+    seed: int
+    input_scale: float
+    float_graph: FloatGraph = field(repr=False)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self.graph.tensors[self.graph.input].shape
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the last layer."""
+        return self.graph.tensors[self.graph.logits].num_elements
+
+    @cached_property
+    def initial_state(self) -> bytes:
+        """The trained state before the first step."""
+        return initial_state(self.layout, self.layers)
+
+    @cached_property
+    def code(self) -> CSource:
+        """The generated C."""
+        initial = {(part, layer): array for (part, layer), array in self.layout.unpack(self.initial_state).items()}
+        return emit_c(self.name, self.graph, self.layers, self.layout, self.plan, self.rounding, initial)
+
+    def quantize_input(self, x: npt.NDArray[np.floating] | Tensor) -> npt.NDArray[np.int8]:
+        """Real samples as the device takes them.
+
+        Args:
+            x: ``(N, C, L)`` or ``(N, C, H, W)``, prepared as in training.
+
+        Returns:
+            int8, ``(N, H, W, C)``, to the nearest unit and clipped.
+
+        Raises:
+            ValueError: The shape is not the model's, or a value is inf or NaN.
+        """
+        height, width, channels = self.input_shape
+        array = np.asarray(x, np.float32)
+        if array.ndim == 3:
+            array = array[:, :, None, :]
+        if array.ndim != 4 or array.shape[1:] != (channels, height, width):
+            raise ValueError(f"samples have shape {np.shape(x)}; expected (N, {channels}, ...) with {height} x {width} positions")
+        if not np.isfinite(array).all():
+            raise ValueError("samples hold inf or NaN")
+        quantized = np.clip(np.rint(array / np.float32(self.input_scale)), -128, 127)
+        return np.ascontiguousarray(quantized.transpose(0, 2, 3, 1).astype(np.int8))
+
+    def simulator(self, seed: int | None = None) -> Simulator:
+        """The program in NumPy."""
+        return Simulator(
+            self.graph, self.layers, self.layout, self.rounding, self.initial_state, self.seed if seed is None else seed
+        )
+
+    def host(self, seed: int | None = None, toolchain: Kind = "auto") -> HostEngine:
+        """The program as C on this machine.
+
+        Raises:
+            ToolError: There is no C compiler.
+        """
+        return HostEngine(
+            build_library(self.name, self.code, toolchain),
+            self.name,
+            self.input_shape,
+            self.num_classes,
+            self.layout.num_bytes,
+            self.seed if seed is None else seed,
+        )
+
+    def firmware(self, cpu: CpuName | None = None, toolchain: Kind = "auto", board: Board | None = None) -> Firmware:
+        """The program linked for its board, or for another.
+
+        Raises:
+            ToolError: A tool is missing or failed.
+            BudgetError: It does not fit.
+        """
+        return build_firmware(self.name, self.code, self.plan, board or self.target, cpu, toolchain)
+
+    def board(
+        self,
+        cpu: CpuName | None = None,
+        *,
+        seed: int | None = None,
+        toolchain: Kind = "auto",
+        board: Board | None = None,
+        timeout_s: float = 300.0,
+    ) -> BoardEngine:
+        """The program as firmware on an emulated board.
+
+        Args:
+            cpu: ``m4`` or ``m7``; the board's own if not given.
+            seed: Of the stochastic rounding.
+            toolchain: Which cross compiler.
+            board: Another board than the one planned for.
+            timeout_s: A call that takes longer on the host's clock is a fault.
+
+        Raises:
+            ToolError: A tool is missing or failed.
+            BudgetError: It does not fit.
+        """
+        return BoardEngine(
+            self.firmware(cpu, toolchain, board),
+            board or self.target,
+            cpu,
+            self.input_shape,
+            self.num_classes,
+            self.layout.num_bytes,
+            self.seed if seed is None else seed,
+            timeout_s,
+        )
+
+    def write(self, folder: Path | str) -> Path:
+        """Write the program, its kernels, an example and a README into a folder, and return the folder."""
+        folder = Path(folder)
+        write_project(folder, self.name, self.code, self.plan, self.target, self.scheme.name)
+        return folder
+
+
+def compile(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    scheme: Scheme | str,
+    board: Board | str,
+    calibration: npt.NDArray[np.float32],
+    learning_rate: float,
+    seed: int = 0,
+    rounding: Rounding = "master",
+    name: str = "model",
+    switch_off: tuple[str, ...] = (),
+) -> Program:
+    """Turn a small CNN into a program that trains on a microcontroller.
+
+    Args:
+        model: A module of the supported operators whose outputs are logits; not changed.
+        example: One input, ``(1, C, L)`` or ``(1, C, H, W)``.
+        scheme: What learns, or the name of a preset.
+        board: What it must fit, or the name of a board.
+        calibration: Samples of the data that the model was trained on, ``(N, C, L)`` or ``(N, C, H, W)``.
+        learning_rate: Of plain SGD at batch 1 in real units: what would be used in fp32.
+        seed: Of the stochastic rounding.
+        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each); ``stochastic`` keeps 8 and costs up to
+            a point of accuracy when every layer is trained.
+        name: Prefix of the C functions.
+        switch_off: Passes to leave out, to see what they save.
+
+    Raises:
+        CompileError: The model cannot be compiled.
+        ConfigError: A setting is out of its range.
+        BudgetError: The plan needs more memory than the board has.
+    """
+    check_identifier(name)
+    if rounding not in ("master", "stochastic"):
+        raise ConfigError(f"rounding {rounding!r} is not known; known are master and stochastic")
+    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    target = Board.named(board) if isinstance(board, str) else board
+    model_graph = read_module(model, example)
+    quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate)
+    convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants)]
+    trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
+    graph = run_passes(differentiate(quantized.graph, trained), switch_off)
+    layout = lay_out(quantized.layers, trained, rounding)
+    program = Program(
+        name=name,
+        scheme=scheme,
+        target=target,
+        graph=graph,
+        layers=quantized.layers,
+        trained=trained,
+        layout=layout,
+        plan=_plan(graph, quantized.layers, layout, target, CODE_BYTES),
+        rounding=rounding,
+        seed=seed,
+        input_scale=quantized.input_scale,
+        float_graph=model_graph,
+    )
+    constant_bytes = program.code.constant_bytes
+    plan = _plan(graph, quantized.layers, layout, target, CODE_BYTES + constant_bytes)
+    _check_budget(plan, target, {f"constants of {name}": constant_bytes})
+    program.__dict__["plan"] = plan
+    return program
+
+
+def _plan(graph: StepGraph, layers: Layers, layout: StateLayout, board: Board, flash_bytes: int) -> MemoryPlan:
+    arena = memory.plan_arena(graph)
+    forward = backward = 0
+    for op in graph.ops:
+        layer = layers.get(getattr(op, "layer", ""))
+        if not isinstance(layer, ConvConstants):
+            continue
+        match op:
+            case ConvForward() | HeadForward():
+                forward += layer.shape.macs
+            case ConvInputGrad():
+                backward += layer.shape.macs
+            case WeightUpdate():
+                backward += layer.shape.macs // layer.shape.in_c * graph.tensors[op.scratch].num_elements
+            case _:
+                pass
+    return MemoryPlan(
+        board=board.name,
+        board_ram_bytes=board.ram_bytes,
+        board_flash_bytes=board.flash_bytes,
+        arena_bytes=arena.num_bytes,
+        arena_lower_bound_bytes=arena.lower_bound_bytes,
+        trained_state_bytes=layout.ram_bytes,
+        scratch_bytes=0,
+        stack_bytes=board.stack_bytes,
+        static_bytes=STATIC_BYTES,
+        flash_bytes=flash_bytes,
+        macs_forward=forward,
+        macs_backward=backward,
+        buffers=arena.buffers,
+        ops=tuple(op.name for op in graph.ops),
+    )
+
+
+def _check_budget(plan: MemoryPlan, board: Board, constants: dict[str, int]) -> None:
+    if plan.total_ram_bytes > board.ram_bytes:
+        parts = {f"{b.kind} {b.name}": b.num_bytes for b in plan.buffers}
+        parts |= {"the trained state": plan.trained_state_bytes, "the stack": plan.stack_bytes}
+        raise BudgetError(
+            f"the plan needs {plan.total_ram_bytes} B of RAM (arena {plan.arena_bytes}, trained state "
+            f"{plan.trained_state_bytes}, stack {plan.stack_bytes}, static {plan.static_bytes}); {board.name} has "
+            f"{board.ram_bytes} B. Largest: {memory.largest(parts)}. Train fewer channels or layers (scheme sparse, "
+            "last_layer or bias_only), use rounding='stochastic' (halves the trained weights), or choose a larger board."
+        )
+    if plan.flash_bytes > board.flash_bytes:
+        raise BudgetError(
+            f"the plan needs {plan.flash_bytes} B of flash; {board.name} has {board.flash_bytes} B. "
+            f"Largest: {memory.largest(constants)}. Choose a smaller model or a larger board."
+        )

@@ -1,0 +1,172 @@
+/**
+ * The kernels of a device program: training a small CNN with integers only.
+ *
+ * This header is the contract; docs/formats/arithmetic.md is the specification of every result, to the bit. C99, no heap, no stdio,
+ * no global state, no recursion, no floating point. Every buffer comes from the caller, and no two of one call may overlap.
+ *
+ * Activations are int8 in [pixels][channels] order (channel last) with a zero point that is -128 after a ReLU and 0 otherwise:
+ * the quantized value is stored - zero_point. Gradients are int16 with |q| < 2^15 and stand for q * 2^exponent * sigma, where sigma
+ * is a constant of the compiler and the exponent one int32 a tensor. The bits of a gradient are the bit length of its largest |q|.
+ */
+#ifndef EFT_H
+#define EFT_H
+
+#include <stdint.h>
+
+/** What the functions of a generated model return. Classes and EFT_OK are >= 0, errors are < 0. */
+#define EFT_OK 0
+#define EFT_ERROR_ARGUMENT (-1) /**< A pointer is NULL or a setting is out of its range */
+#define EFT_ERROR_SIZE (-2)     /**< The number of bytes is not what the model takes */
+#define EFT_ERROR_LABEL (-3)    /**< The label is not in [0, classes) */
+#define EFT_ERROR_STATE (-4)    /**< A trained state holds a value outside the range that rules overflow out */
+
+/** Largest |bias|. With at most 33,156 terms a sum, an int32 accumulator cannot overflow. */
+#define EFT_BIAS_LIMIT 1073741824
+
+/** A dense convolution. A linear layer is one whose kernel covers its whole input. */
+typedef struct {
+    int32_t in_h, in_w, in_c;
+    int32_t out_h, out_w, out_c;
+    int32_t kernel_h, kernel_w;
+    int32_t stride_h, stride_w;
+    int32_t pad_h, pad_w; /**< Rows above and columns to the left; what lies beyond the input counts as zero */
+} eft_conv_shape;
+
+/** The weights of one layer in two runs: input channels [0, trained_c) live in RAM and learn, the others stay in flash. */
+typedef struct {
+    const int8_t *trained; /**< [out_c][kernel_h][kernel_w][trained_c], in [-127, 127]; not read if trained_c is 0 */
+    const int8_t *frozen;  /**< [out_c][kernel_h][kernel_w][in_c - trained_c]; not read if trained_c is in_c */
+    int32_t trained_c;
+} eft_weights;
+
+/** One factor a channel: multiplier * 2^-shift. */
+typedef struct {
+    const int32_t *multiplier; /**< 0 or in [2^30, 2^31) */
+    const int16_t *shift;
+} eft_factors;
+
+/** How accumulators become activations. */
+typedef struct {
+    eft_factors factors;  /**< Per output channel; shifts in [1, 62] */
+    int32_t zero_point;   /**< -128 after a ReLU, else 0 */
+    int32_t pass_minimum; /**< Smallest stored value that passes a gradient: -127 after a ReLU, else -128 */
+} eft_requantize;
+
+/**
+ * Convolution with bias, requantization and, with a zero point of -128, ReLU.
+ *
+ *   y[p][o] = clamp(rsh(bias[o] + sum w[o][k][i] * (x[..][i] - x_zero_point), factor[o]) + zero_point, -128, 127)
+ *
+ * @param[in]  x             Input, [in_h * in_w][in_c]
+ * @param[in]  shape         kernel_h * kernel_w * in_c <= 33,156
+ * @param[in]  x_zero_point  -128 or 0
+ * @param[in]  bias          Per output channel, |bias| <= EFT_BIAS_LIMIT
+ * @param[out] y             [out_h * out_w][out_c]
+ * @param[out] mask          One bit an element of y, 1 where a gradient passes; bit i is bit (i & 7) of byte (i >> 3).
+ *                           (out_h * out_w * out_c + 7) / 8 bytes, or NULL if no gradient will be asked for
+ */
+void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
+                 const int32_t *bias, const eft_requantize *out, int8_t *y, uint8_t *mask);
+
+/**
+ * The last layer: the same sums as eft_conv_s8, scaled to logits in units of ln(2) / 256 and clamped to int16.
+ *
+ * @param[out] logits  int16, [out_c]; out_h and out_w are 1
+ */
+void eft_head_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
+                 const int32_t *bias, const eft_factors *factors, int16_t *logits);
+
+/**
+ * Mean over all pixels of each channel.
+ *
+ * @param[in] pixels        In [1, 2^22]
+ * @param[in] multiplier    With shift: x_scale / (pixels * y_scale)
+ * @param[in] x_zero_point  Of x and of y
+ */
+void eft_global_average_s8(const int8_t *x, int32_t pixels, int32_t channels, int32_t x_zero_point, int32_t multiplier,
+                           int32_t shift, int8_t *y);
+
+/** Index of the largest of num_classes >= 1 logits, the first of equals. */
+int32_t eft_argmax_s16(const int16_t *logits, int32_t num_classes);
+
+/**
+ * Gradient of softmax cross-entropy: p - onehot(label), exponent -15.
+ *
+ * @param[in]  num_classes  In [1, 65535]
+ * @param[in]  label        In [0, num_classes)
+ * @param[out] g            [num_classes]
+ * @return     The bits of g; 0 when the sample teaches nothing
+ */
+int32_t eft_softmax_loss_s16(const int16_t *logits, int32_t num_classes, int32_t label, int16_t *g);
+
+/**
+ * Gradient of eft_global_average_s8 with respect to its input. The exponent stays, sigma is divided by pixels.
+ *
+ * @param[in] x_mask  Mask of the tensor whose gradient this is, or NULL if all of it passes
+ * @return    The bits of gx
+ */
+int32_t eft_global_average_grad_s16(const int16_t *g, int32_t pixels, int32_t channels, const uint8_t *x_mask, int16_t *gx);
+
+/** Constants of eft_conv_input_grad_s16, one set a layer. */
+typedef struct {
+    const int16_t *channel_scale; /**< round(32767 * scale[o] / max scale), per output channel */
+    int32_t operand_bits;         /**< min(15, 24 - ceil(log2(out_c * kernel_h * kernel_w))) */
+    int32_t shift;                /**< Of the sums, from a bound on the initial weights; may be negative */
+} eft_input_grad;
+
+/**
+ * Gradient of a convolution with respect to its input, with the weights as they are now.
+ * Its exponent is exponent(g) - (operand_bits - g_bits) + shift.
+ *
+ * @param[in] g_bits   What the producer of g returned, in [0, 15]
+ * @param[in] x_mask   Mask of the layer's input, or NULL if all of it passes
+ * @param     scratch  int32, [in_c]
+ * @return    The bits of gx
+ */
+int32_t eft_conv_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
+                                const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx, int32_t *scratch);
+
+/** A gradient tensor as the update kernels take it. */
+typedef struct {
+    const int16_t *g;
+    int32_t bits;
+    int32_t exponent;
+} eft_gradient;
+
+/**
+ * One step of SGD on the trained weights of a convolution: weight gradient and update in one pass, 16-bit master weights.
+ * The weight is 256 * trained + residual; it moves by the nearest 1/256.
+ *
+ * @param[in]     x         The layer's input in the forward pass
+ * @param[in]     rate      Learning rate * scales / QAS, per output channel
+ * @param[in]     lr_shift  Number of halvings of the learning rate, in [0, 31]
+ * @param[in,out] trained   [out_c][kernel_h][kernel_w][trained_c]
+ * @param[in,out] residual  Same shape
+ * @param[in]     trained_c Input channels [0, trained_c) of in_c
+ * @param         scratch   int32, [trained_c]
+ */
+void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
+                               const eft_factors *rate, int32_t lr_shift, int8_t *trained, int8_t *residual, int32_t trained_c,
+                               int32_t *scratch);
+
+/**
+ * The same step on int8 weights alone, rounded stochastically: no residual, no more RAM than the weights.
+ *
+ * @param[in] key         eft_step_key of this step
+ * @param[in] first_index Position of the layer's first weight among all weights of the model
+ */
+void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                   const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                   uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
+
+/** The random key of a training step. */
+uint32_t eft_step_key(uint32_t seed, uint32_t step);
+
+/** One step of SGD on the biases of a convolution: bias[o] in [-EFT_BIAS_LIMIT, EFT_BIAS_LIMIT] before and after. */
+void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
+                         int32_t lr_shift, int32_t *bias);
+
+/** Bytes from one place to another that does not overlap with it. */
+void eft_copy(void *to, const void *from, uint32_t num_bytes);
+
+#endif

@@ -1,0 +1,27 @@
+#include "eft_internal.h"
+
+void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
+                               const eft_factors *rate, int32_t lr_shift, int8_t *trained, int8_t *residual, int32_t trained_c,
+                               int32_t *scratch)
+{
+    const int32_t cut = eft_cut(gradient->bits, shape->out_h * shape->out_w);
+    int32_t index = 0;
+    for (int32_t o = 0; o < shape->out_c; o++) {
+        const int32_t shift = rate->shift[o] - (gradient->exponent + cut) - 16 + lr_shift;
+        for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
+            for (int32_t kx = 0; kx < shape->kernel_w; kx++) {
+                eft_conv_weight_sums(x, x_zero_point, gradient->g, cut, shape, o, ky, kx, trained_c, scratch);
+                for (int32_t i = 0; i < trained_c; i++) {
+                    const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
+                    const int64_t old = (int64_t)trained[index] * 256 + residual[index];
+                    /* The ends leave room for a residual in [-128, 127] beside a weight in [-127, 127]. */
+                    const int32_t master = (int32_t)eft_clamp64(old - ((step + 128) >> 8), -32640, 32639);
+                    const int32_t weight = (master + 128) >> 8;
+                    trained[index] = (int8_t)weight;
+                    residual[index] = (int8_t)(master - weight * 256);
+                    index++;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,26 @@
+#include "eft_internal.h"
+
+void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                   const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                   uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch)
+{
+    const int32_t cut = eft_cut(gradient->bits, shape->out_h * shape->out_w);
+    int32_t index = 0;
+    for (int32_t o = 0; o < shape->out_c; o++) {
+        const int32_t shift = rate->shift[o] - (gradient->exponent + cut) - 16 + lr_shift;
+        for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
+            for (int32_t kx = 0; kx < shape->kernel_w; kx++) {
+                const int32_t tap = (o * shape->kernel_h + ky) * shape->kernel_w + kx;
+                const uint32_t first = first_index + (uint32_t)(tap * shape->in_c);
+                eft_conv_weight_sums(x, x_zero_point, gradient->g, cut, shape, o, ky, kx, trained_c, scratch);
+                for (int32_t i = 0; i < trained_c; i++) {
+                    const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
+                    const int64_t dither = (int64_t)(eft_hash32(key ^ (first + (uint32_t)i)) >> 16);
+                    const int64_t weight = (int64_t)trained[index] - ((step + dither) >> 16);
+                    trained[index] = (int8_t)eft_clamp64(weight, -127, 127);
+                    index++;
+                }
+            }
+        }
+    }
+}

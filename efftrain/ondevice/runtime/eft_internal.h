@@ -1,0 +1,156 @@
+/** Arithmetic that the kernels share. See docs/formats/arithmetic.md, "Notation". Not part of the contract. */
+#ifndef EFT_INTERNAL_H
+#define EFT_INTERNAL_H
+
+#include <stddef.h>
+
+#include "eft.h"
+
+/* Shifting a negative value right must repeat the sign bit; every compiler we build with does, and a build with one
+ * that does not stops here. */
+typedef char eft_needs_arithmetic_right_shift[((-1) >> 1 == -1) ? 1 : -1];
+
+static inline int32_t eft_clamp(int32_t value, int32_t low, int32_t high)
+{
+    return value < low ? low : (value > high ? high : value);
+}
+
+static inline int64_t eft_clamp64(int64_t value, int64_t low, int64_t high)
+{
+    return value < low ? low : (value > high ? high : value);
+}
+
+/** value * 2^-shift, rounded half up; |value| < 2^62 for a right shift. A left shift saturates beyond 2^38 * 2^24. */
+static inline int64_t eft_rsh(int64_t value, int32_t shift)
+{
+    int64_t result;
+    if (shift > 62) {
+        result = 0;
+    } else if (shift > 0) {
+        result = (value + ((int64_t)1 << (shift - 1))) >> shift;
+    } else {
+        const int64_t limit = (int64_t)1 << 38;
+        result = eft_clamp64(value, -limit, limit) * ((int64_t)1 << (shift < -24 ? 24 : -shift));
+    }
+    return result;
+}
+
+/** The same for shifts in [0, 30] of values that leave room for the rounding term. */
+static inline int32_t eft_rsh32(int32_t value, int32_t shift)
+{
+    return shift > 0 ? (value + (int32_t)(1U << (uint32_t)(shift - 1))) >> shift : value;
+}
+
+/** Number of bits of value; 0 for 0. */
+static inline int32_t eft_bit_length(uint32_t value)
+{
+    int32_t length = 0;
+    while (value != 0U) {
+        length++;
+        value >>= 1;
+    }
+    return length;
+}
+
+/** Smallest k with 2^k >= value, for value >= 1. */
+static inline int32_t eft_ceil_log2(int32_t value)
+{
+    return eft_bit_length((uint32_t)value - 1U);
+}
+
+static inline uint32_t eft_magnitude(int32_t value)
+{
+    return value < 0 ? 0U - (uint32_t)value : (uint32_t)value;
+}
+
+static inline uint32_t eft_hash32(uint32_t x)
+{
+    x ^= x >> 16;
+    x *= 0x7feb352dU;
+    x ^= x >> 15;
+    x *= 0x846ca68bU;
+    x ^= x >> 16;
+    return x;
+}
+
+static inline int eft_passes(const uint8_t *mask, int32_t index)
+{
+    return mask == NULL || ((mask[index >> 3] >> (index & 7)) & 1) != 0;
+}
+
+static inline int32_t eft_dot(const int8_t *x, int32_t x_zero_point, const int8_t *w, int32_t count)
+{
+    int32_t sum = 0;
+    for (int32_t i = 0; i < count; i++) {
+        sum += ((int32_t)x[i] - x_zero_point) * (int32_t)w[i];
+    }
+    return sum;
+}
+
+/** How far a gradient is shifted right before it is summed over pixels, so that no sum leaves int32. */
+static inline int32_t eft_cut(int32_t bits, int32_t pixels)
+{
+    const int32_t excess = bits - (23 - eft_ceil_log2(pixels));
+    return excess > 0 ? excess : 0;
+}
+
+/** The sum of one output element, without its bias. */
+static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int32_t x_zero_point, const eft_weights *weights,
+                                   int32_t oy, int32_t ox, int32_t o)
+{
+    const int32_t trained_c = weights->trained_c;
+    const int32_t frozen_c = s->in_c - trained_c;
+    const int32_t top = oy * s->stride_h - s->pad_h;
+    const int32_t left = ox * s->stride_w - s->pad_w;
+    int32_t sum = 0;
+    for (int32_t ky = 0; ky < s->kernel_h; ky++) {
+        const int32_t iy = top + ky;
+        if (iy < 0 || iy >= s->in_h) {
+            continue;
+        }
+        for (int32_t kx = 0; kx < s->kernel_w; kx++) {
+            const int32_t ix = left + kx;
+            const int32_t tap = (o * s->kernel_h + ky) * s->kernel_w + kx;
+            if (ix < 0 || ix >= s->in_w) {
+                continue;
+            }
+            const int8_t *pixel = x + (iy * s->in_w + ix) * s->in_c;
+            if (trained_c > 0) {
+                sum += eft_dot(pixel, x_zero_point, weights->trained + tap * trained_c, trained_c);
+            }
+            if (frozen_c > 0) {
+                sum += eft_dot(pixel + trained_c, x_zero_point, weights->frozen + tap * frozen_c, frozen_c);
+            }
+        }
+    }
+    return sum;
+}
+
+/** scratch[i] = sum over pixels of gradient * input, for output channel o and one tap of the kernel. */
+static inline void eft_conv_weight_sums(const int8_t *x, int32_t x_zero_point, const int16_t *g, int32_t cut,
+                                        const eft_conv_shape *s, int32_t o, int32_t ky, int32_t kx, int32_t trained_c,
+                                        int32_t *scratch)
+{
+    for (int32_t i = 0; i < trained_c; i++) {
+        scratch[i] = 0;
+    }
+    for (int32_t oy = 0; oy < s->out_h; oy++) {
+        const int32_t iy = oy * s->stride_h - s->pad_h + ky;
+        if (iy < 0 || iy >= s->in_h) {
+            continue;
+        }
+        for (int32_t ox = 0; ox < s->out_w; ox++) {
+            const int32_t ix = ox * s->stride_w - s->pad_w + kx;
+            const int32_t value = eft_rsh32(g[(oy * s->out_w + ox) * s->out_c + o], cut);
+            if (value == 0 || ix < 0 || ix >= s->in_w) {
+                continue;
+            }
+            const int8_t *pixel = x + (iy * s->in_w + ix) * s->in_c;
+            for (int32_t i = 0; i < trained_c; i++) {
+                scratch[i] += value * ((int32_t)pixel[i] - x_zero_point);
+            }
+        }
+    }
+}
+
+#endif

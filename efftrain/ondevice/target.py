@@ -1,0 +1,62 @@
+"""The boards that programs are planned for. A board is data: one TOML file each in ``boards/``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from efftrain.config.load import load_recipe
+from efftrain.errors import ConfigError
+
+_FOLDER = Path(__file__).parent / "boards"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Board:
+    """Memory and processor of a board. Addresses and sizes are what the linker and the emulator enforce."""
+
+    name: str
+    cpu: Literal["cortex-m4", "cortex-m7"]
+    clock_hz: int
+    ram_bytes: int
+    flash_bytes: int
+    ram_origin: int = 0x2000_0000
+    flash_origin: int = 0x0800_0000
+    data_origin: int = 0x9000_0000
+    """Read-only memory outside the chip from which samples come: serial flash, a sensor's window. Not RAM."""
+
+    stack_bytes: int = 1024
+    """Reserved for the deepest call of the program and one exception frame. The linker places it at the bottom of RAM,
+    so that an overflow leaves the mapped memory instead of writing over data."""
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes <= 0 or self.flash_bytes <= 0 or self.clock_hz <= 0:
+            raise ValueError("ram_bytes, flash_bytes and clock_hz must be positive")
+        if self.stack_bytes <= 0 or self.stack_bytes % 8:
+            raise ValueError(f"stack_bytes is {self.stack_bytes}; it must be a positive multiple of 8")
+        if any(origin % 4096 for origin in (self.ram_origin, self.flash_origin, self.data_origin)):
+            raise ValueError("origins must be multiples of 4096")
+
+    @classmethod
+    def named(cls, name: str) -> "Board":
+        """A board that ships with the library; ``names`` lists them.
+
+        Raises:
+            ConfigError: There is no such board.
+        """
+        if name not in cls.names():
+            raise ConfigError(f"board {name!r} is not known; known are {', '.join(cls.names())}, or give a TOML file")
+        return cls.load(_FOLDER / f"{name}.toml")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Board":
+        """Read a board from a TOML file; unknown keys are errors.
+
+        Raises:
+            ConfigError: The file is missing, no TOML, or has an unknown key or a value out of range.
+        """
+        return load_recipe(cls, path)
+
+    @staticmethod
+    def names() -> list[str]:
+        """Boards that ship with the library."""
+        return sorted(path.stem for path in _FOLDER.glob("*.toml"))
