@@ -197,12 +197,13 @@ def _read_weights(folder: Path, header: Mapping[str, object], wanted: Mapping[st
         raise CheckpointError(
             f"{path}: expected safetensors, found bytes that do not parse ({type(error).__name__}: {error})."
         ) from error
+    # In the model's order: the order of the parsed tensors differs from run to run.
+    for key in sorted(set(tensors) - set(wanted)):
+        raise CheckpointError(f"{path}: tensor {key!r} is unknown; expected {', '.join(wanted)}.")
     for key in wanted:
-        if key not in tensors:
+        tensor = tensors.get(key)
+        if tensor is None:
             raise CheckpointError(f"{path}: tensor {key!r} is missing; found {', '.join(sorted(tensors)) or 'none'}.")
-    for key, tensor in tensors.items():
-        if key not in wanted:
-            raise CheckpointError(f"{path}: tensor {key!r} is unknown; expected {', '.join(sorted(wanted))}.")
         if tensor.shape != wanted[key].shape or tensor.dtype != wanted[key].dtype:
             raise CheckpointError(
                 f"{path}: tensor {key!r}: expected {wanted[key].dtype} of shape {tuple(wanted[key].shape)}, "
