@@ -294,3 +294,16 @@ def test_too_little_text_is_an_error(tmp_path: Path) -> None:
         load_pytext(folder=tmp_path)
     with pytest.raises(ConfigError, match="context of at least 1"):
         load_pytext(context=0)
+
+
+def test_watch_splits_take_fewer_people_and_a_shorter_train_part() -> None:
+    """The demo trains on the early part of eight people and keeps two unseen."""
+    early = load_dataset("watch", "train", people=8, train_share=0.4)
+    assert len(early) == len(load_watch().select(PEOPLE[:8], "early"))
+    unseen = load_dataset("watch", "unseen", people=8, train_share=0.4)
+    assert isinstance(unseen, ArrayDataset)
+    assert unseen.groups is not None
+    assert set(unseen.groups.tolist()) == {9, 10}
+    for options in ({"people": 10}, {"people": 0}, {"train_share": 0.8}, {"train_share": 0.0}):
+        with pytest.raises(ConfigError, match="people is .*, expected 1 to 9; train_share is"):
+            load_dataset("watch", **options)
