@@ -24,6 +24,14 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value))
 
 
+def print_table(table: Any) -> None:
+    """A rich table on stdout. A pipe has no width, and a table cut to 80 columns would lose its figures."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
 def say(text: str) -> None:
     """A line for people, on stderr: stdout may be a pipe that expects JSON."""
     print(text, file=sys.stderr, flush=True)

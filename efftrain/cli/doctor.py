@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from efftrain.cli.console import JsonOption, print_json
+from efftrain.cli.console import JsonOption, print_json, print_table
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,13 @@ def doctor_command(as_json: JsonOption = False) -> None:
         pieces = [{"name": c.name, "found": found, "enables": c.enables, "install": c.install} for c, found in rows]
         print_json({"pieces": pieces, "missing": [c.name for c, found in rows if found is None]})
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("piece", "found", "enables", "install with", box=None, pad_edge=False)
     for check, found in rows:
         state = f"[green]{found}[/green]" if found is not None else "[yellow]missing[/yellow]"
         table.add_row(check.name, state, check.enables, "" if found is not None else check.install.replace("[", "\\["))
-    Console().print(table)
+    print_table(table)
 
 
 def _checks() -> list[Check]:

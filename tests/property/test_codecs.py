@@ -1,0 +1,249 @@
+"""What must hold for every codec, every tensor and every string of bytes."""
+
+import random
+import struct
+import zlib
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+
+from efftrain.compression import Codec, Feedback, Identity, Int8, TopK, codec_of, decode, format_codec, parse_codec
+from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
+from efftrain.compression.sparsify import largest
+from efftrain.errors import NonFiniteError, PayloadError
+
+Floats = npt.NDArray[np.float32]
+
+CODECS: list[Codec] = [
+    Identity(),
+    Int8(),
+    Int8(block=7),
+    Int8(block=16, rounding="stochastic"),
+    TopK(0.01),
+    TopK(0.3),
+    TopK(1.0),
+    TopK(0.1) >> Int8(block=5),
+]
+
+
+def codecs() -> st.SearchStrategy[Codec]:
+    return st.sampled_from(CODECS)
+
+
+def tensors(max_size: int = 400, largest_value: float = 1e30) -> st.SearchStrategy[Floats]:
+    bound = float(np.float32(largest_value))
+    elements = st.floats(-bound, bound, width=32, allow_nan=False, allow_subnormal=True)
+    return hnp.arrays(np.float32, st.integers(0, max_size), elements=elements)
+
+
+@given(codecs(), tensors())
+def test_the_size_is_known_before(codec: Codec, x: Floats) -> None:
+    assert codec.encode(x).num_bytes == codec.encoded_bytes(x.size)
+
+
+@given(codecs(), tensors(), st.integers(0, 2**32))
+def test_encoding_repeats_and_the_message_names_its_codec(codec: Codec, x: Floats, key: int) -> None:
+    payload = codec.encode(x, key=key)
+    assert payload == codec.encode(x.copy(), key=key)
+    assert codec_of(payload) == codec
+    np.testing.assert_array_equal(decode(bytes(payload)), codec.decode(payload))
+
+
+@given(tensors())
+def test_identity_is_exact(x: Floats) -> None:
+    np.testing.assert_array_equal(Identity().decode(Identity().encode(x)), x)
+
+
+@given(tensors(), st.integers(1, 40))
+def test_int8_errs_by_half_a_level(x: Floats, block: int) -> None:
+    codec = Int8(block=block)
+    y = codec.decode(codec.encode(x))
+    padded = np.zeros(-(-x.size // block) * block, np.float64)
+    padded[: x.size] = np.abs(x)
+    scale = np.repeat(padded.reshape(-1, block).max(axis=1, initial=0) / 127, block)[: x.size]
+    # Half a level, and the rounding of scale and product in fp32; below 2**-140 the scale itself has few bits.
+    assert (np.abs(y.astype(np.float64) - x) <= scale * (0.5 + 1e-4) + 2.0**-140 * 127).all()
+
+
+@given(st.integers(0, 10_000))
+def test_stochastic_rounding_is_unbiased(key: int) -> None:
+    x = np.full(20_000, 0.3, np.float32)
+    x[0] = 127  # one level is 1.0
+    codec = Int8(block=20_000, rounding="stochastic")
+    mean = codec.decode(codec.encode(x, key=key))[1:].mean()
+    assert abs(mean - 0.3) < 6 * 0.46 / np.sqrt(20_000)  # six standard errors of a 0.3 coin
+
+
+@given(tensors(), st.floats(0.001, 1))
+def test_top_k_sends_the_largest(x: Floats, ratio: float) -> None:
+    codec = TopK(ratio)
+    y = codec.decode(codec.encode(x))
+    k = codec.num_sent(x.size)
+    sent = largest(x, k)
+    np.testing.assert_array_equal(y[sent], x[sent])
+    rest = np.delete(x, sent)
+    assert np.count_nonzero(np.delete(y, sent)) == 0
+    if k and rest.size:
+        assert np.abs(x[sent]).min() >= np.abs(rest).max()
+
+
+@given(st.integers(0, 60), codecs(), st.data())
+def test_nothing_is_lost(n: int, codec: Codec, data: st.DataObject) -> None:
+    """decode(encode(g + r)) + r' == g + r, step after step; stochastic rounding within one ulp."""
+    feedback, residual = Feedback(codec), np.zeros(n, np.float32)
+    elements = st.floats(-1e4, 1e4, width=32)
+    for step in range(3):
+        g = data.draw(hnp.arrays(np.float32, n, elements=elements))
+        owed = g + residual
+        sent = codec.decode(feedback.encode("w", g, key=step))
+        feedback.commit()
+        residual = feedback.state_dict()["residual/w"]
+        if codec == Int8(block=16, rounding="stochastic"):
+            assert (np.abs(sent + residual - owed) <= np.spacing(np.maximum(np.abs(sent), np.abs(owed)))).all()
+        else:
+            np.testing.assert_array_equal(sent + residual, owed)
+
+
+@given(tensors(60, 1e4), st.floats(0.1, 0.95))
+def test_momentum_correction_sends_the_velocity(g: Floats, momentum: float) -> None:
+    feedback = Feedback(Identity(), momentum=momentum)
+    velocity = np.zeros_like(g)
+    for _ in range(3):
+        velocity = velocity * np.float32(momentum) + g
+        np.testing.assert_allclose(Identity().decode(feedback.encode("w", g)), velocity, rtol=1e-5, atol=1e-3)
+        feedback.commit()
+
+
+@given(tensors(60, 1e4))
+def test_a_step_that_does_not_count_leaves_no_trace(g: Floats) -> None:
+    feedback = Feedback(TopK(0.1) >> Int8(), momentum=0.9)
+    feedback.encode("w", g)
+    feedback.commit()
+    before = feedback.state_dict()
+    feedback.encode("w", g * 2)
+    feedback.rollback()
+    after = feedback.state_dict()
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@given(codecs(), tensors())
+def test_decode_add_adds(codec: Codec, x: Floats) -> None:
+    payload = codec.encode(x)
+    out = np.ones_like(x)
+    codec.decode_add(payload, out, weight=0.5)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(out, np.float32(1) + np.float32(0.5) * codec.decode(payload))
+    tensor = torch.ones(x.size)
+    codec.decode_add(payload, tensor, weight=0.5)
+    np.testing.assert_array_equal(tensor.numpy(), out)
+
+
+@given(st.data(), st.integers(1, 5000))
+def test_indices_come_back(data: st.DataObject, n: int) -> None:
+    indices = np.array(sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=200))), np.int64)
+    coded = encode_indices(indices, n)
+    assert coded.size == index_bytes(indices.size, n)
+    np.testing.assert_array_equal(decode_indices(coded, indices.size, n), indices)
+
+
+def test_indices_cost_what_the_docstring_says() -> None:
+    bits = 8 * index_bytes(100_000, 10_000_000) / 100_000
+    assert bits <= 2 + np.log2(100)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=format_codec)
+def test_large_tensor(codec: Codec) -> None:
+    x = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
+    y = codec.decode(codec.encode(x))
+    assert y.shape == x.shape
+    assert np.abs(y - x).max() <= np.abs(x).max()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=format_codec)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_non_finite_is_refused_by_name(codec: Codec, bad: float) -> None:
+    x = np.ones(10, np.float32)
+    x[3] = bad
+    with pytest.raises(NonFiniteError, match=r"1 of 10 entries .* index 3"):
+        codec.encode(x)
+    with pytest.raises(NonFiniteError, match="parameter 'layer.weight'"):
+        Feedback(codec).encode("layer.weight", x)
+
+
+@pytest.mark.parametrize("x", [np.ones((2, 2), np.float32), np.ones(3, np.float64), np.ones(3, np.int32)])
+def test_wrong_tensors_are_refused(x: npt.NDArray[np.float32]) -> None:
+    with pytest.raises(ValueError, match="codecs take"):
+        Identity().encode(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    x = torch.tensor([1.5, -2.25, 0.0], dtype=dtype)
+    assert Identity().decode(Identity().encode(x)).tolist() == [1.5, -2.25, 0.0]
+
+
+def mutate(message: bytes, rng: random.Random) -> bytes:
+    """Cut, lengthen, flip or overwrite; half of the time with the checksum made right again."""
+    data = bytearray(message)
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.randrange(4)
+        if kind == 0 and data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[rng.randint(0, len(data)) :]
+        elif kind == 2:
+            data += rng.randbytes(rng.randint(1, 9))
+        elif data:
+            place = rng.randrange(len(data))
+            data[place : place + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", rng.randbytes(4)])
+    if len(data) >= 18 and rng.random() < 0.5:
+        crc = zlib.crc32(data[18:], zlib.crc32(data[:14]))
+        data[14:18] = struct.pack("<I", crc)
+    return bytes(data)
+
+
+def attack(codec: Codec, num_messages: int) -> int:
+    """Feed mutated messages to both doors; returns how many still decoded."""
+    rng = random.Random(zlib.crc32(format_codec(codec).encode()))
+    x = np.random.default_rng(1).standard_normal(50).astype(np.float32)
+    message, decoded = bytes(codec.encode(x)), 0
+    for _ in range(num_messages):
+        bad = mutate(message, rng)
+        for door in (lambda: decode(bad, max_elements=10_000), lambda: codec.decode_add(bad, np.zeros(50, np.float32))):
+            try:
+                y = door()
+            except PayloadError:
+                continue
+            decoded += 1
+            assert y is None or (y.dtype == np.float32 and np.isfinite(y).all())
+    return decoded
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=format_codec)
+def test_mutated_messages_give_a_tensor_or_a_payload_error(codec: Codec) -> None:
+    assert attack(codec, 12_500) > 0  # some mutations stay valid, or the attack never got past the checksum
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("codec", CODECS, ids=format_codec)
+def test_a_million_mutated_messages(codec: Codec) -> None:
+    assert attack(codec, 1_000_000) > 0
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=500)
+def test_any_bytes_at_all(data: bytes) -> None:
+    with pytest.raises(PayloadError):
+        decode(data)
+
+
+@given(codecs())
+def test_text_and_codec_are_the_same(codec: Codec) -> None:
+    assert parse_codec(format_codec(codec)) == codec
