@@ -305,5 +305,5 @@ def test_watch_splits_take_fewer_people_and_a_shorter_train_part() -> None:
     assert unseen.groups is not None
     assert set(unseen.groups.tolist()) == {9, 10}
     for options in ({"people": 10}, {"people": 0}, {"train_share": 0.8}, {"train_share": 0.0}):
-        with pytest.raises(ConfigError, match="people is .*, expected 1 to 9; train_share is"):
+        with pytest.raises(ConfigError, match=r"people is .*, expected 1 to 9; train_share is"):
             load_dataset("watch", **options)
