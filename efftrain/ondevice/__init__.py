@@ -1,8 +1,8 @@
 """The compiler for training on microcontrollers.
 
 ``compile`` turns a small CNN into dependency-free C99 that trains with integers alone, plans every byte of its RAM, and
-runs it in NumPy, on the host and on an emulated Cortex-M, equal to the bit. Names are imported when they are first used, so
-that importing this package loads neither torch nor an emulator.
+runs it in NumPy, on the host and on an emulated Cortex-M, equal to the bit. Names are imported when they are first
+used, so that importing this package loads neither torch nor an emulator.
 """
 
 import importlib

@@ -1,7 +1,8 @@
 """``torch.export`` of a plain module -> ``FloatGraph``.
 
-What is taken: convolution (1-D and 2-D, dense), ReLU, global average, flatten, linear. Anything else is refused with its
-place in the user's source, because a model that is silently changed would train to something else than was asked for.
+What is taken: convolution (1-D and 2-D, dense), ReLU, global average, flatten, linear. Anything else is refused with
+its place in the user's source, because a model that is silently changed would train to something else than was asked
+for.
 """
 
 import copy
@@ -32,7 +33,8 @@ from efftrain.ondevice.ir import (
 )
 
 SUPPORTED = (
-    "conv1d and conv2d (groups=1, dilation=1), relu, adaptive average pooling to 1 or mean over all positions, flatten, linear"
+    "conv1d and conv2d (groups=1, dilation=1), relu, adaptive average pooling to 1 or mean over all positions, "
+    "flatten, linear"
 )
 MAX_TERMS = 33_156
 """Most products one output may sum: with |bias| <= 2^30 the int32 accumulator then cannot overflow."""
@@ -49,7 +51,9 @@ def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
         CompileError: The module cannot be traced, or an operator is not supported.
     """
     if not isinstance(example, Tensor) or example.ndim not in (3, 4) or example.shape[0] < 1:
-        raise CompileError("the example must be a tensor of shape (1, channels, length) or (1, channels, height, width)")
+        raise CompileError(
+            "the example must be a tensor of shape (1, channels, length) or (1, channels, height, width)"
+        )
     model = copy.deepcopy(model).eval().to(device="cpu", dtype=torch.float32)
     try:
         exported = torch.export.export(model, (example[:1].detach().to(device="cpu", dtype=torch.float32),))
@@ -110,7 +114,8 @@ def canonicalize(graph: FloatGraph) -> FloatGraph:
             terms = math.prod(constants[new.weight].shape[1:])
             if terms > MAX_TERMS:
                 raise CompileError(
-                    f"layer {new.name} at {new.source} sums {terms} products an output; at most {MAX_TERMS} fit an int32 "
+                    f"layer {new.name} at {new.source} sums {terms} products an output; at most {MAX_TERMS} fit "
+                    f"an int32 "
                     "sum for certain. Put a pooling or a narrower layer before it."
                 )
         tensors[new.y] = graph.tensors[new.y]
@@ -161,13 +166,11 @@ class _Reader:
         operator = target.removeprefix("aten.").split(".")[0]
         arguments = _arguments(node)
         source = _place(node)
-        if operator == "linear" and node.args[0].name in values:
-            read = self.tensors[values[node.args[0].name]].shape
-            if node.args[0].meta["val"].ndim != 2:
-                raise CompileError(
-                    f"linear at {source} acts on a tensor of shape {tuple(node.args[0].meta['val'].shape)}, not on a vector "
-                    f"(here {read}). Flatten it first, or use a convolution of width 1."
-                )
+        if operator == "linear" and node.args[0].name in values and node.args[0].meta["val"].ndim != 2:
+            raise CompileError(
+                f"linear at {source} acts on a tensor of shape {tuple(node.args[0].meta['val'].shape)}, not on a "
+                "vector. Flatten it first, or use a convolution of width 1."
+            )
         handlers = {
             "conv1d": self._conv,
             "conv2d": self._conv,
@@ -186,12 +189,13 @@ class _Reader:
             return values[node.args[0].name]
         if operator in ("clone", "contiguous", "alias", "detach"):
             return values[node.args[0].name]
-        if operator not in handlers or not isinstance(arguments.get("input", arguments.get("self")), torch.fx.Node):
+        read = arguments.get("input", arguments.get("self"))
+        if operator not in handlers or not isinstance(read, torch.fx.Node) or read.name not in values:
             raise CompileError(f"operator {target} at {source} is not supported. Supported: {SUPPORTED}.")
-        x = values[arguments.get("input", arguments.get("self")).name]
+        x = values[read.name]
         name = self._name(node, operator)
         y = f"{name}.out"
-        op = handlers[operator](node, arguments, dict(name=name, x=x, y=y, source=source))
+        op = handlers[operator](node, arguments, {"name": name, "x": x, "y": y, "source": source})
         self.tensors[y] = TensorType(self._shape_after(op, node), "f32")
         self.ops.append(op)
         return y
@@ -207,12 +211,16 @@ class _Reader:
 
     def _parameter(self, node: Any, source: str) -> str:
         if not isinstance(node, torch.fx.Node) or node.name not in self.parameters:
-            raise CompileError(f"the weights of the layer at {source} are computed, not parameters; that is not supported")
+            raise CompileError(
+                f"the weights of the layer at {source} are computed, not parameters; that is not supported"
+            )
         if node.name in self.constants:
             raise CompileError(f"the layer at {source} shares its parameters with another one; that is not supported")
         value = self.parameters[node.name].detach().to(torch.float32).numpy()
         if not np.isfinite(value).all():
-            raise CompileError(f"the parameters of the layer at {source} hold inf or NaN; train it again before compiling")
+            raise CompileError(
+                f"the parameters of the layer at {source} hold inf or NaN; train it again before compiling"
+            )
         self.constants[node.name] = value
         return str(node.name)
 
@@ -226,19 +234,27 @@ class _Reader:
         kernel = _pair(value.shape[2:], dims, 1)
         if isinstance(padding, str):
             if padding == "same" and any(k % 2 == 0 for k in kernel):
-                raise CompileError(f"convolution at {source}: padding='same' with an even kernel; give the padding in numbers")
+                raise CompileError(
+                    f"convolution at {source}: padding='same' with an even kernel; give the padding in numbers"
+                )
             padding = [0] * dims if padding == "valid" else [(k - 1) // 2 for k in kernel][-dims:]
         if arguments.get("groups", 1) != 1:
             raise CompileError(
-                f"convolution at {source} has groups={arguments['groups']}; only groups=1 is supported. Supported: {SUPPORTED}."
+                f"convolution at {source} has groups={arguments['groups']}; only groups=1 is supported. "
+                f"Supported: {SUPPORTED}."
             )
         if dilation != (1, 1):
-            raise CompileError(f"convolution at {source} is dilated; only dilation=1 is supported. Supported: {SUPPORTED}.")
+            raise CompileError(
+                f"convolution at {source} is dilated; only dilation=1 is supported. Supported: {SUPPORTED}."
+            )
         if dims == 1:
             value = value[:, :, None, :]
         self.constants[weight] = np.ascontiguousarray(value.transpose(0, 2, 3, 1))
         return Conv(
-            **common,
+            name=common["name"],
+            x=common["x"],
+            y=common["y"],
+            source=source,
             weight=weight,
             bias=self._bias(arguments, source),
             stride=stride,
@@ -259,7 +275,8 @@ class _Reader:
         size = arguments["output_size"]
         if any(s != 1 for s in (size if isinstance(size, Sequence) else [size])):
             raise CompileError(
-                f"adaptive average pooling to {size} at {common['source']}; only to 1 is supported. Supported: {SUPPORTED}."
+                f"adaptive average pooling to {size} at {common['source']}; only to 1 is supported. Supported: "
+                f"{SUPPORTED}."
             )
         return GlobalAverage(**common)
 
@@ -269,7 +286,8 @@ class _Reader:
         wanted = set(range(2, ndim))
         if dims is None or {d % ndim for d in dims} != wanted or not wanted:
             raise CompileError(
-                f"mean over {dims} at {common['source']}; only over all positions, {sorted(wanted)}. Supported: {SUPPORTED}."
+                f"mean over {dims} at {common['source']}; only over all positions, {sorted(wanted)}. Supported: "
+                f"{SUPPORTED}."
             )
         return GlobalAverage(**common)
 

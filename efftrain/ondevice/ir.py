@@ -1,8 +1,8 @@
 """The intermediate representation: static shapes, channel last, batch 1, every tensor written once.
 
 Two levels share the tensors. A ``FloatGraph`` is what the front end reads from a PyTorch module. A ``StepGraph`` is one
-whole training step in integers, forward, loss, backward and updates, in the order in which a device will run it. ``verify``
-states what must hold for either; every pass is followed by it.
+whole training step in integers, forward, loss, backward and updates, in the order in which a device will run it.
+``verify`` states what must hold for either; every pass is followed by it.
 """
 
 from collections.abc import Mapping
@@ -218,7 +218,9 @@ class BiasUpdate(LayerOp):
     g: str
 
 
-StepOp = ConvForward | HeadForward | AverageForward | SoftmaxLoss | AverageGrad | ConvInputGrad | WeightUpdate | BiasUpdate
+StepOp = (
+    ConvForward | HeadForward | AverageForward | SoftmaxLoss | AverageGrad | ConvInputGrad | WeightUpdate | BiasUpdate
+)
 
 
 @dataclass(frozen=True, slots=True)

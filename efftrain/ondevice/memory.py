@@ -58,7 +58,8 @@ class Item:
 class MemoryPlan:
     """Every byte of RAM and flash that a program takes, before anything is compiled.
 
-    ``total_ram_bytes`` is arena + trained state + scratch + stack + static data: everything that is linked, and the stack.
+    ``total_ram_bytes`` is arena + trained state + scratch + stack + static data: everything that is linked, and the
+    stack.
     """
 
     board: str
@@ -145,7 +146,8 @@ def lower_bound(items: Sequence[Item]) -> int:
 def place(items: Sequence[Item], *, tries: int = 400, seed: int = 0) -> list[int]:
     """Offsets so that no two items that are alive together overlap, as low as the search finds.
 
-    Greedy orders first, then random swaps, then, for at most 10 items, every order that matters. Stops at the lower bound.
+    Greedy orders first, then random swaps, then, for at most 10 items, every order that matters. Stops at the lower
+    bound.
     """
     bound = lower_bound(items)
     everything = range(len(items))
@@ -199,25 +201,25 @@ def _lowest(items: Sequence[Item], offsets: Sequence[int], placed: Sequence[int]
 
 def _exact(items: Sequence[Item], best: list[int], height: int, bound: int) -> list[int]:
     """Branch and bound. Any plan can be built bottom to top, each item at the lowest place not below the one before."""
-    state = {"best": best, "height": height}
 
     def extend(offsets: list[int], placed: tuple[int, ...], floor: int) -> None:
-        if state["height"] == bound:
+        nonlocal best, height
+        if height == bound:
             return
         if len(placed) == len(items):
-            state["best"], state["height"] = list(offsets), _height(items, offsets)
+            best, height = list(offsets), _height(items, offsets)
             return
         for i in range(len(items)):
             if i in placed:
                 continue
             at = _lowest(items, offsets, placed, i, floor)
-            if at + items[i].num_bytes < state["height"]:
+            if at + items[i].num_bytes < height:
                 offsets[i] = at
                 extend(offsets, (*placed, i), at)
                 offsets[i] = -1
 
     extend([-1] * len(items), (), 0)
-    return state["best"]
+    return best
 
 
 def _height(items: Sequence[Item], offsets: Sequence[int]) -> int:

@@ -47,7 +47,7 @@ def update_at_once(graph: StepGraph) -> StepGraph:
         ordered.append(op)
         for update in list(updates.values()):
             reader = readers.get(update.layer) if isinstance(update, WeightUpdate) else None
-            if update.g in op.writes and reader is None or op is reader:
+            if (update.g in op.writes and reader is None) or op is reader:
                 ordered.append(updates.pop(update.name))
     assert not updates, f"no place was found for {list(updates)}"
     return _with_ops(graph, ordered)

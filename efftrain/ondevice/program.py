@@ -89,7 +89,7 @@ class Program:
     @cached_property
     def code(self) -> CSource:
         """The generated C."""
-        initial = {(part, layer): array for (part, layer), array in self.layout.unpack(self.initial_state).items()}
+        initial = self.layout.unpack(self.initial_state)
         return emit_c(self.name, self.graph, self.layers, self.layout, self.plan, self.rounding, initial)
 
     def quantize_input(self, x: npt.NDArray[np.floating] | Tensor) -> npt.NDArray[np.int8]:
@@ -109,7 +109,9 @@ class Program:
         if array.ndim == 3:
             array = array[:, :, None, :]
         if array.ndim != 4 or array.shape[1:] != (channels, height, width):
-            raise ValueError(f"samples have shape {np.shape(x)}; expected (N, {channels}, ...) with {height} x {width} positions")
+            raise ValueError(
+                f"samples have shape {np.shape(x)}; expected (N, {channels}, ...) with {height} x {width} positions"
+            )
         if not np.isfinite(array).all():
             raise ValueError("samples hold inf or NaN")
         quantized = np.clip(np.rint(array / np.float32(self.input_scale)), -128, 127)
@@ -208,7 +210,8 @@ def compile(
         calibration: Samples of the data that the model was trained on, ``(N, C, L)`` or ``(N, C, H, W)``.
         learning_rate: Of plain SGD at batch 1 in real units: what would be used in fp32.
         seed: Of the stochastic rounding.
-        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each); ``stochastic`` keeps 8 and costs up to
+        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each); ``stochastic`` keeps 8 and costs
+        up to
             a point of accuracy when every layer is trained.
         name: Prefix of the C functions.
         switch_off: Passes to leave out, to see what they save.
@@ -292,7 +295,8 @@ def _check_budget(plan: MemoryPlan, board: Board, constants: dict[str, int]) -> 
             f"the plan needs {plan.total_ram_bytes} B of RAM (arena {plan.arena_bytes}, trained state "
             f"{plan.trained_state_bytes}, stack {plan.stack_bytes}, static {plan.static_bytes}); {board.name} has "
             f"{board.ram_bytes} B. Largest: {memory.largest(parts)}. Train fewer channels or layers (scheme sparse, "
-            "last_layer or bias_only), use rounding='stochastic' (halves the trained weights), or choose a larger board."
+            "last_layer or bias_only), use rounding='stochastic' (halves the trained weights), or choose a "
+            "larger board."
         )
     if plan.flash_bytes > board.flash_bytes:
         raise BudgetError(

@@ -1,7 +1,8 @@
 """Real numbers -> the integers of docs/formats/arithmetic.md, all of them computed here and shipped as constants.
 
-Source: Jacob et al. (arXiv:1712.05877) for scales and requantization; Lin et al. (arXiv:2206.15472) for quantization-aware
-scaling (QAS). Differs: QAS is folded into the constants of the update, so a device never sees a real scale.
+Source: Jacob et al. (arXiv:1712.05877) for scales and requantization; Lin et al. (arXiv:2206.15472) for
+quantization-aware scaling (QAS). Differs: QAS is folded into the constants of the update, so a device never sees a
+real scale.
 """
 
 import math
@@ -228,7 +229,9 @@ def quantize(graph: FloatGraph, ranges: Mapping[str, float], learning_rate: floa
             in_h, in_w, channels = graph.tensors[op.x].shape
             pixels = in_h * in_w
             if pixels > _MAX_PIXELS:
-                raise CompileError(f"{op.name} at {op.source} averages {pixels} positions; at most {_MAX_PIXELS} are supported")
+                raise CompileError(
+                    f"{op.name} at {op.source} averages {pixels} positions; at most {_MAX_PIXELS} are supported"
+                )
             factors = _forward_factors(np.array([scales[op.x] / (pixels * scales[op.y])]), op.name)
             layers[op.name] = PoolConstants(
                 op.name, pixels, channels, zero_points[op.x], int(factors.multiplier[0]), int(factors.shift[0])
@@ -255,7 +258,8 @@ def _conv(
     shape = ConvShape(*in_shape, *out_shape, weight.shape[1], weight.shape[2], *op.stride, *op.padding)
     if shape.pixels > _MAX_PIXELS or shape.out_c * shape.taps > _MAX_GRADIENT_TERMS:
         raise CompileError(
-            f"layer {op.name} at {op.source} has {shape.pixels} output positions and {shape.out_c * shape.taps} gradient "
+            f"layer {op.name} at {op.source} has {shape.pixels} output positions and {shape.out_c * shape.taps} "
+            f"gradient "
             f"terms an input; at most {_MAX_PIXELS} and {_MAX_GRADIENT_TERMS} are supported"
         )
     x_scale = scales[op.x]
@@ -311,7 +315,9 @@ def _forward_factors(ratios: Reals, name: str) -> Factors:
     factors = fix(ratios)
     tiny = factors.shift > 62
     if (factors.shift[factors.multiplier > 0] < 1).any():
-        raise CompileError(f"layer {name}: a scale of {ratios.max():.3g} cannot be a shift; check its weights and the calibration")
+        raise CompileError(
+            f"layer {name}: a scale of {ratios.max():.3g} cannot be a shift; check its weights and the calibration"
+        )
     return Factors(np.where(tiny, 0, factors.multiplier), np.where(tiny | (factors.multiplier == 0), 62, factors.shift))
 
 

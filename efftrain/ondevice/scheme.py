@@ -20,8 +20,8 @@ class LayerShare:
     """Train the weights of one layer for the first ``share`` of its input channels."""
 
     layer: str
-    """A module's name such as ``features.4``, ``-1`` for the last convolution before the head, ``-2`` for the one before
-    it, or ``*`` for every convolution."""
+    """A module's name such as ``features.4``, ``-1`` for the last convolution before the head, ``-2`` for the one
+    before it, or ``*`` for every convolution."""
 
     share: float = 1.0
     """In (0, 1]; at least one channel is trained."""
@@ -120,7 +120,8 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     count = len(convs) if scheme.last_biases == -1 else scheme.last_biases
     if count > len(convs):
         raise ConfigError(
-            f"scheme {scheme.name!r} trains the biases of {count} convolutions, the model has {len(convs)}. Use -1 for all."
+            f"scheme {scheme.name!r} trains the biases of {count} convolutions, the model has {len(convs)}. Use "
+            f"-1 for all."
         )
     biases = {layer.name for layer in convs[len(convs) - count :]}
     if scheme.head or scheme.last_biases == -1:
@@ -139,4 +140,6 @@ def _matches(pattern: str, convs: Sequence[Layer], head: Layer, scheme: str) -> 
     if pattern.startswith("-") and pattern[1:].isdigit() and 1 <= int(pattern[1:]) <= len(convs):
         return [convs[-int(pattern[1:])]]
     names = ", ".join(layer.name for layer in (*convs, head))
-    raise ConfigError(f"scheme {scheme!r} names layer {pattern!r}; the model has {names}, or count convolutions from -1")
+    raise ConfigError(
+        f"scheme {scheme!r} names layer {pattern!r}; the model has {names}, or count convolutions from -1"
+    )

@@ -1,8 +1,8 @@
 """The trained state: what learns, in one canonical byte layout that every back end shares.
 
 Layout, little-endian, without gaps: the step counter (uint32), then the biases of the layers whose biases are trained
-(int32), then the trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels), then, with 16-bit
-master weights, their residuals in the same order and shape (int8). Layers are in forward order.
+(int32), then the trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels), then, with
+16-bit master weights, their residuals in the same order and shape (int8). Layers are in forward order.
 """
 
 import math

@@ -71,7 +71,9 @@ def build_firmware(
     firmware = _read_elf(path, toolchain.name, board)
     planned = plan.total_ram_bytes - plan.stack_bytes
     if firmware.ram_bytes != planned:
-        raise BudgetError(f"the firmware links {firmware.ram_bytes} B of RAM besides its stack; the plan says {planned} B")
+        raise BudgetError(
+            f"the firmware links {firmware.ram_bytes} B of RAM besides its stack; the plan says {planned} B"
+        )
     if firmware.flash_bytes > plan.flash_bytes:
         raise BudgetError(f"the firmware takes {firmware.flash_bytes} B of flash; the plan allows {plan.flash_bytes} B")
     if firmware.stack_bound_bytes is not None and firmware.stack_bound_bytes > plan.stack_bytes:
@@ -270,7 +272,8 @@ def _read_elf(path: Path, toolchain: str, board: Board) -> Firmware:
         raise ToolError("pyelftools is missing. `pip install 'efftrain[board]'` brings it.") from error
     with path.open("rb") as file:
         elf = ELFFile(file)
-        symbols = {s.name: s["st_value"] & ~1 for s in elf.get_section_by_name(".symtab").iter_symbols() if s.name}
+        table: Any = elf.get_section_by_name(".symtab")
+        symbols = {s.name: s["st_value"] & ~1 for s in table.iter_symbols() if s.name}
         ram = flash = 0
         for section in elf.iter_sections():
             if section["sh_flags"] & 2:  # takes memory

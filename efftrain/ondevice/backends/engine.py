@@ -61,7 +61,7 @@ class Engine(ABC):
         samples = self._samples(xs)
         checked = self._labels(labels, len(samples))
         indices = np.arange(len(samples)) if order is None else np.asarray(order, np.int64)
-        if indices.ndim != 1 or (indices.size and not (0 <= int(indices.min()) and int(indices.max()) < len(samples))):
+        if indices.ndim != 1 or (indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < len(samples))):
             raise ValueError(f"order must be a list of indices in [0, {len(samples)})")
         return self._train(samples[indices], checked[indices]) if indices.size else 0
 
@@ -129,6 +129,6 @@ class Engine(ABC):
         array = np.asarray(labels)
         if array.shape != (count,) or (count and array.dtype.kind not in "iu"):
             raise ValueError(f"labels must be {count} integers, one a sample; got shape {array.shape}, {array.dtype}")
-        if count and not (0 <= int(array.min()) and int(array.max()) < self.num_classes):
+        if count and not (int(array.min()) >= 0 and int(array.max()) < self.num_classes):
             raise ValueError(f"labels run from {array.min()} to {array.max()}; they must be in [0, {self.num_classes})")
         return np.ascontiguousarray(array, np.int32)

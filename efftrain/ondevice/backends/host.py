@@ -80,7 +80,9 @@ class HostEngine(Engine):
         try:
             self._library = ctypes.CDLL(str(library))
         except OSError as error:
-            raise ToolError(f"the library {library} cannot be loaded: {error}. Delete it to have it built again.") from error
+            raise ToolError(
+                f"the library {library} cannot be loaded: {error}. Delete it to have it built again."
+            ) from error
         self._name, self._state_bytes = name, state_bytes
         self._call_uint("context_bytes")
         self._context = ctypes.create_string_buffer(self._call_uint("context_bytes") + 8)

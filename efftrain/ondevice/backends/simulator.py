@@ -1,7 +1,7 @@
 """The program in NumPy: the specification as code, and the proof for each run that no int32 sum overflows.
 
-Sums of products are taken with float64 matrices, which is exact: every product and every partial sum is an integer below
-2^53. Everything else is int64.
+Sums of products are taken with float64 matrices, which is exact: every product and every partial sum is an integer
+below 2^53. Everything else is int64.
 """
 
 from typing import Any
@@ -65,7 +65,8 @@ class Simulator(Engine):
         self._biases = {layer.name: layer.bias for layer in layers.values() if isinstance(layer, ConvConstants)}
         self._arrays: dict[Any, Ints] = {}
         self.values: dict[str, Ints] = {}
-        """Every tensor of the last step, by name: activations as stored plus 128 after a ReLU, that is as quantized values."""
+        """Every tensor of the last step, by name: activations as stored plus 128 after a ReLU, that is as "
+        "quantized values."""
         self.exponents: dict[str, int] = {}
         """Exponent of every gradient of the last step."""
         self._bits: dict[str, int] = {}
@@ -116,7 +117,8 @@ class Simulator(Engine):
                 low, high = (0, 255) if layer.y_zero_point else (-128, 127)
                 values[op.y] = np.clip(value, low, high)
                 if op.mask:
-                    values[op.mask] = (value > 0 if layer.y_zero_point else value >= low) & (value <= high)
+                    passes = (value > 0 if layer.y_zero_point else value >= low) & (value <= high)
+                    values[op.mask] = passes.astype(np.int64)
             case HeadForward():
                 layer = self._conv(op.layer)
                 value = rsh(self._sums(layer, values[op.x]) * layer.out.multiplier, layer.out.shift)
@@ -125,14 +127,14 @@ class Simulator(Engine):
                 pool = self._pool(op.layer)
                 low, high = (0, 255) if pool.zero_point else (-128, 127)
                 sums = _fits(values[op.x].sum(0, keepdims=True))
-                values[op.y] = np.clip(rsh(sums * pool.multiplier, pool.shift), low, high)
+                values[op.y] = np.clip(rsh(sums * pool.multiplier, np.int64(pool.shift)), low, high)
             case SoftmaxLoss():
                 assert label is not None, "a loss needs a label"
                 self._set_gradient(op.g, _softmax_loss(values[op.logits], label)[None], -15)
             case AverageGrad():
                 pool = self._pool(op.layer)
                 g = np.broadcast_to(values[op.g], (pool.pixels, pool.channels))
-                self._set_gradient(op.gx, np.where(values[op.mask], g, 0) if op.mask else g, self.exponents[op.g])
+                self._set_gradient(op.gx, np.where(values[op.mask] == 1, g, 0) if op.mask else g, self.exponents[op.g])
             case ConvInputGrad():
                 self._input_grad(op)
             case WeightUpdate():
@@ -162,7 +164,7 @@ class Simulator(Engine):
         np.add.at(sums, self._gather[op.layer], back.reshape(s.pixels, s.taps, s.in_c))
         g = np.clip(rsh(_fits(sums[:-1]), np.int64(layer.grad_shift)), -32767, 32767)
         if op.mask:
-            g = np.where(self.values[op.mask], g, 0)
+            g = np.where(self.values[op.mask] == 1, g, 0)
         self._set_gradient(op.gx, g, self.exponents[op.g] - headroom + layer.grad_shift)
 
     def _update_weights(self, op: WeightUpdate) -> None:
@@ -231,7 +233,7 @@ def _softmax_loss(logits: Ints, label: int) -> Ints:
     powers = np.where(distance >> 8 > 31, 0, _POWERS[distance & 255] >> np.minimum(distance >> 8, 31))
     total = powers.sum()
     p = ((powers << 15) + (total >> 1)) // total
-    return np.clip(p - 32768 * (np.arange(len(logits)) == label), -32767, 32767)
+    return np.asarray(np.clip(p - 32768 * (np.arange(len(logits)) == label), -32767, 32767), np.int64)
 
 
 def _gather_index(s: ConvShape) -> npt.NDArray[np.int64]:

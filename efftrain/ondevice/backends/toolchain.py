@@ -1,7 +1,7 @@
 """Compilers: the system's or zig's for the host, arm-none-eabi-gcc or zig's for Cortex-M.
 
-Objects and libraries are cached under the hash of everything that goes into them. Each is built in a folder of its own and
-moved into place whole, so two processes may build the same thing at once.
+Objects and libraries are cached under the hash of everything that goes into them. Each is built in a folder of its
+own and moved into place whole, so two processes may build the same thing at once.
 """
 
 import hashlib
@@ -79,7 +79,9 @@ def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
     )
 
 
-def build(toolchain: Toolchain, sources: Mapping[str, str], output: str, extra: Sequence[str] = (), script: str = "") -> Path:
+def build(
+    toolchain: Toolchain, sources: Mapping[str, str], output: str, extra: Sequence[str] = (), script: str = ""
+) -> Path:
     """Compile and link.
 
     Args:
@@ -107,7 +109,17 @@ def build(toolchain: Toolchain, sources: Mapping[str, str], output: str, extra: 
         if script:
             (folder / "board.ld").write_text(script)
             options += ["-T", str(folder / "board.ld")]
-        _run([*toolchain.command, *options, *(str(o / "out.o") for o in objects), *libraries, "-o", str(folder / output)], folder)
+        _run(
+            [
+                *toolchain.command,
+                *options,
+                *(str(o / "out.o") for o in objects),
+                *libraries,
+                "-o",
+                str(folder / output),
+            ],
+            folder,
+        )
         for number, path in enumerate(objects):
             for usage in path.glob("*.su"):
                 shutil.copyfile(usage, folder / f"{number}-{usage.name}")
@@ -116,10 +128,11 @@ def build(toolchain: Toolchain, sources: Mapping[str, str], output: str, extra: 
 
 
 def stack_bound(program: Path) -> int | None:
-    """Most stack that the deepest chain of calls can take, from the compiler's own stack usage; ``None`` if it wrote none.
+    """Most stack that the deepest chain of calls can take, from the compiler's own stack usage; ``None`` if it wrote
+    none.
 
-    The chain is driver -> model -> model's own function -> kernel -> kernel's helper; the largest frames of each level are
-    added, whether or not they call each other, so this is never less than what is used.
+    The chain is driver -> model -> model's own function -> kernel -> kernel's helper; the largest frames of each
+    level are added, whether or not they call each other, so this is never less than what is used.
     """
     frames: dict[str, list[int]] = {"driver": [], "model": [], "kernel": []}
     found = False
@@ -140,7 +153,8 @@ def stack_bound(program: Path) -> int | None:
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: ``EFFTRAIN_CACHE``, else ``XDG_CACHE_HOME`` or ``~/.cache`` with ``efftrain`` behind it."""
+    """Where builds are kept: ``EFFTRAIN_CACHE``, else ``XDG_CACHE_HOME`` or ``~/.cache`` with ``efftrain`` "
+    "behind it."""
     if chosen := os.environ.get("EFFTRAIN_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efftrain"
@@ -206,7 +220,9 @@ def _run(command: Sequence[str], folder: Path) -> None:
     message = (result.stderr or result.stdout).strip()
     if "overflowed by" in message or "will not fit in region" in message or "region 'RAM'" in message:
         line = next((text for text in message.splitlines() if "region" in text), message.splitlines()[0])
-        raise BudgetError(f"the linker refuses the firmware: {line.strip()}. Choose a smaller scheme or a larger board.")
+        raise BudgetError(
+            f"the linker refuses the firmware: {line.strip()}. Choose a smaller scheme or a larger board."
+        )
     lines = "\n".join(message.splitlines()[:8])
     raise ToolError(f"{Path(command[0]).name} failed on code that this library generated:\n{lines}")
 

@@ -26,12 +26,16 @@ from efftrain.ondevice.ir import (
 )
 from efftrain.ondevice.memory import Buffer, MemoryPlan
 from efftrain.ondevice.quantize import ConvConstants, ConvShape, Factors, Layers, PoolConstants
-from efftrain.ondevice.state import Rounding, StateLayout
+from efftrain.ondevice.state import Part, Rounding, StateLayout
 
 _TYPES = {"s8": "int8_t", "s16": "int16_t", "s32": "int32_t", "bit": "uint8_t"}
 _KEYWORDS = frozenset(
-    "auto break case char const continue default do double else enum extern float for goto if inline int long register "
-    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while main eft".split()
+    re.findall(
+        r"\w+",
+        "auto break case char const continue default do double else enum extern float for goto if inline int long "
+        "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while "
+        "main eft",
+    )
 )
 
 
@@ -52,13 +56,15 @@ def check_identifier(name: str) -> str:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in _KEYWORDS or name.startswith("eft_"):
         raise ConfigError(
-            f"program name {safe(name)!r} cannot be a C prefix; use lower-case letters, digits and _, at most 31, no keyword"
+            f"program name {safe(name)!r} cannot be a C prefix; use lower-case letters, digits and _, at most "
+            f"31, no keyword"
         )
     return name
 
 
 def safe(name: str) -> str:
-    """A name that may stand in a comment or a message: letters, digits, ``.``, ``_``, ``#``, ``-``; at most 60 characters."""
+    """A name that may stand in a comment or a message: letters, digits, ``.``, ``_``, ``#``, ``-``; at most 60 "
+    "characters."""
     return re.sub(r"[^A-Za-z0-9._#-]", "_", name)[:60]
 
 
@@ -69,7 +75,7 @@ def emit_c(
     layout: StateLayout,
     plan: MemoryPlan,
     rounding: Rounding,
-    initial: Mapping[tuple[str, str], npt.NDArray[np.int64]],
+    initial: Mapping[tuple[Part, str], npt.NDArray[np.int64]],
 ) -> CSource:
     """Write one program.
 
@@ -94,7 +100,7 @@ class _Emitter:
         layout: StateLayout,
         plan: MemoryPlan,
         rounding: Rounding,
-        initial: Mapping[tuple[str, str], npt.NDArray[np.int64]],
+        initial: Mapping[tuple[Part, str], npt.NDArray[np.int64]],
     ) -> None:
         self.name, self.graph, self.layers, self.layout = check_identifier(name), graph, layers, layout
         self.plan, self.rounding, self.initial = plan, rounding, initial
@@ -105,7 +111,9 @@ class _Emitter:
         self.variables: dict[str, str] = {}
         for buffer in plan.buffers:
             number = counts[buffer.kind] = counts.get(buffer.kind, -1) + 1
-            self.variables[buffer.name] = buffer.kind if buffer.kind in ("input", "logits") else f"{buffer.kind}{number}"
+            self.variables[buffer.name] = (
+                buffer.kind if buffer.kind in ("input", "logits") else f"{buffer.kind}{number}"
+            )
         self.predict = [op for op in graph.ops if isinstance(op, ConvForward | HeadForward | AverageForward)]
         self.learn = [op for op in graph.ops if op not in self.predict]
 
@@ -210,8 +218,8 @@ int8_t *{n}_input({n}_context *context);
 /** The class of one input, or an error below 0. */
 int32_t {n}_predict({n}_context *context, const int8_t *x, uint32_t num_bytes);
 
-/** Learn from one labeled input. Returns the class that was predicted before, or an error below 0; then nothing changed. */
-int32_t {n}_train_step({n}_context *context, const int8_t *x, uint32_t num_bytes, int32_t label);
+/** Learn from one labeled input. Returns the class that was predicted before, or an error below 0; then nothing
+changed. */ int32_t {n}_train_step({n}_context *context, const int8_t *x, uint32_t num_bytes, int32_t label);
 
 /** Halve the learning rate this many times, in [0, 31], counted from the compiled one. */
 int32_t {n}_set_lr_shift({n}_context *context, int32_t lr_shift);
@@ -237,7 +245,8 @@ uint32_t {n}_context_bytes(void);
             "#include <stddef.h>",
             *self.constants,
             "",
-            f"/* The arena: {self.plan.arena_bytes} B; at most {self.plan.arena_lower_bound_bytes} B are alive at once. */",
+            f"/* The arena: {self.plan.arena_bytes} B; at most {self.plan.arena_lower_bound_bytes} B are alive "
+            f"at once. */",
             f"static int32_t forward({n}_context *context)",
             "{",
             *self._buffers(self.predict),
@@ -382,7 +391,8 @@ uint32_t {n}_context_bytes(void)
 
     def _initial(self) -> list[str]:
         return [
-            f"    eft_copy({self._state(entry.offset)}, {self.ids[entry.layer]}_{entry.part}_initial, {entry.num_bytes}u);"
+            f"    eft_copy({self._state(entry.offset)}, {self.ids[entry.layer]}_{entry.part}_initial, "
+            f"{entry.num_bytes}u);"
             for entry in self.layout.entries
             if entry.part != "step"
         ]
@@ -424,7 +434,9 @@ uint32_t {n}_context_bytes(void)
                 layer = self._conv(op.layer)
                 c_name = self.ids[op.layer]
                 weights = f"const eft_weights {c_name}_weights = {self._weights(layer)};"
-                start = f"{variable[op.x]}, &{c_name}_shape, {layer.x_zero_point}, &{c_name}_weights, {self._bias(layer)}"
+                start = (
+                    f"{variable[op.x]}, &{c_name}_shape, {layer.x_zero_point}, &{c_name}_weights, {self._bias(layer)}"
+                )
                 if isinstance(op, HeadForward):
                     call = f"eft_head_s8({start}, &{c_name}_out, {variable[op.logits]});"
                 else:
@@ -447,7 +459,8 @@ uint32_t {n}_context_bytes(void)
                 mask = variable[op.mask] if op.mask else "NULL"
                 old, new = f"{variable[op.g]}_view", f"{variable[op.gx]}_view"
                 call = (
-                    f"{new}.bits = eft_global_average_grad_s16({variable[op.g]}, {pool.pixels}, {pool.channels}, {mask}, "
+                    f"{new}.bits = eft_global_average_grad_s16({variable[op.g]}, {pool.pixels}, "
+                    f"{pool.channels}, {mask}, "
                     f"{variable[op.gx]});"
                 )
                 return [*lines, f"    {call}", f"    {new}.exponent = {old}.exponent;"]
@@ -488,9 +501,8 @@ uint32_t {n}_context_bytes(void)
         )
         end = f"{weight.shape[-1]}, {variable[op.scratch]}"
         if residual:
-            return (
-                f"eft_conv_update_master_s8({start}, {self._state(weight.offset)}, {self._state(residual.offset)}, {end});"
-            )
+            planes = f"{self._state(weight.offset)}, {self._state(residual.offset)}"
+            return f"eft_conv_update_master_s8({start}, {planes}, {end});"
         key = "eft_step_key(context->seed, context->state[0])"
         return (
             f"eft_conv_update_stochastic_s8({start}, {key}, {layer.first_index}u, {self._state(weight.offset)}, {end});"

@@ -74,8 +74,9 @@ def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str) -> str:
     return f"""\
 # {name}: a model that trains on {board.name}
 
-Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion or floating point; compile every `.c` file
-here (with `-fno-strict-aliasing` if you use link-time optimization: the arena holds buffers of several types in turn).
+Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion or floating point; compile every
+`.c` file here (with `-fno-strict-aliasing` if you use link-time optimization: the arena holds buffers of several
+types in turn).
 
 | memory | bytes |
 |---|---|
@@ -83,7 +84,9 @@ here (with `-fno-strict-aliasing` if you use link-time optimization: the arena h
 
 The board has {format_bytes(board.ram_bytes)} of RAM and {format_bytes(board.flash_bytes)} of flash. The arena is
 {plan.arena_gap_bytes} B above the most bytes that are alive at once ({plan.arena_lower_bound_bytes:,} B).
-A prediction takes {format_count(plan.macs_forward)} multiply-adds, the backward pass and update {format_count(plan.macs_backward)} more.
+A prediction takes {format_count(plan.macs_forward)} multiply-adds, the backward pass and update
+{format_count(plan.macs_backward)} more.
 
-`{name}.h` is the contract, `main.c` an example, `board.ld` a linker script that holds the program to the board's memory.
+`{name}.h` is the contract, `main.c` an example, `board.ld` a linker script that holds the program to the board's
+memory.
 """
