@@ -36,10 +36,11 @@ def parse_codec(text: str) -> Codec:
 
 
 def format_codec(codec: Codec) -> str:
-    """Text that ``parse_codec`` turns into an equal codec."""
-    plain = [f for f in dataclasses.fields(codec) if not isinstance(getattr(codec, f.name), Codec)]
-    text = f"{type(codec).__name__}({', '.join(f'{f.name}={getattr(codec, f.name)!r}' for f in plain)})"
-    inner = [getattr(codec, f.name) for f in dataclasses.fields(codec) if f not in plain]
+    """Text that ``parse_codec`` turns into an equal codec; knobs at their default are left out."""
+    knobs = {f: getattr(codec, f.name) for f in dataclasses.fields(codec)}
+    inner = [value for value in knobs.values() if isinstance(value, Codec)]
+    told = [f"{f.name}={v!r}" for f, v in knobs.items() if not isinstance(v, Codec) and v != f.default]
+    text = f"{type(codec).__name__}({', '.join(told)})"
     return " >> ".join([text, *(format_codec(c) for c in inner if c != Identity())])
 
 

@@ -68,7 +68,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             )
         )
     columns = ("run", "codec", "processes", "accuracy", "loss", "sent by a rank", "compression", "training time")
-    return Table(columns, rows)
+    return Table(columns, rows, num_text_columns=2)
 
 
 def comparison_page(runs: Sequence[Run]) -> Page:

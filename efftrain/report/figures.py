@@ -101,7 +101,7 @@ def bar_plot(
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, ncols=len(bars), loc="lower left", bbox_to_anchor=(0, 1))
     return Figure(name, caption, _svg(figure, name))
 
 

@@ -12,11 +12,19 @@ from efftrain.report.run import write_atomic
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text. The first column is the row's name."""
+    """Rows of text.
+
+    Attributes:
+        columns: Headings.
+        rows: Cells, as many a row as there are columns.
+        caption: Above the table.
+        num_text_columns: So many columns from the left hold words; the others figures, set flush right.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    num_text_columns: int = 1
 
 
 @dataclass(frozen=True)
