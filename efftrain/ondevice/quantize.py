@@ -148,12 +148,12 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, 
         ConfigError: The samples do not fit the model or hold inf or NaN.
     """
     height, width, channels = graph.tensors[graph.input].shape
-    samples = np.asarray(samples, np.float32)
+    samples, given = np.asarray(samples, np.float32), np.shape(samples)
     if samples.ndim == 3:
         samples = samples[:, :, None, :]
     if samples.ndim != 4 or samples.shape[1:] != (channels, height, width) or not len(samples):
         raise ConfigError(
-            f"calibration data has shape {samples.shape}; expected (N, {channels}, "
+            f"calibration data has shape {given}; expected (N, {channels}, "
             + (f"{width})" if height == 1 else f"{height}, {width})")
         )
     if not np.isfinite(samples).all():

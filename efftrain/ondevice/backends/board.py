@@ -109,8 +109,8 @@ class BoardEngine(Engine):
         seed: int,
         timeout_s: float = 300.0,
     ) -> None:
-        super().__init__(input_shape, num_classes)
-        self.firmware, self._board, self._state_bytes, self._timeout_s = firmware, board, state_bytes, timeout_s
+        super().__init__(input_shape, num_classes, state_bytes)
+        self.firmware, self._board, self._timeout_s = firmware, board, timeout_s
         self.instructions = 0
         """Executed by the last ``count_instructions``."""
         self._fault = ""
@@ -156,10 +156,9 @@ class BoardEngine(Engine):
 
     def state(self) -> bytes:
         """The trained state, read from the board's RAM."""
-        return bytes(self._uc.mem_read(self.firmware.symbols["board_context"] + _STATE_OFFSET, self._state_bytes))
+        return bytes(self._uc.mem_read(self.firmware.symbols["board_context"] + _STATE_OFFSET, self.state_bytes))
 
-    def load_state(self, state: bytes) -> None:
-        """Take over a state, through the firmware's own checks."""
+    def _load_state(self, state: bytes) -> None:
         self._write_window(state)
         self._invoke("board_load_state", self._board.data_origin, len(state))
 

@@ -21,11 +21,13 @@ class Engine(ABC):
     Args:
         input_shape: Height, width, channels.
         num_classes: Labels are in [0, num_classes).
+        state_bytes: Length of the trained state.
     """
 
-    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int, state_bytes: int) -> None:
         self.input_shape = input_shape
         self.num_classes = num_classes
+        self.state_bytes = state_bytes
         self._lr_shift = 0
 
     # --- what a caller uses -------------------------------------------------------------------------------------------
@@ -85,13 +87,15 @@ class Engine(ABC):
         """Hash of ``state``: equal on two engines if and only if they learned the same, to the bit."""
         return hashlib.sha256(self.state()).hexdigest()
 
-    @abstractmethod
     def load_state(self, state: bytes) -> None:
         """Take over a state.
 
         Raises:
             ValueError: It is not one of this program; the engine then keeps the one it has.
         """
+        if len(state) != self.state_bytes:
+            raise ValueError(f"the trained state has {len(state)} bytes; this program's has {self.state_bytes}")
+        self._load_state(bytes(state))
 
     def set_lr_shift(self, halvings: int) -> None:
         """Halve the compiled learning rate so many times, in [0, 31]; not cumulative."""
@@ -106,6 +110,9 @@ class Engine(ABC):
 
     @abstractmethod
     def _predict(self, x: Samples) -> int: ...
+
+    @abstractmethod
+    def _load_state(self, state: bytes) -> None: ...
 
     @abstractmethod
     def _set_lr_shift(self, halvings: int) -> None: ...

@@ -76,15 +76,14 @@ class HostEngine(Engine):
     def __init__(
         self, library: Path, name: str, input_shape: tuple[int, int, int], num_classes: int, state_bytes: int, seed: int
     ) -> None:
-        super().__init__(input_shape, num_classes)
+        super().__init__(input_shape, num_classes, state_bytes)
         try:
             self._library = ctypes.CDLL(str(library))
         except OSError as error:
             raise ToolError(
                 f"the library {library} cannot be loaded: {error}. Delete it to have it built again."
             ) from error
-        self._name, self._state_bytes = name, state_bytes
-        self._call_uint("context_bytes")
+        self._name = name
         self._context = ctypes.create_string_buffer(self._call_uint("context_bytes") + 8)
         self._pointer = ctypes.c_void_p(-(-ctypes.addressof(self._context) // 8) * 8)
         self._input_bytes = ctypes.c_uint32(int(np.prod(input_shape)))
@@ -94,11 +93,10 @@ class HostEngine(Engine):
         """The trained state."""
         function = self._function("state")
         function.restype = ctypes.c_void_p
-        return ctypes.string_at(function(self._pointer), self._state_bytes)
+        return ctypes.string_at(function(self._pointer), self.state_bytes)
 
-    def load_state(self, state: bytes) -> None:
-        """Take over a state."""
-        self._check(self._function("load_state")(self._pointer, bytes(state), ctypes.c_uint32(len(state))))
+    def _load_state(self, state: bytes) -> None:
+        self._check(self._function("load_state")(self._pointer, state, ctypes.c_uint32(len(state))))
 
     def _set_lr_shift(self, halvings: int) -> None:
         self._check(self._function("set_lr_shift")(self._pointer, ctypes.c_int32(halvings)))

@@ -55,7 +55,7 @@ class Simulator(Engine):
     def __init__(
         self, graph: StepGraph, layers: Layers, layout: StateLayout, rounding: Rounding, initial: bytes, seed: int
     ) -> None:
-        super().__init__(graph.tensors[graph.input].shape, graph.tensors[graph.logits].num_elements)
+        super().__init__(graph.tensors[graph.input].shape, graph.tensors[graph.logits].num_elements, layout.num_bytes)
         self._graph, self._layers, self._layout, self._rounding = graph, layers, layout, rounding
         self._seed = seed & 0xFFFFFFFF
         self._gather = {
@@ -76,8 +76,7 @@ class Simulator(Engine):
         """The trained state."""
         return self._layout.pack(self._arrays)
 
-    def load_state(self, state: bytes) -> None:
-        """Take over a state."""
+    def _load_state(self, state: bytes) -> None:
         self._arrays = dict(self._layout.unpack(state))
         for (part, name), array in self._arrays.items():
             if part == "bias":

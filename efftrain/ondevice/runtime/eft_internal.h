@@ -81,7 +81,14 @@ static inline int eft_passes(const uint8_t *mask, int32_t index)
 static inline int32_t eft_dot(const int8_t *x, int32_t x_zero_point, const int8_t *w, int32_t count)
 {
     int32_t sum = 0;
-    for (int32_t i = 0; i < count; i++) {
+    int32_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        sum += ((int32_t)x[i] - x_zero_point) * (int32_t)w[i];
+        sum += ((int32_t)x[i + 1] - x_zero_point) * (int32_t)w[i + 1];
+        sum += ((int32_t)x[i + 2] - x_zero_point) * (int32_t)w[i + 2];
+        sum += ((int32_t)x[i + 3] - x_zero_point) * (int32_t)w[i + 3];
+    }
+    for (; i < count; i++) {
         sum += ((int32_t)x[i] - x_zero_point) * (int32_t)w[i];
     }
     return sum;
@@ -102,24 +109,27 @@ static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int
     const int32_t frozen_c = s->in_c - trained_c;
     const int32_t top = oy * s->stride_h - s->pad_h;
     const int32_t left = ox * s->stride_w - s->pad_w;
+    /* The columns of the kernel that lie on the input. */
+    const int32_t first = left < 0 ? -left : 0;
+    const int32_t end = left + s->kernel_w > s->in_w ? s->in_w - left : s->kernel_w;
     int32_t sum = 0;
     for (int32_t ky = 0; ky < s->kernel_h; ky++) {
         const int32_t iy = top + ky;
-        if (iy < 0 || iy >= s->in_h) {
+        if (iy < 0 || iy >= s->in_h || first >= end) {
             continue;
         }
-        for (int32_t kx = 0; kx < s->kernel_w; kx++) {
-            const int32_t ix = left + kx;
-            const int32_t tap = (o * s->kernel_h + ky) * s->kernel_w + kx;
-            if (ix < 0 || ix >= s->in_w) {
-                continue;
-            }
-            const int8_t *pixel = x + (iy * s->in_w + ix) * s->in_c;
-            if (trained_c > 0) {
-                sum += eft_dot(pixel, x_zero_point, weights->trained + tap * trained_c, trained_c);
-            }
-            if (frozen_c > 0) {
-                sum += eft_dot(pixel + trained_c, x_zero_point, weights->frozen + tap * frozen_c, frozen_c);
+        const int8_t *pixel = x + (iy * s->in_w + left + first) * s->in_c;
+        const int32_t tap = (o * s->kernel_h + ky) * s->kernel_w + first;
+        if (frozen_c == 0) {
+            /* All weights lie together, and so do all inputs of a row of the kernel. */
+            sum += eft_dot(pixel, x_zero_point, weights->trained + tap * trained_c, (end - first) * trained_c);
+        } else if (trained_c == 0) {
+            sum += eft_dot(pixel, x_zero_point, weights->frozen + tap * frozen_c, (end - first) * frozen_c);
+        } else {
+            for (int32_t kx = 0; kx < end - first; kx++) {
+                const int8_t *input = pixel + kx * s->in_c;
+                sum += eft_dot(input, x_zero_point, weights->trained + (tap + kx) * trained_c, trained_c);
+                sum += eft_dot(input + trained_c, x_zero_point, weights->frozen + (tap + kx) * frozen_c, frozen_c);
             }
         }
     }
