@@ -2,12 +2,11 @@
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import cast
 
+from efftrain.config import load_attribute
 from efftrain.data.dataset import Dataset
 from efftrain.errors import ConfigError
 
@@ -62,22 +61,7 @@ def _check_options(what: str, loader: Callable[..., object], options: Mapping[st
 
 
 def _load_own(spec: str, split: str, options: Mapping[str, object]) -> Dataset:
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"Data set {spec!r}: there is no file {path}. Expected path/to/file.py:name.")
-    module_spec = importlib.util.spec_from_file_location(f"efftrain_user_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"Data set {spec!r}: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"Data set {spec!r}: running {path} failed ({type(error).__name__}: {error}).") from error
-    found = getattr(module, name, None)
-    if found is None:
-        public = [public for public in vars(module) if not public.startswith("_")]
-        raise ConfigError(f"Data set {spec!r}: {path} has no {name!r}. It has: {', '.join(public) or 'nothing'}.")
+    found, name = load_attribute(spec, "Data set"), spec.rpartition(":")[2]
     # A class has the two methods too, so ask for an instance before the protocol is checked.
     if callable(found) and (inspect.isclass(found) or not isinstance(found, Dataset)):
         make = cast(Callable[..., object], found)

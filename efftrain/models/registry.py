@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from efftrain.config import load_attribute
 from efftrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,22 +62,7 @@ def build_model(name: str, **options: object) -> nn.Module:
 def _build_own(spec: str, options: Mapping[str, object]) -> nn.Module:
     from torch import nn
 
-    file, _, attribute = spec.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"Model {spec!r}: there is no file {path}. Expected path/to/file.py:Class.")
-    module_spec = importlib.util.spec_from_file_location(f"efftrain_user_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"Model {spec!r}: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"Model {spec!r}: running {path} failed ({type(error).__name__}: {error}).") from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        public = [name for name in vars(module) if not name.startswith("_")]
-        raise ConfigError(f"Model {spec!r}: {path} has no {attribute!r}. It has: {', '.join(public) or 'nothing'}.")
+    found, attribute = load_attribute(spec, "Model"), spec.rpartition(":")[2]
     if isinstance(found, nn.Module):
         if options:
             raise ConfigError(f"Model {spec!r} is a module already, so it takes no options; found {sorted(options)}.")

@@ -247,9 +247,6 @@ def test_the_energy_table_is_the_sources() -> None:
 
 # Command line
 
-# typer 0.20 uses names that click 8.5 deprecates; nothing of ours.
-click_warns = pytest.mark.filterwarnings("ignore:.*will be removed in Click 9.*:DeprecationWarning")
-
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     from efftrain.cli.main import main
@@ -260,7 +257,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-@click_warns
 def test_the_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "watch-cnn", "--json")
     assert status == 0
@@ -268,7 +264,6 @@ def test_the_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(out)["macs"] == 170_784
 
 
-@click_warns
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "fashion-cnn", "--dtype", "int8")
     assert status == 0
@@ -276,7 +271,6 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "834816 forward, 1512832 backward" in out
 
 
-@click_warns
 def test_the_command_profiles_a_users_own_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.py"
     path.write_text("from torch import nn\ndef net(): return nn.Linear(8, 2)\n")
@@ -288,7 +282,6 @@ def test_the_command_profiles_a_users_own_module(tmp_path: Path, capsys: pytest.
     assert "Give the shape of one sample with --input" in err
 
 
-@click_warns
 @pytest.mark.parametrize("text", ["", "3xa", "0x3", "-1", "1x", "99999x99999", "1 x 2", "²"])
 def test_a_wrong_shape_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "watch-cnn", f"--input={text}")
