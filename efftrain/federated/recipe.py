@@ -53,9 +53,9 @@ class ClientConfig:
 
     engine: Literal["torch"] = "torch"
     """What computes; see ``efftrain.federated.engines``."""
-    epochs: int = 1
+    epochs: int = 2
     batch_size: int = 16
-    lr: float = 0.05
+    lr: float = 0.1
     momentum: float = 0.0
     threads: int = 1
     """Threads of one operator. Part of the recipe: sums split over threads round differently."""
@@ -74,7 +74,7 @@ class ClientConfig:
 class RoundsConfig:
     """The server's side: how many rounds, with whom, aggregated how."""
 
-    rounds: int = 10
+    rounds: int = 25
     fraction: float = 1.0
     """Share of the clients that train in a round, at least one; drawn from the recipe's seed."""
     strategy: Literal["fedavg"] = "fedavg"
@@ -99,7 +99,7 @@ class RoundsConfig:
 class UplinkConfig:
     """What clients send: the update of every parameter through a codec."""
 
-    codec: str = "TopK(0.05) >> Int8(block=64)"
+    codec: str = "TopK(0.1) >> Int8(block=64)"
     """As for ``efftrain.compression.parse_codec``; ``"Identity()"`` is plain fp32."""
     feedback: bool = True
     """Whether a client keeps what the codec left out and adds it to its next update."""
@@ -116,9 +116,9 @@ class UplinkConfig:
 class GateConfig:
     """What a reply may hold at most; beyond it is refused. See ``efftrain.federated.gate``."""
 
-    max_samples: int = 100_000
+    max_samples: int = 1000
     """Largest number of samples a client may claim. It is that client's weight in the mean, so keep it tight."""
-    max_update_norm: float = 100.0
+    max_update_norm: float = 20.0
     """Largest Euclidean norm of an update over all parameters."""
 
     def __post_init__(self) -> None:
@@ -130,7 +130,11 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederatedRecipe:
-    """A whole federated run. ``efftrain.config.load_recipe(FederatedRecipe, path)`` reads one."""
+    """A whole federated run. ``efftrain.config.load_recipe(FederatedRecipe, path)`` reads one.
+
+    The defaults are those of ``federated/recipes/watch_people.toml``, whose claim ``benchmarks/federated_watch.py``
+    checks.
+    """
 
     name: str = "federated"
     seed: int = 0

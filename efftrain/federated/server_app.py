@@ -1,7 +1,8 @@
 """The server: a Flower ``ServerApp``, the same in process, under ``flwr run`` and on a SuperLink.
 
 Its settings are Flower's run config: the recipe's keys with dots (``server.rounds = 10``), as
-``federated/pyproject.toml`` lists them. Flower's config knows no lists, so these are written as text: ``data.people = "[1, 2, 3]"``.
+``federated/pyproject.toml`` lists them. Flower's config knows no lists, so these are written as text:
+``data.people = "[1, 2, 3]"``.
 """
 
 import json
