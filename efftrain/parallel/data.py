@@ -1,14 +1,21 @@
 """The data axis: DistributedDataParallel with codecs on its wire.
 
 The path of a gradient: DDP fills a bucket -> for each parameter in it, ``Feedback`` adds what earlier steps left unsent
-and the codec encodes -> one all-gather of bytes a bucket, in the order in which DDP hands buckets out -> every rank
-decodes the messages of all ranks in rank order into the bucket, so that the replicas stay equal to the bit.
+and the codec encodes -> one all-gather of bytes a bucket starts, in the order in which DDP hands buckets out, and runs
+beside the rest of the backward pass -> after it, ``finish`` decodes the messages of all ranks in rank order into the
+parameters' gradients, so that the replicas stay equal to the bit.
+
+Note [no callbacks on gloo threads]
+    Decoding in ``future.then`` would run Python on a thread of gloo, which aborts the process if it still holds a
+    Python object while the interpreter ends. So the hook hands DDP its own bucket back at once, and the work is
+    finished on the main thread.
 """
 
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,19 +47,23 @@ class DataParallel:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._seed = seed
         self._feedback = Feedback(codec, momentum=momentum)
+        self._pending: list[_Pending] = []
         self._names: dict[int, str] = {}
         self._model: DistributedDataParallel | None = None
         self._num_steps = 0
-        self._took_part = True
+        self._healthy = True
+        self._ring_bytes = 0.0
         self._stats = _zero_stats()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """DDP over all processes, with the codec as its communication hook."""
         self._names = {id(p): name for name, p in model.named_parameters()}
+        num_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._ring_bytes = 2 * (self.world_size - 1) / self.world_size * 4 * num_elements
         device = next(model.parameters()).device
         self._model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-        hook = self._all_reduce if self.codec.combine == "sum" else self._gather
-        self._model.register_comm_hook(None, hook)
+        if self.codec.combine != "sum":
+            self._model.register_comm_hook(None, self._hook)
         return self._model
 
     @contextmanager
@@ -70,9 +81,22 @@ class DataParallel:
         dist.all_reduce(tensor)
         return [float(v) for v in tensor.tolist()]
 
-    def took_part(self) -> bool:
-        """False after a gradient with inf or NaN on this rank; zeros were sent in its place."""
-        return self._took_part
+    def finish(self) -> bool:
+        """Wait for the messages of this step and decode them into the gradients.
+
+        Returns:
+            False after a gradient with inf or NaN on this rank; zeros were sent in its place.
+        """
+        for exchange in self._pending:
+            exchange.work.wait()
+            started = time.perf_counter()
+            self._decode(exchange)
+            self._stats["decode_s"] += time.perf_counter() - started
+        self._pending.clear()
+        self._stats["uncompressed_bytes"] += self._ring_bytes
+        if self.codec.combine == "sum":
+            self._stats["wire_bytes"] += self._ring_bytes
+        return self._healthy
 
     def settle(self, ok: bool) -> None:
         """Keep the residuals of this step, or go back to those before it."""
@@ -80,7 +104,7 @@ class DataParallel:
             self._feedback.commit()
         else:
             self._feedback.rollback()
-        self._took_part = True
+        self._healthy = True
         self._num_steps += 1
 
     def stats(self) -> dict[str, float]:
@@ -110,39 +134,22 @@ class DataParallel:
         )
         self._num_steps = int(states[0]["num_steps"]) if "num_steps" in states[0] else 0
 
-    # Communication hooks ----------------------------------------------------------------------------------------
-
-    def _all_reduce(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer()
-        ring_bytes = self._count_uncompressed(buffer)
-        self._stats["wire_bytes"] += ring_bytes
-        buffer.div_(self.world_size)
-        work = dist.all_reduce(buffer, async_op=True)
-        return work.get_future().then(_first)  # type: ignore[no-any-return]
-
-    def _gather(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Encode a bucket and start its exchange. See Note [no callbacks on gloo threads]."""
         started = time.perf_counter()
-        buffer = bucket.buffer()
-        self._count_uncompressed(buffer)
-        names = [self._names[id(p)] for p in bucket.parameters()]
-        sizes = [gradient.numel() for gradient in bucket.gradients()]
+        parameters = bucket.parameters()
         messages = [
-            torch.from_numpy(self._encode(name, gradient.reshape(-1)))
-            for name, gradient in zip(names, bucket.gradients(), strict=True)
+            torch.from_numpy(self._encode(self._names[id(parameter)], gradient.reshape(-1)))
+            for parameter, gradient in zip(parameters, bucket.gradients(), strict=True)
         ]
-        message = torch.cat(messages).to(buffer.device)
-        everyone = torch.empty(self.world_size * message.numel(), dtype=torch.uint8, device=buffer.device)
+        message = torch.cat(messages).to(bucket.buffer().device)
+        everyone = message.new_empty(self.world_size * message.numel())
         self._stats["wire_bytes"] += (self.world_size - 1) * message.numel()
         self._stats["encode_s"] += time.perf_counter() - started
-        work = _all_gather(everyone, message, async_op=True)
-
-        def decode(_: torch.futures.Future[list[Tensor]]) -> Tensor:
-            started = time.perf_counter()
-            buffer.copy_(self._decode(everyone.cpu(), sizes))
-            self._stats["decode_s"] += time.perf_counter() - started
-            return buffer
-
-        return work.get_future().then(decode)  # type: ignore[no-any-return]
+        self._pending.append(_Pending(_all_gather(everyone, message, async_op=True), everyone, parameters))
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
 
     def _encode(self, name: str, gradient: Tensor) -> Any:
         key = zlib.crc32(f"{self._seed}:{self._num_steps}:{self.rank}:{name}".encode())
@@ -150,34 +157,34 @@ class DataParallel:
             return self._feedback.encode(name, gradient, key=key).data
         except NonFiniteError:
             # The others wait for a message of this size; the step is skipped by all once they have heard why.
-            self._took_part = False
+            self._healthy = False
             return self.codec.encode(torch.zeros_like(gradient)).data
 
-    def _decode(self, everyone: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Mean of the messages of all ranks: shape ``(sum(sizes),)``, float32."""
-        mean = torch.zeros(sum(sizes))
-        messages = everyone.view(self.world_size, -1)
-        start = first_byte = 0
-        for size in sizes:
-            num_bytes = self.codec.encoded_bytes(size)
+    def _decode(self, exchange: "_Pending") -> None:
+        messages = exchange.everyone.cpu().view(self.world_size, -1)
+        first_byte = 0
+        for parameter in exchange.parameters:
+            mean = torch.zeros(parameter.numel())
+            num_bytes = self.codec.encoded_bytes(parameter.numel())
             for rank in range(self.world_size):
                 message = messages[rank, first_byte : first_byte + num_bytes].numpy()
-                self.codec.decode_add(message, mean[start : start + size], weight=1 / self.world_size)
-            start, first_byte = start + size, first_byte + num_bytes
-        return mean
+                self.codec.decode_add(message, mean, weight=1 / self.world_size)
+            assert parameter.grad is not None, "DDP left a parameter of its bucket without gradient"
+            parameter.grad.copy_(mean.view_as(parameter))
+            first_byte += num_bytes
 
-    def _count_uncompressed(self, buffer: Tensor) -> float:
-        ring_bytes = 2 * (self.world_size - 1) / self.world_size * 4 * buffer.numel()
-        self._stats["uncompressed_bytes"] += ring_bytes
-        return ring_bytes
+
+@dataclass(frozen=True)
+class _Pending:
+    """A bucket on its way: ``everyone`` is uint8, ``(W * message bytes,)``, filled when ``work`` is done."""
+
+    work: dist.Work
+    everyone: Tensor
+    parameters: Sequence[Tensor]
 
 
 # torch 2.13 renamed it and warns about the old name; the versions before know only that.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def _first(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-    return future.value()[0]
 
 
 def _zero_stats() -> dict[str, float]:

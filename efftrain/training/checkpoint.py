@@ -6,12 +6,15 @@ into a ``.partial`` folder that is renamed when all ranks are done, so a folder 
 newest two are kept.
 
 World size changed: the feedback of all old ranks is shared out (see ``compression.redistribute``), and the random state
-starts anew from seed and step; model, optimizer and data order go on exactly.
+starts anew from seed and step; model, optimizer and data order go on exactly. One process sends nothing, so it has no
+use for feedback: a run that goes on alone forgets what its ranks had not sent, and with momentum correction its
+momentum starts from zero, in either direction.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,11 +58,12 @@ def save_checkpoint(folder: Path, job: Job, *, extra: Mapping[str, Any] | None =
     """
     exchange = job.exchange
     path = folder / f"step-{job.num_steps:08d}"
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with _Together(exchange, f"checkpoint {path}"):
         if exchange.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in folder.glob("step-*.partial"):  # by a crash or a full disk
+                shutil.rmtree(left)
             partial.mkdir()
     shared, numbers = job.state_dict()
     with _Together(exchange, f"checkpoint {path}"):
@@ -76,12 +80,13 @@ def save_checkpoint(folder: Path, job: Job, *, extra: Mapping[str, Any] | None =
                 "extra": dict(extra or {}),
                 "files": files,
             }
+            meta["sha256"] = _meta_sha256(meta)
             _write(partial / "meta.json", json.dumps(meta, indent=2).encode())
-            if path.exists():  # a resumed run that reaches the same step again
-                shutil.rmtree(path)
+            if path.exists():  # the epochs of a finished run were changed to end at the same step
+                _remove(path)
             partial.rename(path)
-            for old in sorted(complete_checkpoints(folder))[:-KEEP]:
-                shutil.rmtree(old)
+            for old in complete_checkpoints(folder)[:-KEEP]:
+                _remove(old)
     return path
 
 
@@ -96,14 +101,17 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
     Raises:
         CheckpointError: Damaged, or of another model. The message names file, expected and found.
     """
-    found = sorted(complete_checkpoints(folder))
+    found = complete_checkpoints(folder)
     if not found:
         return None
     path = found[-1]
     meta = _read_meta(path)
     shared = _read(path, "shared.safetensors", meta)
     own = [_read(path, f"rank-{rank}.safetensors", meta) for rank in range(meta["world_size"])]
-    job.load_state_dict(shared, meta["numbers"])
+    try:
+        job.load_state_dict(shared, meta["numbers"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     exchange = job.exchange
     exchange.load_state_dicts([_with_prefix(state, "exchange/") for state in own])
     if meta["world_size"] == exchange.world_size:
@@ -114,8 +122,11 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """All finished checkpoints below ``folder``, in no order."""
-    return [p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(".partial")]
+    """All finished checkpoints below ``folder``, the newest last."""
+    if not folder.is_dir():
+        return []
+    found = {int(m[1]): p for p in folder.iterdir() if p.is_dir() and (m := re.fullmatch(r"step-(\d{8,})", p.name))}
+    return [found[step] for step in sorted(found)]
 
 
 def hash_seed(*parts: int) -> int:
@@ -163,6 +174,17 @@ def _with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _remove(path: Path) -> None:
+    """Rename first: a crash in the middle must not leave half a checkpoint that looks complete."""
+    going = path.with_name(path.name + ".old.partial")
+    path.rename(going)
+    shutil.rmtree(going)
+
+
 def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
@@ -173,16 +195,29 @@ def _write(path: Path, data: bytes) -> None:
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        version, world_size, files = meta["format_version"], meta["world_size"], meta["files"]
-        well_formed = isinstance(world_size, int) and isinstance(files, dict) and isinstance(meta["extra"], dict)
-        well_formed = well_formed and isinstance(meta["numbers"], dict)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version, sha256 = meta["format_version"], meta["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"checkpoint {path}: meta.json is missing or damaged; delete the folder to use an older one"
+            f"checkpoint file {path / 'meta.json'} is missing or damaged ({type(error).__name__}: {error}); delete the "
+            "folder to use an older checkpoint"
         ) from error
-    if version != FORMAT_VERSION or not well_formed:
-        raise CheckpointError(f"checkpoint {path} has format version {version}, expected {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format version {version}, expected {FORMAT_VERSION}; resume it with the efftrain "
+            "that wrote it"
+        )
+    if sha256 != _meta_sha256(meta):
+        raise CheckpointError(
+            f"checkpoint file {path / 'meta.json'}: its checksum does not match, it is damaged; delete the folder to "
+            "use an older checkpoint"
+        )
     return dict(meta)
+
+
+def _meta_sha256(meta: Mapping[str, Any]) -> str:
+    """Of everything in ``meta`` but the checksum itself."""
+    rest = {name: value for name, value in meta.items() if name != "sha256"}
+    return _sha256(json.dumps(rest, sort_keys=True).encode())
 
 
 def _read(path: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -196,7 +231,9 @@ def _read(path: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
             )
         return parse_safetensors(data)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint file {path / name} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"checkpoint file {path / name} cannot be read ({error}); delete the folder to use an older checkpoint"
+        ) from error
 
 
 def _sha256(data: bytes) -> str:

@@ -25,8 +25,15 @@ class Exchange(Protocol):
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value added up over all ranks. Every rank calls it with as many values; also a barrier."""
 
-    def took_part(self) -> bool:
-        """False if this rank had to send something else than its gradient since ``settle``: it held inf or NaN."""
+    def sync_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank 0, e.g. running statistics: each rank's come from its own samples."""
+
+    def finish(self) -> bool:
+        """After the backward pass: wait until ``.grad`` holds the average.
+
+        Returns:
+            False if this rank had to send something else than its gradient, because that held inf or NaN.
+        """
 
     def settle(self, ok: bool) -> None:
         """The step counts (``ok``) or all ranks skip it: keep or forget what feedback staged."""
@@ -59,8 +66,11 @@ class SingleProcess:
         """The values themselves."""
         return list(values)
 
-    def took_part(self) -> bool:
-        """Always."""
+    def sync_buffers(self, model: nn.Module) -> None:
+        """There is only rank 0."""
+
+    def finish(self) -> bool:
+        """Nothing to wait for."""
         return True
 
     def settle(self, ok: bool) -> None:

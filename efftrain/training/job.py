@@ -95,16 +95,20 @@ class Job:
         """
         lr = self.optimizer_config.lr_at(self.num_steps, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]  # the forward pass changes running statistics
         local_loss = self._backward(inputs, targets)
+        took_part = self.exchange.finish()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        healthy = self.exchange.took_part() and bool(torch.isfinite(norm)) and bool(torch.isfinite(local_loss))
+        healthy = took_part and bool(torch.isfinite(norm)) and bool(torch.isfinite(local_loss))
         # One collective answers both: was every rank healthy, and what is the mean loss.
         num_healthy, total = self.exchange.sum([float(healthy), float(local_loss) if healthy else 0.0])
         skipped = num_healthy < self.exchange.world_size
         self.exchange.settle(ok=not skipped)
         self.num_steps += 1
         if skipped:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
             self._count_skip()
             return StepResult(float("nan"), float("nan"), lr, skipped=True)
         self._skipped_in_a_row = 0
@@ -118,7 +122,12 @@ class Job:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Model and optimizer, equal on all ranks: tensors by name, and numbers that JSON can hold."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        numbers: dict[str, Any] = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
+        numbers: dict[str, Any] = {
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "optimizer": self.optimizer_config.name,
+        }
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
@@ -129,8 +138,13 @@ class Job:
         """Restore what ``state_dict`` gave.
 
         Raises:
-            CheckpointError: The tensors do not fit this model.
+            CheckpointError: The tensors do not fit this model or its optimizer.
         """
+        if numbers.get("optimizer") != self.optimizer_config.name:
+            raise CheckpointError(
+                f"checkpoint was written with optimizer {numbers.get('optimizer')!r}, this run has "
+                f"{self.optimizer_config.name!r}; resume with the optimizer of the checkpoint"
+            )
         own = self.model.state_dict()
         saved = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
         for name in sorted(own.keys() | saved.keys()):
@@ -140,14 +154,21 @@ class Job:
                 raise CheckpointError(
                     f"checkpoint tensor {name!r}: expected {expected}, found {found}; is it of another model?"
                 )
-        self.model.load_state_dict(saved)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer/"):
                 _, index, key = name.split("/")
+                if int(index) >= len(trained) or value.shape not in (trained[int(index)].shape, ()):
+                    raise CheckpointError(
+                        f"checkpoint tensor {name!r} of shape {tuple(value.shape)} fits no trained parameter here; "
+                        "are other layers frozen?"
+                    )
                 state.setdefault(int(index), {})[key] = value
+        self.model.load_state_dict(saved)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.num_steps, self.num_skipped = int(numbers["num_steps"]), int(numbers["num_skipped"])
+        self._skipped_in_a_row = int(numbers["skipped_in_a_row"])
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Accumulate the gradient of the mean loss over the micro-batches; returns that loss, detached."""

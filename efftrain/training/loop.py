@@ -17,7 +17,7 @@ from torch import Tensor
 from efftrain.data import Dataset
 from efftrain.errors import ConfigError
 from efftrain.report.run import RunFolder
-from efftrain.training.checkpoint import load_checkpoint, save_checkpoint
+from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from efftrain.training.job import Job, StepResult
 
 
@@ -111,7 +111,8 @@ def fit(
         on_step: Called after each update with the number of updates done; for progress bars.
 
     Raises:
-        ConfigError: The batch cannot be cut evenly among ranks and micro-batches.
+        ConfigError: The batch cannot be cut evenly among ranks and micro-batches, a data set is too small, or
+            ``checkpoints`` holds those of another run.
         NonFiniteError: See ``Job.step``.
         CheckpointError: See ``save_checkpoint`` and ``load_checkpoint``.
     """
@@ -122,15 +123,18 @@ def fit(
             f"loop.batch_size is {config.batch_size}, expected a multiple of {pieces}: "
             f"{exchange.world_size} ranks x {job.step_config.micro_batches} micro_batches"
         )
+    if not len(test):
+        raise ConfigError("the test data set is empty; there is nothing to evaluate on")
     steps_per_epoch = config.steps_per_epoch(len(train))
     job.total_steps = config.epochs * steps_per_epoch
     totals: dict[str, float] = {}
-    if resume and checkpoints is not None:
-        restored = load_checkpoint(checkpoints, job, seed=seed)
-        if restored is not None:
-            totals.update(restored.extra["totals"])
-            if run is not None:
-                run.rewind(restored.step)
+    restored = load_checkpoint(checkpoints, job, seed=seed) if resume and checkpoints is not None else None
+    if restored is not None:
+        totals.update(restored.extra.get("totals", {}))
+    elif checkpoints is not None and complete_checkpoints(checkpoints):
+        raise ConfigError(f"{checkpoints} holds checkpoints of an earlier run; resume it or choose another folder")
+    if run is not None and resume:
+        run.rewind(job.num_steps)
     started = time.perf_counter()
     for indices in _batches(len(train), config, seed, first_step=job.num_steps):
         share = len(indices) // exchange.world_size
@@ -149,11 +153,14 @@ def fit(
         epoch, inside = divmod(step, steps_per_epoch)
         if not inside and config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
             _evaluate_and_log(job, test, config, run, epoch, totals)
-        if checkpoints is not None and config.checkpoint_every and step % config.checkpoint_every == 0:
+        due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < job.total_steps
+        if checkpoints is not None and due:
             save_checkpoint(checkpoints, job, extra={"totals": totals})
-    evaluation = _evaluate_and_log(job, test, config, run, config.epochs, totals)
-    if checkpoints is not None:
-        save_checkpoint(checkpoints, job, extra={"totals": totals})
+    # The last checkpoint is written after the last evaluation, so a run that had finished has both.
+    had_finished = restored is not None and restored.step == job.num_steps and restored.extra.get("finished")
+    evaluation = _evaluate_and_log(job, test, config, None if had_finished else run, config.epochs, totals)
+    if checkpoints is not None and not had_finished:
+        save_checkpoint(checkpoints, job, extra={"totals": totals, "finished": True})
     return FitResult(evaluation, job.num_steps, job.num_skipped, time.perf_counter() - started, totals)
 
 
@@ -161,6 +168,7 @@ def fit(
 def evaluate(job: Job, data: Dataset, batch_size: int = 256) -> Evaluation:
     """Mean loss and accuracy over ``data``; each rank takes its share of the samples."""
     exchange = job.exchange
+    exchange.sync_buffers(job.model)
     model = job.model.eval()
     indices = np.arange(exchange.rank, len(data), exchange.world_size)
     loss = correct = count = 0.0

@@ -1,5 +1,6 @@
 """What is minimized: a function of model, inputs and targets."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -7,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from efftrain.errors import ConfigError
 
 Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, inputs, targets) -> mean loss``, a scalar tensor."""
@@ -22,6 +25,18 @@ def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """
     logits = model(inputs)
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+def check_distillation(temperature: float, weight: float) -> None:
+    """Refuse values that ``Distillation`` cannot use.
+
+    Raises:
+        ConfigError: ``temperature`` is not a number above 0, or ``weight`` no share.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature is {temperature}, expected more than 0")
+    if not 0 <= weight <= 1:
+        raise ConfigError(f"weight is {weight}, expected a share in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,7 @@ class Distillation:
     weight: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}, expected more than 0")
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"weight is {self.weight}, expected a share in [0, 1]")
+        check_distillation(self.temperature, self.weight)
         self.teacher.eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

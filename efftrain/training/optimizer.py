@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from efftrain.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -30,12 +32,22 @@ class OptimizerConfig:
             raise ValueError(f"lr is {self.lr}, expected more than 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}, expected [0, 1)")
-        if self.weight_decay < 0 or self.warmup_steps < 0 or not 0 <= self.final_lr_ratio <= 1:
-            raise ValueError("weight_decay and warmup_steps must not be negative, final_lr_ratio lies in [0, 1]")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected 0 or more")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"final_lr_ratio is {self.final_lr_ratio}, expected a share in [0, 1]")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over the trainable parameters of ``model``, matrices and vectors in groups of their own."""
+        """The optimizer over the trainable parameters of ``model``, matrices and vectors in groups of their own.
+
+        Raises:
+            ConfigError: There are none.
+        """
         trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise ConfigError(f"model {type(model).__name__} has no trainable parameter; there is nothing to train")
         groups = [
             {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
