@@ -125,7 +125,8 @@ def plan_arena(graph: StepGraph) -> Arena:
             first.setdefault(name, index)
         for name in (*op.reads, *op.writes):
             last[name] = index
-    names = sorted(first, key=lambda name: (first[name], name))
+    order = {name: index for index, name in enumerate(graph.tensors)}
+    names = sorted(first, key=lambda name: (first[name], order[name]))
     items = [Item(_aligned(graph.tensors[name].num_bytes), first[name], last[name]) for name in names]
     offsets = place(items)
     buffers = tuple(

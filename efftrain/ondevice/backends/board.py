@@ -217,8 +217,9 @@ class BoardEngine(Engine):
         if end % _PAGE:
             # Memory is mapped in whole pages; what is beyond the board's last byte must fault like any other hole.
             def on_slack(engine: Any, access: int, address: int, size: int, value: int, data: object) -> None:
-                self._fault = f"{size} bytes at {address:#010x}"
-                engine.emu_stop()
+                if address + size > end:
+                    self._fault = f"{size} bytes at {address:#010x}"
+                    engine.emu_stop()
 
             access = unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE
             uc.hook_add(access, on_slack, begin=end - 7, end=board.ram_origin + _pages(board.ram_bytes) - 1)

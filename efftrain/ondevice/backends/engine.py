@@ -118,10 +118,10 @@ class Engine(ABC):
     def _set_lr_shift(self, halvings: int) -> None: ...
 
     def _train(self, xs: Samples, labels: npt.NDArray[np.int32]) -> int:
-        return sum(self._train_step(x, int(label)) == label for x, label in zip(xs, labels, strict=True))
+        return sum(self._train_step(x, int(label)) == int(label) for x, label in zip(xs, labels, strict=True))
 
     def _count_right(self, xs: Samples, labels: npt.NDArray[np.int32]) -> int:
-        return sum(self._predict(x) == label for x, label in zip(xs, labels, strict=True))
+        return sum(self._predict(x) == int(label) for x, label in zip(xs, labels, strict=True))
 
     def _samples(self, xs: Samples) -> Samples:
         array = np.asarray(xs)

@@ -1,0 +1,167 @@
+"""The generated C itself: clean under every compiler, free of what a microcontroller lacks, safe under sanitizers."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from efftrain.models.watch_cnn import WatchCNN
+from efftrain.ondevice import Program, compile
+from efftrain.ondevice.emit.c_source import safe
+from efftrain.ondevice.scheme import PRESETS
+
+pytestmark = pytest.mark.firmware
+
+WARNINGS = "-std=c99 -Wall -Wextra -Wconversion -Wshadow -Wdouble-promotion -Wvla -Werror".split()  # noqa: SIM905
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
+COMPILERS = {
+    "gcc": ["gcc", "-O2"],
+    "arm-gcc": ["arm-none-eabi-gcc", "-O2", "-mcpu=cortex-m4", "-mthumb", "-ffreestanding"],
+    "zig": [*ZIG, "-O2"],
+    "zig-arm": [*ZIG, "-O2", "-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4", "-ffreestanding"],
+}
+DATA = np.random.default_rng(0).normal(size=(40, 6, 128)).astype(np.float32)
+LABELS = np.arange(40) % 7
+
+
+def build(scheme: str, **options: object) -> Program:
+    torch.manual_seed(0)
+    settings = {"calibration": DATA, "learning_rate": 0.02, **options}
+    return compile(WatchCNN(), torch.zeros(1, 6, 128), scheme=scheme, board="stm32f746", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_no_warnings(compiler: str, tmp_path: Path) -> None:
+    command = COMPILERS[compiler]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    folder = build("full").write(tmp_path / "full")
+    variants = {"model.c": folder}
+    for scheme, rounding in (("sparse", "master"), ("none", "master"), ("bias_only", "stochastic"), ("full", "stochastic")):
+        variants[f"{scheme}_{rounding}.c"] = build(scheme, rounding=rounding, name=f"{scheme}_{rounding}").write(folder)
+    for source in sorted(folder.glob("*.c")):
+        result = subprocess.run([*command, *WARNINGS, "-c", source.name, "-o", "out.o"], cwd=folder, capture_output=True)
+        assert result.returncode == 0, result.stderr.decode()
+    assert {"main.c", "eft_conv_s8.c", "model.h", "README.md", "board.ld"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_nothing_is_linked_that_a_bare_board_lacks(rounding: str) -> None:
+    firmware = build("full", rounding=rounding).firmware("m4")
+    symbols = set(firmware.symbols)
+    forbidden = re.compile(r"malloc|calloc|realloc|free$|sbrk|printf|puts|__aeabi_[fd](?!iv)|__[a-z]+[sd]f\d|float|double")
+    assert not [name for name in symbols if forbidden.search(name)]
+    assert "board_train" in symbols
+
+
+def test_all_data_is_const_but_the_context(tmp_path: Path) -> None:
+    folder = build("full").write(tmp_path)
+    for source in folder.glob("*.c"):
+        if source.name != "main.c":
+            subprocess.run(["gcc", "-O2", "-c", source.name], cwd=folder, check=True)
+    for line in subprocess.run(
+        ["size", *map(str, folder.glob("*.o"))], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]:
+        _, data, bss, *_ = line.split()
+        # Tables of pointers are relocated on a host, so they count as data there; on a board they are in flash.
+        assert bss == "0"
+        assert int(data) <= 400
+
+
+HARNESS = """
+#include <stdio.h>
+#include "model.h"
+static model_context context;
+int main(int count, char **arguments)
+{
+    static int8_t x[MODEL_INPUT_BYTES];
+    FILE *file = fopen(arguments[count - 1], "rb");
+    int32_t label;
+    uint32_t i;
+    const uint8_t *state;
+    if (model_init(&context, 3u) != EFT_OK) { return 1; }
+    while (fread(x, 1, sizeof x, file) == sizeof x && fread(&label, sizeof label, 1, file) == 1) {
+        if (model_train_step(&context, x, MODEL_INPUT_BYTES, label) < 0) { return 2; }
+    }
+    fclose(file);
+    /* what must be refused, with the state as it was */
+    if (model_train_step(&context, x, MODEL_INPUT_BYTES, -1) != EFT_ERROR_LABEL) { return 10; }
+    if (model_train_step(&context, x, MODEL_INPUT_BYTES, MODEL_NUM_CLASSES) != EFT_ERROR_LABEL) { return 11; }
+    if (model_train_step(&context, x, MODEL_INPUT_BYTES - 1u, 0) != EFT_ERROR_SIZE) { return 12; }
+    if (model_predict(&context, x, 0u) != EFT_ERROR_SIZE) { return 13; }
+    if (model_predict(NULL, x, MODEL_INPUT_BYTES) != EFT_ERROR_ARGUMENT) { return 14; }
+    if (model_predict(&context, NULL, MODEL_INPUT_BYTES) != EFT_ERROR_ARGUMENT) { return 15; }
+    if (model_set_lr_shift(&context, 32) != EFT_ERROR_ARGUMENT) { return 16; }
+    if (model_set_lr_shift(NULL, 1) != EFT_ERROR_ARGUMENT) { return 17; }
+    if (model_init(NULL, 1u) != EFT_ERROR_ARGUMENT) { return 18; }
+    if (model_load_state(&context, NULL, MODEL_STATE_BYTES) != EFT_ERROR_ARGUMENT) { return 19; }
+    if (model_load_state(&context, model_state(&context), MODEL_STATE_BYTES - 1u) != EFT_ERROR_SIZE) { return 20; }
+    if (model_state(NULL) != NULL || model_input(NULL) != NULL) { return 21; }
+    if (model_context_bytes() != sizeof context) { return 22; }
+    state = model_state(&context);
+    for (i = 0; i < MODEL_STATE_BYTES; i++) { printf("%02x", (unsigned)state[i]); }
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(("scheme", "rounding"), [("full", "master"), ("sparse", "stochastic"), ("bias_only", "master")])
+def test_sanitizers_report_nothing_and_extremes_stay_equal(scheme: str, rounding: str, tmp_path: Path) -> None:
+    """300 steps, among them inputs that no sensor sends, at a learning rate that drives weights into their limits."""
+    program = build(scheme, rounding=rounding, learning_rate=2.0)
+    folder = program.write(tmp_path)
+    (folder / "main.c").write_text(HARNESS)
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c99"]
+    subprocess.run(["gcc", *flags, *(p.name for p in folder.glob("*.c")), "-o", "harness"], cwd=folder, check=True)
+    rng = np.random.default_rng(1)
+    samples = rng.integers(-128, 128, (300, *program.input_shape)).astype(np.int8)
+    samples[::7], samples[1::7], samples[2::7] = -128, 127, 0
+    samples[3::7] = rng.choice(np.array([-128, 127], np.int8), samples[3::7].shape)
+    labels = rng.integers(0, 7, 300).astype(np.int32)
+    data = b"".join(x.tobytes() + y.tobytes() for x, y in zip(samples, labels, strict=True))
+    (folder / "data.bin").write_bytes(data)
+    result = subprocess.run(["./harness", "data.bin"], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    engine = program.simulator(seed=3)
+    engine.train(samples, labels)
+    assert bytes.fromhex(result.stdout) == engine.state()
+    host = program.host(seed=3)
+    host.train(samples, labels)
+    assert host.state() == engine.state()
+
+
+HOSTILE = ["*/ int x; /*", 'a"b', "a\nb", "a\\", "??/", "%s%n", "§é中", "_" * 300, "int", "../../x", "${name}"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=80)))
+def test_any_name_is_safe_in_a_comment(name: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9._#-]{0,60}", safe(name))
+
+
+def test_hostile_layer_names_change_nothing_but_comments() -> None:
+    def source(names: list[str]) -> tuple[str, str]:
+        torch.manual_seed(0)
+        net = nn.Sequential()
+        layers = [nn.Conv1d(6, 4, 5, 2), nn.ReLU(), nn.Conv1d(4, 4, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+        for name, layer in zip(names, [*layers, nn.Linear(4, 7)], strict=True):
+            net.add_module(name, layer)
+        program = compile(
+            net, torch.zeros(1, 6, 128), scheme="full", board="stm32f746", calibration=DATA, learning_rate=0.02
+        )
+        code = program.code.source
+        assert not re.search(r"int x;", code)
+        program.host().train(program.quantize_input(DATA), LABELS)
+        return code, hashlib.sha256(re.sub(r"/\*.*?\*/", "", code, flags=re.DOTALL).encode()).hexdigest()
+
+    plain, hostile = source(list("abcdefg")), source(["*/ int x; /*", 'b"', "c\n", "d\\", "é", "??/", "g%n"])
+    assert plain[1] == hostile[1]
