@@ -29,6 +29,10 @@ class CheckpointError(EfftrainError):
     """A checkpoint is missing, incomplete, corrupt, or belongs to another model or recipe."""
 
 
+class PeerError(EfftrainError):
+    """Another rank of the cluster died or did not answer in time. That rank's own message says why."""
+
+
 class CompileError(EfftrainError):
     """A model cannot be turned into a device program. The message names the operator and its place."""
 

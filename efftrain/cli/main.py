@@ -5,7 +5,7 @@ Nothing here or in a verb's module may import torch at the top: ``efftrain --hel
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -51,16 +51,21 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except EfftrainError as error:
-        rank = os.environ.get("RANK")
-        print(f"efftrain: {f'rank {rank}: ' if rank else ''}{_one_line(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end(str(error))
     except KeyboardInterrupt:
         print("efftrain: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader (head, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.strerror is None:
+            raise
+        file = error.filename2 or error.filename
+        _end(f"{file}: {error.strerror}" if file else error.strerror)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _end(message: str) -> NoReturn:
+    rank = os.environ.get("RANK")
+    print(f"efftrain: {f'rank {rank}: ' if rank else ''}{' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(1) from None

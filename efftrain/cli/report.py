@@ -21,16 +21,18 @@ def report_command(
 
     found = [read_run(path) for path in runs]
     path = out or runs[0] / "report.html"
+    page = comparison_page(found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(comparison_page(found), path)
+    write_page(page, path)
     if as_json:
         print_json({"report": str(path), "runs": [{"path": str(run.path), **run.result} for run in found]})
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = comparison_table(found)
     view = Table(*table.columns, box=None, pad_edge=False)
     for row in table.rows:
-        view.add_row(*row)
+        view.add_row(*map(escape, row))  # a folder may be called "[red]"
     print_table(view)
     say(f"report written to {path}")

@@ -42,7 +42,8 @@ def train_command(
     if as_json:
         print_json(result)
         return
-    say(f"accuracy {100 * result['accuracy']:.1f} %, loss {result['loss']:.3f}, {format_seconds(result['train_s'])}")
+    loss = "inf or NaN" if result["loss"] is None else f"{result['loss']:.3f}"
+    say(f"accuracy {100 * result['accuracy']:.1f} %, loss {loss}, {format_seconds(result['train_s'])}")
     if result.get("uncompressed_bytes"):
         ratio = result["uncompressed_bytes"] / result["wire_bytes"]
         say(f"sent by each rank {format_bytes(result['wire_bytes'])}, {ratio:.1f}x less than uncompressed")

@@ -65,8 +65,8 @@ class Int8(Codec):
     combine: ClassVar[Combine] = "two_phase"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.block <= 65535:
-            raise ValueError(f"Int8 block is {self.block}, expected 1 to 65535")
+        if type(self.block) is not int or not 1 <= self.block <= 65535:
+            raise ValueError(f"Int8 block is {self.block!r}, expected a whole number, 1 to 65535")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"Int8 rounding is {self.rounding!r}, expected 'nearest' or 'stochastic'")
 

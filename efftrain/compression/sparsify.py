@@ -44,8 +44,8 @@ class TopK(Codec):
     combine: ClassVar[Combine] = "gather"
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"TopK ratio is {self.ratio}, expected a share in (0, 1]")
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
+            raise ValueError(f"TopK ratio is {self.ratio!r}, expected a share in (0, 1]")
         if type(self.values) not in _VALUE_CODECS.values():
             names = " or ".join(codec.__name__ for codec in _VALUE_CODECS.values())
             raise ValueError(f"TopK values go through {names}, not {self.values}")

@@ -84,8 +84,20 @@ def _build(node: ast.expr, text: str) -> Codec:
         near = difflib.get_close_matches(call.func.id, _BY_NAME, n=1, cutoff=0)[0]
         raise ConfigError(f"codec {call.func.id!r} is unknown; nearest is {near!r}. Known: {', '.join(_BY_NAME)}.")
     try:
-        args = [ast.literal_eval(arg) for arg in call.args]
-        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        args = [_literal(arg, text) for arg in call.args]
+        kwargs = {str(k.arg): _literal(k.value, text) for k in call.keywords}
+        if len(kwargs) < len(call.keywords):
+            raise ValueError("an argument is given twice")
         return _BY_NAME[call.func.id](*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"codec {text!r}: {error}") from error
+        raise error if isinstance(error, ConfigError) else ConfigError(f"codec {text!r}: {error}") from error
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise ConfigError(
+            f"codec {text!r}: {ast.unparse(node)} is no number and no text in quotes. The codec of the values sent "
+            "follows after >>, as in 'TopK(0.01) >> Int8(block=256)'."
+        ) from error

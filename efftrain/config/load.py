@@ -43,7 +43,7 @@ def load_recipe(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"recipe {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read as TOML: {error}") from error
     for override in overrides:
         _apply_override(table, override)
@@ -98,12 +98,13 @@ def dump_toml(config: Any) -> str:
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
     path, found, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys = [key.strip() for key in path.split(".")]
     if not found or not all(keys):
         raise ConfigError(f"--set {override!r} is not of the form section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text  # a line break does not start a second key
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})

@@ -38,14 +38,16 @@ class DataParallel:
             the payloads of all others are gathered, decoded and added.
         momentum: Of the feedback's momentum correction; the optimizer then runs without.
         seed: Of stochastic rounding; ranks, steps and parameters get different streams.
+        bucket_mb: MiB of gradients that share an exchange; ``None`` leaves it to DDP. Smaller buckets start earlier
+            and cost more latency.
     """
 
-    def __init__(self, codec: Codec, *, momentum: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, codec: Codec, *, momentum: float = 0.0, seed: int = 0, bucket_mb: float | None = None) -> None:
         if not codec.fixed_size:
             raise ConfigError(f"{codec} writes payloads of varying size, the gradient exchange needs equal ones")
         self.codec = codec
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._seed = seed
+        self._seed, self._bucket_mb = seed, bucket_mb
         self._feedback = Feedback(codec, momentum=momentum)
         self._pending: list[_Pending] = []
         self._names: dict[int, str] = {}
@@ -61,7 +63,9 @@ class DataParallel:
         num_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._ring_bytes = 2 * (self.world_size - 1) / self.world_size * 4 * num_elements
         device = next(model.parameters()).device
-        self._model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        self._model = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=self._bucket_mb
+        )
         if self.codec.combine != "sum":
             self._model.register_comm_hook(None, self._hook)
         return self._model
@@ -80,6 +84,11 @@ class DataParallel:
         tensor = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         return [float(v) for v in tensor.tolist()]
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """One broadcast a buffer, as DDP does before each forward pass."""
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
     def finish(self) -> bool:
         """Wait for the messages of this step and decode them into the gradients.

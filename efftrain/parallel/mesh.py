@@ -1,6 +1,7 @@
 """Joining and leaving the group of processes that a launcher started."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -8,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, PeerError
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
 
     Raises:
         ConfigError: The launcher's variables are incomplete.
+        PeerError: Inside the block another rank died or did not answer in time.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -38,6 +40,13 @@ def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield device
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])  # without the place in gloo's sources
+        raise PeerError(
+            f"lost another rank, or waited too long for it; see its own message ({reason[:120]})"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -20,6 +20,7 @@ class Plan:
         codec: What gradients go through on the data axis. ``Identity`` is the plain all-reduce.
         momentum_correction: Move the momentum of SGD in front of the codec (see ``compression.Feedback``); what sparse
             codecs need to train as the uncompressed run does. Without effect on ``Identity`` and on one process.
+        bucket_mb: MiB of gradients that share an exchange; ``None`` leaves it to DDP.
 
     The tensor, pipeline and shard axes join this class; a plan of today stays valid then.
     """
@@ -27,10 +28,13 @@ class Plan:
     data: int | None = None
     codec: Codec = field(default_factory=Identity)
     momentum_correction: bool = False
+    bucket_mb: float | None = None
 
     def __post_init__(self) -> None:
         if self.data is not None and self.data < 1:
             raise ConfigError(f"plan.data is {self.data}, expected at least 1")
+        if self.bucket_mb is not None and not 0 < self.bucket_mb <= 4096:
+            raise ConfigError(f"plan.bucket_mb is {self.bucket_mb}, expected more than 0 and at most 4096")
 
     def check(self, world_size: int) -> None:
         """Refuse a plan that does not fit the number of processes.
@@ -69,10 +73,10 @@ class Plan:
         """
         self.check(mesh.world_size())
         optimizer = optimizer or OptimizerConfig()
+        momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         exchange: Exchange = SingleProcess()
         if mesh.world_size() > 1:
-            momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
-            exchange = DataParallel(self.codec, momentum=momentum, seed=seed)
+            exchange = DataParallel(self.codec, momentum=momentum, seed=seed, bucket_mb=self.bucket_mb)
             optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
         return Job(
             model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange

@@ -5,14 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
+
 from efftrain.compression import format_codec, parse_codec
-from efftrain.data import load_dataset
+from efftrain.config import load_recipe
+from efftrain.data import Dataset, load_dataset
 from efftrain.errors import ConfigError
 from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import mesh
 from efftrain.parallel.plan import Plan
-from efftrain.report.run import RunFolder, next_run_number, run_path
+from efftrain.report.run import RunFolder, claim_run, next_run_number, run_path
 from efftrain.training import (
     Distillation,
     LoopConfig,
@@ -20,6 +25,7 @@ from efftrain.training import (
     OptimizerConfig,
     StepConfig,
     StepResult,
+    check_distillation,
     cross_entropy,
     fit,
     set_seed,
@@ -32,7 +38,7 @@ class ModelConfig:
 
     name: str
     """A shipped family (``watch-cnn``, ...) or ``path/to/file.py:Class``."""
-    options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    options: dict[str, int | float | str | bool | tuple[int, ...]] = field(default_factory=dict)
     """Arguments of the family."""
     pretrained: str | None = None
     """Folder written by ``save_pretrained``; start from its weights."""
@@ -60,11 +66,13 @@ class ParallelConfig:
     """Apply SGD's momentum before the codec instead of after it; for sparse codecs."""
     timeout_s: float = 120.0
     """A collective that takes longer ends the job."""
+    bucket_mb: float | None = None
+    """MiB of gradients that share an exchange; left out: what DDP takes."""
 
     def __post_init__(self) -> None:
         parse_codec(self.codec)
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s is {self.timeout_s}, expected more than 0")
+        if not 0 < self.timeout_s <= 1e6:
+            raise ValueError(f"timeout_s is {self.timeout_s}, expected more than 0 and at most 1e6")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,9 @@ class DistillationConfig:
     """Folder written by ``save_pretrained``."""
     temperature: float = 2.0
     weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_distillation(self.temperature, self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,10 @@ class ClusterRecipe:
     distillation: DistillationConfig | None = None
     tensorboard: bool = False
     """Also write tensorboard files (extra ``tensorboard``)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more and less than 2**32")
 
 
 def train(
@@ -120,6 +135,7 @@ def train(
             data=recipe.parallel.data,
             codec=parse_codec(recipe.parallel.codec),
             momentum_correction=recipe.parallel.momentum_correction,
+            bucket_mb=recipe.parallel.bucket_mb,
         )
         plan.check(mesh.world_size())
         set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
@@ -129,6 +145,8 @@ def train(
         train_data, test_data = (
             load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
         )
+        total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
+        _check_fit(recipe, model, train_data)
         job = plan.apply(
             model.to(device),
             objective=_objective(recipe, device),
@@ -137,11 +155,8 @@ def train(
             seed=recipe.seed,
         )
         set_seed(recipe.seed, mesh.rank(), deterministic=recipe.loop.deterministic)
-        total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
-        number = next_run_number(out, recipe.name) - resume if mesh.rank() == 0 else 0
-        number = int(job.exchange.sum([number])[0])  # rank 0 has looked before it makes the folder
-        if number < 1:
-            raise ConfigError(f"no run called {recipe.name!r} in {out} to resume; leave out --resume")
+        number = _run_number(recipe, out, resume) if mesh.rank() == 0 else 0
+        number = int(job.exchange.sum([number])[0])  # what rank 0 found
         path = run_path(out, recipe.name, number)
         run = RunFolder(path, tensorboard=recipe.tensorboard) if mesh.rank() == 0 else None
         if run is not None:
@@ -183,6 +198,49 @@ def train(
         finally:
             if run is not None:
                 run.close()
+
+
+def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:
+    """Claim a new run folder, or find the one to resume."""
+    if not resume:
+        return claim_run(out, recipe.name)
+    number = next_run_number(out, recipe.name) - 1
+    if number < 1:
+        raise ConfigError(f"no run called {recipe.name!r} in {out} to resume; leave out --resume")
+    path = run_path(out, recipe.name, number) / "recipe.toml"
+    if path.exists():  # else it was killed before its first step
+        old = load_recipe(ClusterRecipe, path)
+        for key in ("seed", "model", "data"):
+            before, now = getattr(old, key), getattr(recipe, key)
+            if before != now:
+                raise ConfigError(
+                    f"{path.parent} was started with {key} = {before}, expected the same, found {now}; "
+                    "resume it with its own recipe or start a new run without --resume"
+                )
+        if old.loop.batch_size != recipe.loop.batch_size:
+            raise ConfigError(
+                f"{path.parent} was started with loop.batch_size={old.loop.batch_size}, found "
+                f"{recipe.loop.batch_size}; its place in the data would be lost. Resume it with its own recipe."
+            )
+    return number
+
+
+def _check_fit(recipe: ClusterRecipe, model: nn.Module, data: Dataset) -> None:
+    """Refuse a model that cannot read the data set or has too few outputs, before anything is written."""
+    what = f"model {recipe.model.name!r} does not fit data set {recipe.data.name!r}"
+    inputs, targets = data.batch(np.arange(1))
+    shape = "x".join(map(str, inputs.shape[1:]))
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.from_numpy(inputs))
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"{what}, whose samples are {shape} {inputs.dtype}: {error}") from error
+    if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(f"{what}: for one sample expected logits {(*targets.shape, 'classes')}, found {found}")
+    num_classes = getattr(data, "num_classes", 0)
+    if logits.shape[-1] < num_classes:
+        raise ConfigError(f"{what}: it has {logits.shape[-1]} outputs, expected one for each of {num_classes} classes")
 
 
 def _objective(recipe: ClusterRecipe, device: Any) -> Objective:

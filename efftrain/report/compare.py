@@ -24,7 +24,7 @@ class Run:
     @property
     def label(self) -> str:
         """The folder's name."""
-        return self.path.name
+        return self.path.resolve().name
 
     def rows(self, kind: str) -> list[Mapping[str, Any]]:
         """The lines of ``metrics.jsonl`` of one kind."""
@@ -35,18 +35,24 @@ def read_run(path: Path) -> Run:
     """Read a run folder that has finished.
 
     Raises:
-        DataError: No such folder, no ``result.json``, or a damaged file.
+        DataError: No such folder, no ``result.json``, or a damaged file; or it is the result of another kind of run.
     """
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         state = "has not finished" if path.is_dir() else "does not exist"
         raise DataError(f"run {path} {state}: there is no result.json in it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path / 'result.json'} cannot be read as JSON: {error}") from error
     if not isinstance(result, dict):
         raise DataError(f"{path / 'result.json'} holds a {type(result).__name__}, expected a JSON object")
-    return Run(path, result, read_metrics(path / "metrics.jsonl"))
+    for name in ("accuracy", "loss", "wire_bytes", "uncompressed_bytes", "train_s"):
+        _expect_number(result, name, path / "result.json")
+    metrics = read_metrics(path / "metrics.jsonl")
+    for row in metrics:
+        for name in ("step", "accuracy", "loss", "wire_bytes"):
+            _expect_number(row, name, path / "metrics.jsonl")
+    return Run(path, result, metrics)
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
@@ -127,13 +133,21 @@ def learning_figures(runs: Sequence[Run], prefix: str = "") -> list[Figure]:
 
 def facts(result: Mapping[str, Any]) -> dict[str, str]:
     """Versions, hardware and seed of a result, for the foot of a page."""
-    environment = result.get("environment", {})
-    versions = environment.get("versions", {})
+    environment = result.get("environment")
+    environment = environment if isinstance(environment, Mapping) else {}
+    versions = environment.get("versions")
+    versions = versions if isinstance(versions, Mapping) else {}
     return {
         "seed": _text(result.get("seed")),
         "hardware": f"{environment.get('cpu', '?')}, {environment.get('num_cpus', '?')} CPUs",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def _expect_number(values: Mapping[str, Any], name: str, file: Path) -> None:
+    value = values.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise DataError(f"{file}: {name} is {value!r}, expected a number or null; the file is damaged")
 
 
 def _series(run: Run, kind: str, x: str, y: str) -> Series:

@@ -1,6 +1,7 @@
 """Plots as SVG text, made by matplotlib (extra ``report``). Text stays text, so a browser can search it."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +63,18 @@ def line_plot(
         y = [100 * value for value in line.y] if percent else list(line.y)
         style = "--" if line.dashed else "-"
         marker = "o" if len(y) < 40 else None
-        axes.plot(line.x, y, style, color=COLORS[index % len(COLORS)], label=line.label, marker=marker, markersize=3)
+        axes.plot(line.x, y, style, color=COLORS[index % len(COLORS)], marker=marker, markersize=3)
     if log_x:
         axes.set_xscale("log")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        # A label is the name of somebody's folder: matplotlib would hide "_x" and read "$x$" as mathematics.
+        legend = axes.legend(axes.get_lines(), ["."] * len(series), frameon=False, fontsize=9)
+        for text, line in zip(legend.get_texts(), series, strict=True):
+            text.set_parse_math(False)
+            text.set_text(line.label)
     return Figure(name, caption, _svg(figure, name))
 
 
@@ -155,7 +160,15 @@ def _svg(figure: Any, name: str) -> str:
 
     text = io.StringIO()
     # A fixed salt, and no date: the same figures give the same file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": name, "font.family": "sans-serif"}):
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": f"{name}-plot", "font.family": "sans-serif"}
+    ):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" data-figure="{name}" ', 1)
+    svg = re.sub(r"<[^<>]+>", lambda tag: _with_own_ids(tag[0], name), svg[svg.index("<svg") :])
+    return svg.replace("<svg ", f'<svg role="img" data-figure="{name}" ', 1)
+
+
+def _with_own_ids(tag: str, name: str) -> str:
+    """Ids, and references to them, start with the figure's name: matplotlib calls an axis the same in every picture."""
+    return re.sub(rf'(\bid="|url\(#|href="#)(?!{re.escape(name)}-)', rf"\g<1>{name}-", tag)

@@ -30,8 +30,11 @@ class RunFolder:
 
     def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run folder {path} cannot be written ({error.strerror}); choose another one") from error
         self._board = _tensorboard(path) if tensorboard else None
 
     def write_recipe(self, recipe: Any) -> None:
@@ -81,6 +84,27 @@ def next_run_number(root: Path, name: str) -> int:
     return max(_numbers(root, name), default=0) + 1
 
 
+def claim_run(root: Path, name: str) -> int:
+    """Make the folder of the next run called ``name``, which no other process gets too, and return its number.
+
+    Raises:
+        ConfigError: ``name`` is no plain file name, or the folder cannot be made.
+    """
+    while True:
+        number = next_run_number(root, name)
+        path = run_path(root, name, number)
+        try:
+            if not root.is_dir():
+                root.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            return number
+        except FileExistsError:
+            if not root.is_dir():
+                raise ConfigError(f"{root} is a file, expected a folder for the run folders") from None
+        except OSError as error:
+            raise ConfigError(f"run folder {path} cannot be made ({error.strerror}); choose another one") from error
+
+
 def run_path(root: Path, name: str, number: int) -> Path:
     """``root/name`` for the first run, ``root/name-2`` for the second."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -99,7 +123,10 @@ def read_metrics(path: Path, *, partial: bool = False) -> list[dict[str, Any]]:
         DataError: A line is not a JSON object.
     """
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -133,11 +160,15 @@ def environment() -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole text file or nothing: the old content stays until the new one is on the disk."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def clean(value: Any) -> Any:

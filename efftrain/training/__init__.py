@@ -3,7 +3,7 @@
 from efftrain.training.exchange import Exchange, SingleProcess
 from efftrain.training.job import Job, StepConfig, StepResult
 from efftrain.training.loop import Evaluation, FitResult, LoopConfig, evaluate, fit, set_seed
-from efftrain.training.objective import Distillation, Objective, cross_entropy
+from efftrain.training.objective import Distillation, Objective, check_distillation, cross_entropy
 from efftrain.training.optimizer import OptimizerConfig
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "SingleProcess",
     "StepConfig",
     "StepResult",
+    "check_distillation",
     "cross_entropy",
     "evaluate",
     "fit",

@@ -56,37 +56,13 @@ def save_checkpoint(folder: Path, job: Job, *, extra: Mapping[str, Any] | None =
         CheckpointError: A file could not be written on some rank (disk full, read-only). Older checkpoints are
             untouched.
     """
-    exchange = job.exchange
     path = folder / f"step-{job.num_steps:08d}"
-    partial = _partial(path)
-    with _Together(exchange, f"checkpoint {path}"):
-        if exchange.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("step-*.partial"):  # by a crash or a full disk
-                shutil.rmtree(left)
-            partial.mkdir()
-    shared, numbers = job.state_dict()
-    with _Together(exchange, f"checkpoint {path}"):
-        _write(partial / f"rank-{exchange.rank}.safetensors", format_safetensors(_own_state(exchange)))
-        if exchange.rank == 0:
-            _write(partial / "shared.safetensors", format_safetensors(shared))
-    with _Together(exchange, f"checkpoint {path}"):
-        if exchange.rank == 0:
-            files = {p.name: _sha256(p.read_bytes()) for p in sorted(partial.glob("*.safetensors"))}
-            meta = {
-                "format_version": FORMAT_VERSION,
-                "world_size": exchange.world_size,
-                "numbers": numbers,
-                "extra": dict(extra or {}),
-                "files": files,
-            }
-            meta["sha256"] = _meta_sha256(meta)
-            _write(partial / "meta.json", json.dumps(meta, indent=2).encode())
-            if path.exists():  # the epochs of a finished run were changed to end at the same step
-                _remove(path)
-            partial.rename(path)
-            for old in complete_checkpoints(folder)[:-KEEP]:
-                _remove(old)
+    try:
+        _save(path, job, extra or {})
+    except CheckpointError:
+        if job.exchange.rank == 0:  # do not fill a full disk any further
+            shutil.rmtree(_partial(path), ignore_errors=True)
+        raise
     return path
 
 
@@ -133,6 +109,38 @@ def hash_seed(*parts: int) -> int:
     """One 63-bit seed from several numbers, without the correlations of adding them."""
     digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _save(path: Path, job: Job, extra: Mapping[str, Any]) -> None:
+    exchange, partial = job.exchange, _partial(path)
+    with _Together(exchange, f"checkpoint {path}"):
+        if exchange.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob("step-*.partial"):  # by a crash
+                shutil.rmtree(left)
+            partial.mkdir()
+    shared, numbers = job.state_dict()
+    with _Together(exchange, f"checkpoint {path}"):
+        _write(partial / f"rank-{exchange.rank}.safetensors", format_safetensors(_own_state(exchange)))
+        if exchange.rank == 0:
+            _write(partial / "shared.safetensors", format_safetensors(shared))
+    with _Together(exchange, f"checkpoint {path}"):
+        if exchange.rank == 0:
+            files = {p.name: _sha256(p.read_bytes()) for p in sorted(partial.glob("*.safetensors"))}
+            meta = {
+                "format_version": FORMAT_VERSION,
+                "world_size": exchange.world_size,
+                "numbers": numbers,
+                "extra": dict(extra),
+                "files": files,
+            }
+            meta["sha256"] = _meta_sha256(meta)
+            _write(partial / "meta.json", json.dumps(meta, indent=2).encode())
+            if path.exists():  # the epochs of a finished run were changed to end at the same step
+                _remove(path)
+            partial.rename(path)
+            for old in complete_checkpoints(path.parent)[:-KEEP]:
+                _remove(old)
 
 
 class _Together:
