@@ -7,7 +7,7 @@ from pathlib import Path
 
 from efftrain.config import load_recipe
 from efftrain.errors import EfftrainError
-from efftrain.federated import FederatedRecipe, run_federated
+from efftrain.federated import FederatedRecipe, RoundResult, run_federated
 from efftrain.units import format_bytes
 
 
@@ -16,29 +16,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
-    parser.add_argument("--initial", type=Path, help="safetensors file to start from; default: fresh weights")
     args = parser.parse_args()
     try:
         recipe = load_recipe(FederatedRecipe, args.recipe, args.overrides)
-        initial = None
-        if args.initial:
-            from safetensors.torch import load_file
-
-            initial = load_file(args.initial)
-        result = run_federated(
-            recipe,
-            initial=initial,
-            on_round=lambda one: print(
-                f"round {one.round:3}  accuracy {one.accuracy:.3f}  uplink {format_bytes(one.uplink_bytes)}"
-                f" (fp32 {format_bytes(one.fp32_uplink_bytes)})  {one.round_s:.2f} s",
-                file=sys.stderr,
-            ),
-        )
+        print(json.dumps(run_federated(recipe, on_round=show).to_dict()))
     except EfftrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result.to_dict()))
     return 0
+
+
+def show(one: RoundResult) -> None:
+    """One line a round."""
+    uplink, fp32 = format_bytes(one.uplink_bytes), format_bytes(one.fp32_uplink_bytes)
+    line = f"round {one.round:3}  accuracy {one.accuracy:.3f}  uplink {uplink} (fp32 {fp32})  {one.round_s:.2f} s"
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

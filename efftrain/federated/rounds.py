@@ -25,7 +25,7 @@ import torch
 
 from efftrain.compression import format_codec
 from efftrain.config import to_dict
-from efftrain.errors import RoundError
+from efftrain.errors import ConfigError, RoundError
 from efftrain.federated.client_app import EVALUATE_METRICS, PARTITION, TRAIN_METRICS, app
 from efftrain.federated.engines import State, get_engine
 from efftrain.federated.flower import (
@@ -403,9 +403,17 @@ def _wait_for_nodes(grid: Grid, recipe: FederatedRecipe) -> None:
 
 
 def _first_state(recipe: FederatedRecipe, initial: Mapping[str, torch.Tensor] | None) -> State:
-    if initial is not None:
-        return {name: tensor.detach().cpu().numpy() for name, tensor in initial.items()}
-    return get_engine(recipe.client.engine).initial_state(recipe.model, recipe.seed)
+    fresh = get_engine(recipe.client.engine).initial_state(recipe.model, recipe.seed)
+    if initial is None:
+        return fresh
+    given = {name: tensor.detach().cpu().numpy() for name, tensor in initial.items()}
+    for name in sorted(set(fresh) | set(given)):
+        found, expected = (state[name].shape if name in state else "nothing" for state in (given, fresh))
+        if found != expected:
+            raise ConfigError(
+                f"the initial state is no {recipe.model.name}: tensor {name!r} has {found}, expected {expected}"
+            )
+    return given
 
 
 def _record(state: State) -> ArrayRecord:

@@ -1,0 +1,197 @@
+"""Whole runs on the real apps: repeatable, counted, and the same through the ServerApp."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from efftrain.config import load_recipe, to_dict
+from efftrain.errors import ConfigError, RoundError, ToolError
+from efftrain.federated import FederatedRecipe, RoundResult, drive_rounds, run_federated
+from efftrain.federated.client_app import app as client_app
+from efftrain.federated.flower import Context, RecordDict, check_version, quiet
+from efftrain.federated.grid import InProcessGrid
+from efftrain.federated.recipe import ClientConfig, DataConfig, GateConfig, ModelConfig, RoundsConfig, UplinkConfig
+from efftrain.federated.rounds import state_sha256
+from efftrain.federated.server_app import app as server_app
+from efftrain.federated.server_app import recipe_from_run_config
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = FederatedRecipe(
+    data=DataConfig(people=(1, 4, 7)), client=ClientConfig(epochs=1), server=RoundsConfig(rounds=2), seed=3
+)
+TIMES = ("round_s", "first_round_s", "wall_s")
+
+
+def figures(recipe: FederatedRecipe) -> dict[str, object]:
+    return {name: value for name, value in run_federated(recipe).to_dict().items() if name not in TIMES}
+
+
+def test_same_seed_same_bits_another_seed_others() -> None:
+    recipe = replace(
+        SMALL, server=RoundsConfig(rounds=3, fraction=0.6), uplink=UplinkConfig(codec="Int8(64, 'stochastic')")
+    )
+    random.seed(1)
+    first = figures(recipe)
+    random.seed(2)
+    again = figures(recipe)
+    assert first == again
+    assert first["clients_trained"] == 3 * 2
+    assert figures(replace(recipe, seed=4))["final_sha256"] != first["final_sha256"]
+
+
+def test_the_callers_generators_are_left_alone() -> None:
+    random.seed(5)
+    torch.manual_seed(5)
+    before = random.getstate(), torch.random.get_rng_state()
+    run_federated(replace(SMALL, server=RoundsConfig(rounds=1)))
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+
+
+def test_rounds_are_reported_and_counted() -> None:
+    seen: list[RoundResult] = []
+    result = run_federated(SMALL, on_round=seen.append)
+    assert tuple(seen) == result.rounds
+    assert [one.round for one in seen] == [1, 2]
+    assert set(seen[0].accuracy_per_person) == {"1", "4", "7"}
+    assert seen[1].accuracy == pytest.approx(np.mean(list(seen[1].accuracy_per_person.values())))
+    assert seen[0].fp32_uplink_bytes == 3 * 4 * 8471
+    codec, num_clients = SMALL.uplink.build(), 3
+    payloads = sum(codec.encoded_bytes(tensor.numel()) for tensor in result.state.values())
+    names = sum(len(name) for name in result.state)
+    metrics = sum(8 + len(name) for name in ("num-examples", "loss", "partition-id")) * 2 + 8 + len("accuracy")
+    assert seen[0].uplink_bytes == num_clients * (payloads + names + metrics)
+    assert seen[0].downlink_bytes > 2 * 3 * 4 * 8471
+    assert result.final_sha256 == state_sha256(result.state)
+    assert result.uplink_ratio > 10
+    plain = json.loads(json.dumps(result.to_dict()))
+    assert plain["accuracy_per_round"] == [one.accuracy for one in seen]
+    assert plain["replies_refused"] == plain["clients_dropped"] == 0
+    json.dumps(seen[0].to_dict())
+
+
+def test_training_starts_from_the_model_it_is_given() -> None:
+    start = run_federated(SMALL)
+    more = run_federated(SMALL, initial=start.state)
+    assert more.initial_sha256 == start.final_sha256
+    assert more.accuracy_before == start.accuracy
+
+
+def test_a_wrong_start_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no watch-cnn: tensor 'conv1.bias' has nothing, expected \(16,\)"):
+        run_federated(SMALL, initial={"weight": torch.zeros(3)})
+
+
+def test_server_app_gives_the_same_bits() -> None:
+    config = {
+        f"{s}.{k}": v for s, section in to_dict(SMALL).items() if isinstance(section, dict) for k, v in section.items()
+    }
+    flat = {key: json.dumps(value) if isinstance(value, list) else value for key, value in config.items()}
+    context = Context(1, 1, {}, RecordDict(), {**flat, "seed": SMALL.seed, "output": ""})
+    with quiet():
+        server_app(InProcessGrid(client_app, 3), context)
+    result = json.loads(str(context.state.config_records["result"]["json"]))
+    assert result["final_sha256"] == run_federated(SMALL).final_sha256
+    assert set(context.state.array_records["arrays"]) == set(run_federated(SMALL).state)
+
+
+def test_quorum() -> None:
+    strict = replace(SMALL, gate=GateConfig(max_samples=1))
+    with pytest.raises(RoundError, match=r"0 of 3 replies were accepted.*num-examples is \d+, expected 1 to 1"):
+        run_federated(strict)
+
+
+def test_too_few_nodes_end_the_wait() -> None:
+    recipe = replace(SMALL, server=RoundsConfig(rounds=1, timeout_s=0.3))
+    with pytest.raises(RoundError, match=r"2 of 3 nodes connected within 0\.3 s"):
+        drive_rounds(InProcessGrid(client_app, 2), recipe)
+
+
+def test_diverging_clients_are_dropped_and_the_run_says_so() -> None:
+    recipe = replace(SMALL, client=ClientConfig(epochs=1, lr=1e30))
+    with np.errstate(all="ignore"), pytest.raises(RoundError, match="local training diverged"):
+        run_federated(recipe)
+
+
+def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    recipe = load_recipe(FederatedRecipe, ROOT / "federated" / "recipes" / "watch_people.toml")
+    assert recipe == FederatedRecipe(name="watch_people")
+    table = tomllib.loads((ROOT / "federated" / "pyproject.toml").read_text())
+    config = table["tool"]["flwr"]["app"]["config"]
+    flat = {}
+    for key, value in config.items():  # as Flower flattens it
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    assert recipe_from_run_config(flat) == recipe
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"server.round": 3}, "nearest is 'server.rounds'"),
+        ({"data.people": "[1, 2"}, "no JSON"),
+        ({"data.people": "[1, 1]"}, "none twice"),
+        ({"client.lr": 0.0}, "expected a positive number"),
+        ({"uplink.codec": "TopK(2)"}, "expected a share"),
+        ({"model.name": "evil.py:Model"}, "expected one of watch-cnn"),
+        ({"server.min_replies": 9}, "there are 8 clients"),
+    ],
+)
+def test_wrong_settings_are_refused(config: dict[str, bool | float | int | str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_run_config(config)
+
+
+@pytest.mark.parametrize("build", [lambda: RoundsConfig(fraction=0), lambda: ModelConfig(name="a")])
+def test_sections_check_themselves(build: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        build()  # type: ignore[operator]
+
+
+def test_version_check() -> None:
+    check_version("1.41.3")
+    for version in ("1.40.9", "1.42.0", "2.0"):
+        with pytest.raises(ToolError, match=r"flwr>=1.41,<1.42.*pip install 'efftrain\[federated\]'"):
+            check_version(version)
+    with pytest.raises(ToolError, match=r"not installed. Install it: pip install 'efftrain\[federated\]'"):
+        check_version(None)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, "0"), ("1", "1")])
+def test_telemetry_stays_off_unless_asked_for(setting: str | None, expected: str) -> None:
+    code = (
+        "import efftrain.federated, sys; assert 'flwr' not in sys.modules and 'torch' not in sys.modules\n"
+        "efftrain.federated.InProcessGrid; import flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
+    env |= {} if setting is None else {"FLWR_TELEMETRY_ENABLED": setting}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout.strip()) == (0, expected), ran.stderr
+
+
+def test_simulate_script() -> None:
+    command = [sys.executable, "federated/simulate.py", "federated/recipes/watch_people.toml"]
+    ran = subprocess.run(
+        [*command, "--set", "server.rounds=1", "--set", "data.people=[2, 5]"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["rounds"] == 1
+    assert "round   1  accuracy" in ran.stderr
+    ran = subprocess.run([*command, "--set", "server.round=1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "nearest is 'server.rounds'" in ran.stderr
