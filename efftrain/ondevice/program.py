@@ -1,7 +1,6 @@
 """``compile``: a module, a scheme and a board in; a program with its plan, its C and three engines out."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from efftrain.ondevice.ir import (
     StepGraph,
     WeightUpdate,
 )
-from efftrain.ondevice.memory import MemoryPlan
+from efftrain.ondevice.memory import Arena, MemoryPlan
 from efftrain.ondevice.passes import run_passes
 from efftrain.ondevice.quantize import ConvConstants, Layers, calibrate, quantize
 from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
@@ -51,6 +50,8 @@ class Program:
         layers: Constants by layer.
         trained: What learns, by layer.
         layout: Of the trained state.
+        initial_state: The trained state before the first step.
+        code: The generated C.
         plan: Memory.
         rounding: How weights move.
         seed: Of the stochastic rounding, for engines that are not given another.
@@ -65,6 +66,8 @@ class Program:
     layers: Layers = field(repr=False)
     trained: dict[str, Trained] = field(repr=False)
     layout: StateLayout = field(repr=False)
+    initial_state: bytes = field(repr=False)
+    code: CSource = field(repr=False)
     plan: MemoryPlan = field(repr=False)
     rounding: Rounding
     seed: int
@@ -80,17 +83,6 @@ class Program:
     def num_classes(self) -> int:
         """Outputs of the last layer."""
         return self.graph.tensors[self.graph.logits].num_elements
-
-    @cached_property
-    def initial_state(self) -> bytes:
-        """The trained state before the first step."""
-        return initial_state(self.layout, self.layers)
-
-    @cached_property
-    def code(self) -> CSource:
-        """The generated C."""
-        initial = self.layout.unpack(self.initial_state)
-        return emit_c(self.name, self.graph, self.layers, self.layout, self.plan, self.rounding, initial)
 
     def quantize_input(self, x: npt.NDArray[np.floating] | Tensor) -> npt.NDArray[np.int8]:
         """Real samples as the device takes them.
@@ -232,7 +224,12 @@ def compile(
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
     graph = run_passes(differentiate(quantized.graph, trained), switch_off)
     layout = lay_out(quantized.layers, trained, rounding)
-    program = Program(
+    initial = initial_state(layout, quantized.layers)
+    arena = memory.plan_arena(graph)
+    code = emit_c(name, graph, quantized.layers, layout, arena, rounding, layout.unpack(initial))
+    plan = _plan(graph, quantized.layers, layout, arena, target, CODE_BYTES + code.constant_bytes)
+    _check_budget(plan, target, code.constant_bytes)
+    return Program(
         name=name,
         scheme=scheme,
         target=target,
@@ -240,21 +237,19 @@ def compile(
         layers=quantized.layers,
         trained=trained,
         layout=layout,
-        plan=_plan(graph, quantized.layers, layout, target, CODE_BYTES),
+        initial_state=initial,
+        code=code,
+        plan=plan,
         rounding=rounding,
         seed=seed,
         input_scale=quantized.input_scale,
         float_graph=model_graph,
     )
-    constant_bytes = program.code.constant_bytes
-    plan = _plan(graph, quantized.layers, layout, target, CODE_BYTES + constant_bytes)
-    _check_budget(plan, target, {f"constants of {name}": constant_bytes})
-    program.__dict__["plan"] = plan
-    return program
 
 
-def _plan(graph: StepGraph, layers: Layers, layout: StateLayout, board: Board, flash_bytes: int) -> MemoryPlan:
-    arena = memory.plan_arena(graph)
+def _plan(
+    graph: StepGraph, layers: Layers, layout: StateLayout, arena: Arena, board: Board, flash_bytes: int
+) -> MemoryPlan:
     forward = backward = 0
     for op in graph.ops:
         layer = layers.get(getattr(op, "layer", ""))
@@ -287,7 +282,7 @@ def _plan(graph: StepGraph, layers: Layers, layout: StateLayout, board: Board, f
     )
 
 
-def _check_budget(plan: MemoryPlan, board: Board, constants: dict[str, int]) -> None:
+def _check_budget(plan: MemoryPlan, board: Board, constant_bytes: int) -> None:
     if plan.total_ram_bytes > board.ram_bytes:
         parts = {f"{b.kind} {b.name}": b.num_bytes for b in plan.buffers}
         parts |= {"the trained state": plan.trained_state_bytes, "the stack": plan.stack_bytes}
@@ -300,6 +295,6 @@ def _check_budget(plan: MemoryPlan, board: Board, constants: dict[str, int]) -> 
         )
     if plan.flash_bytes > board.flash_bytes:
         raise BudgetError(
-            f"the plan needs {plan.flash_bytes} B of flash; {board.name} has {board.flash_bytes} B. "
-            f"Largest: {memory.largest(constants)}. Choose a smaller model or a larger board."
+            f"the plan needs {plan.flash_bytes} B of flash, {constant_bytes} B of it weights and other constants; "
+            f"{board.name} has {board.flash_bytes} B. Choose a smaller model or a larger board."
         )

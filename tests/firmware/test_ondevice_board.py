@@ -76,11 +76,12 @@ class Small2d(nn.Module):
 def test_another_network_is_equal_too(rounding: str, share: float) -> None:
     torch.manual_seed(0)
     data = np.random.default_rng(0).normal(size=(20, 3, 10, 11)).astype(np.float32)
-    scheme = Scheme(name="some", last_biases=-1, weights=tuple(LayerShare(layer=n, share=share) for n in ("a", "b", "head")))
-    program = compile(
-        Small2d(), torch.zeros(1, 3, 10, 11), scheme=scheme, board="nrf52840", calibration=data, learning_rate=0.05,
-        rounding=rounding, seed=1,  # type: ignore[arg-type]
-    )  # fmt: skip
+    scheme = Scheme(
+        name="some", last_biases=-1, weights=tuple(LayerShare(layer=n, share=share) for n in ("a", "b", "head"))
+    )
+    example = torch.zeros(1, 3, 10, 11)
+    settings = {"calibration": data, "learning_rate": 0.05, "rounding": rounding}
+    program = compile(Small2d(), example, scheme=scheme, board="nrf52840", **settings)  # type: ignore[arg-type]
     samples, labels = program.quantize_input(data), np.arange(20) % 4
     engines = [program.simulator(), program.host(), program.board(), program.board("m7", toolchain="zig")]
     for engine in engines:
@@ -144,9 +145,8 @@ def test_one_byte_less_is_refused_by_plan_linker_and_emulator() -> None:
     smaller = replace(board, ram_bytes=total - 1)
     for kind in ("gcc", "zig"):
         with pytest.raises(BudgetError, match="linker refuses"):
-            program.firmware(board=smaller, toolchain=kind)  # type: ignore[arg-type]
-    # Firmware that was linked for the whole board, on a machine with a byte less: the last word of the context, which the
-    # arena's planner may leave alone, is read by the test itself through a copy of the state from there.
+            program.firmware(board=smaller, toolchain=kind)
+    # Firmware that was linked for the whole board, on a machine with a byte less, reads the last word of the context.
     firmware = program.firmware()
     ram = firmware.ram_bytes + program.plan.stack_bytes
     assert ram == total
@@ -196,9 +196,13 @@ def test_a_stack_that_is_too_small_faults_instead_of_writing_over_data() -> None
     with pytest.raises(BudgetError, match="64 B are reserved"):
         program.board(toolchain="gcc")
     engine_without_bound = program.firmware(toolchain="zig")
+    samples = program.quantize_input(DATA)
+
+    def run() -> None:
+        BoardEngine(engine_without_bound, program.target, "m7", program.input_shape, 7, 4, 0).train(samples, LABELS)
+
     with pytest.raises(DeviceFault, match="end of the stack"):
-        engine = BoardEngine(engine_without_bound, program.target, "m7", program.input_shape, 7, 4, 0)
-        engine.train(program.quantize_input(DATA), LABELS)
+        run()
 
 
 def test_a_call_that_does_not_end_is_a_fault() -> None:
@@ -225,7 +229,7 @@ def test_instructions_are_counted_and_do_not_change_the_result() -> None:
 
 def test_missing_tools_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     program = build("none")
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(toolchain, "_has_zig", lambda: False)
     with pytest.raises(ToolError, match=r"pip install 'efftrain\[board\]'"):
         program.board()

@@ -17,7 +17,6 @@ from torch import nn
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Program, compile
 from efftrain.ondevice.emit.c_source import safe
-from efftrain.ondevice.scheme import PRESETS
 
 pytestmark = pytest.mark.firmware
 
@@ -36,7 +35,8 @@ LABELS = np.arange(40) % 7
 def build(scheme: str, **options: object) -> Program:
     torch.manual_seed(0)
     settings = {"calibration": DATA, "learning_rate": 0.02, **options}
-    return compile(WatchCNN(), torch.zeros(1, 6, 128), scheme=scheme, board="stm32f746", **settings)  # type: ignore[arg-type]
+    example = torch.zeros(1, 6, 128)
+    return compile(WatchCNN(), example, scheme=scheme, board="stm32f746", **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -46,10 +46,17 @@ def test_no_warnings(compiler: str, tmp_path: Path) -> None:
         pytest.skip(f"{command[0]} is not installed")
     folder = build("full").write(tmp_path / "full")
     variants = {"model.c": folder}
-    for scheme, rounding in (("sparse", "master"), ("none", "master"), ("bias_only", "stochastic"), ("full", "stochastic")):
+    for scheme, rounding in (
+        ("sparse", "master"),
+        ("none", "master"),
+        ("bias_only", "stochastic"),
+        ("full", "stochastic"),
+    ):
         variants[f"{scheme}_{rounding}.c"] = build(scheme, rounding=rounding, name=f"{scheme}_{rounding}").write(folder)
     for source in sorted(folder.glob("*.c")):
-        result = subprocess.run([*command, *WARNINGS, "-c", source.name, "-o", "out.o"], cwd=folder, capture_output=True)
+        result = subprocess.run(
+            [*command, *WARNINGS, "-c", source.name, "-o", "out.o"], cwd=folder, capture_output=True
+        )
         assert result.returncode == 0, result.stderr.decode()
     assert {"main.c", "eft_conv_s8.c", "model.h", "README.md", "board.ld"} <= {path.name for path in folder.iterdir()}
 
@@ -58,7 +65,9 @@ def test_no_warnings(compiler: str, tmp_path: Path) -> None:
 def test_nothing_is_linked_that_a_bare_board_lacks(rounding: str) -> None:
     firmware = build("full", rounding=rounding).firmware("m4")
     symbols = set(firmware.symbols)
-    forbidden = re.compile(r"malloc|calloc|realloc|free$|sbrk|printf|puts|__aeabi_[fd](?!iv)|__[a-z]+[sd]f\d|float|double")
+    forbidden = re.compile(
+        r"malloc|calloc|realloc|free$|sbrk|printf|puts|__aeabi_[fd](?!iv)|__[a-z]+[sd]f\d|float|double"
+    )
     assert not [name for name in symbols if forbidden.search(name)]
     assert "board_train" in symbols
 
@@ -114,7 +123,9 @@ int main(int count, char **arguments)
 """
 
 
-@pytest.mark.parametrize(("scheme", "rounding"), [("full", "master"), ("sparse", "stochastic"), ("bias_only", "master")])
+@pytest.mark.parametrize(
+    ("scheme", "rounding"), [("full", "master"), ("sparse", "stochastic"), ("bias_only", "master")]
+)
 def test_sanitizers_report_nothing_and_extremes_stay_equal(scheme: str, rounding: str, tmp_path: Path) -> None:
     """300 steps, among them inputs that no sensor sends, at a learning rate that drives weights into their limits."""
     program = build(scheme, rounding=rounding, learning_rate=2.0)
@@ -152,7 +163,14 @@ def test_hostile_layer_names_change_nothing_but_comments() -> None:
     def source(names: list[str]) -> tuple[str, str]:
         torch.manual_seed(0)
         net = nn.Sequential()
-        layers = [nn.Conv1d(6, 4, 5, 2), nn.ReLU(), nn.Conv1d(4, 4, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+        layers = [
+            nn.Conv1d(6, 4, 5, 2),
+            nn.ReLU(),
+            nn.Conv1d(4, 4, 5, 2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+        ]
         for name, layer in zip(names, [*layers, nn.Linear(4, 7)], strict=True):
             net.add_module(name, layer)
         program = compile(

@@ -1,13 +1,15 @@
 """Integer gradients and one-step updates against torch's autograd on the same quantized network.
 
 The float network has the dequantized weights, and every activation is set to the value that the integers gave (straight
-through), so the two differ by the rounding of the backward pass alone. That is bounded element by element, and the bound is
-carried along with the gradient:
+through), so the two differ by the rounding of the backward pass alone. That is bounded element by element, and the
+bound is carried along with the gradient:
 
 - loss: a probability is off by at most (1.5 (n + 1) + 1) 2^-16 (see ``test_ondevice_kernels``);
-- input gradient: what comes in times the absolute weights; half a unit for the rounding of each operand, and half a unit
+- input gradient: what comes in times the absolute weights; half a unit for the rounding of each operand, and half a
+unit
   of 1/32767 for the scale of its channel, both times the absolute weights; half a unit of the result;
-- weight step: what comes in times the absolute inputs, half a unit of each gradient where it was cut; half of 1/256 of a
+- weight step: what comes in times the absolute inputs, half a unit of each gradient where it was cut; half of 1/256
+of a
   weight for the rounding of the step. A bias: the same with an input of 1 and half a unit.
 """
 

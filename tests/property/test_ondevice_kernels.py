@@ -289,8 +289,8 @@ def test_softmax_loss(logits: list[int], data: st.DataObject) -> None:
     want = [max(-32767, min(32767, v - 32768 * (k == label))) for k, v in enumerate(p)]
     assert g.tolist() == want
     assert bits == max(map(abs, want)).bit_length()
-    # And it is the softmax. A power is off by less than 1.5 units of 2^-16 (table and shift), the total of at least 2^16
-    # by 1.5 a class, the quotient by half a unit of 2^-15.
+    # And it is the softmax. A power is off by less than 1.5 units of 2^-16 (table and shift), the total of at least
+    # 2^16 by 1.5 a class, the quotient by half a unit of 2^-15.
     real = np.exp2((np.array(logits) - max(logits)) / 256.0)
     bound = (1.5 * (len(logits) + 1) + 1) * 2.0**-16
     assert np.abs(np.array(p) / 32768 - real / real.sum()).max() <= bound

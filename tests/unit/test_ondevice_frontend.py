@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     model = WatchCNN()
     with torch.no_grad():
         model.conv2.weight[0, 0, 0] = float("nan")
-    with pytest.raises(CompileError, match="module conv2.*inf or NaN"):
+    with pytest.raises(CompileError, match=r"module conv2.*inf or NaN"):
         read_module(model, EXAMPLE_1D)
 
 
@@ -157,4 +157,4 @@ def test_the_model_is_not_changed() -> None:
     read_module(model, EXAMPLE_1D)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert np.isfinite(list(model.parameters())[0].detach().numpy()).all()
+    assert np.isfinite(next(iter(model.parameters())).detach().numpy()).all()

@@ -63,7 +63,7 @@ def test_one_byte_too_little_is_refused_with_the_largest_tensors_and_options() -
 
 
 def test_too_little_flash_is_refused() -> None:
-    with pytest.raises(BudgetError, match="B of flash; stm32f746 has 8192 B"):
+    with pytest.raises(BudgetError, match="weights and other constants; stm32f746 has 8192 B"):
         build("none", replace(Board.named("stm32f746"), flash_bytes=8192))
 
 
@@ -101,7 +101,10 @@ def test_a_scheme_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        (Scheme(name="s", weights=(LayerShare(layer="conv9"),)), "names layer 'conv9'; the model has conv1, conv2, conv3"),
+        (
+            Scheme(name="s", weights=(LayerShare(layer="conv9"),)),
+            "names layer 'conv9'; the model has conv1, conv2, conv3",
+        ),
         (Scheme(name="s", weights=(LayerShare(layer="-4"),)), "names layer '-4'"),
         (Scheme(name="s", weights=(LayerShare(layer="-1"), LayerShare(layer="conv3"))), "'conv3' twice"),
         (Scheme(name="s", last_biases=4), "biases of 4 convolutions, the model has 3"),
@@ -158,7 +161,7 @@ def test_engines_refuse_what_is_not_theirs() -> None:
         with pytest.raises(ValueError, match="32 integers"):
             engine.train(x, np.zeros(31, np.int64))
         with pytest.raises(ValueError, match="32 integers"):
-            engine.train(x, np.zeros(32))
+            engine.train(x, np.zeros(32))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="indices in \\[0, 32\\)"):
             engine.train(x, np.zeros(32, np.int64), [32])
         with pytest.raises(ConfigError, match="lr shift"):

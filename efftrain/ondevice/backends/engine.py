@@ -10,7 +10,7 @@ import numpy.typing as npt
 from efftrain.errors import ConfigError
 
 Samples = npt.NDArray[np.int8]
-Labels = npt.NDArray[np.int64] | Sequence[int]
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.int32] | Sequence[int]
 
 MAX_LR_SHIFT = 31
 

@@ -72,7 +72,9 @@ def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
     if kind != "gcc" and _has_zig():
         machine = ("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}")
         command = (sys.executable, "-m", "ziglang", "cc")
-        return Toolchain("zig", command, (*common, *machine, "-fno-sanitize=all", "-fno-unroll-loops"), (*machine, *link, "-O2"))
+        return Toolchain(
+            "zig", command, (*common, *machine, "-fno-sanitize=all", "-fno-unroll-loops"), (*machine, *link, "-O2")
+        )
     raise ToolError(
         "no compiler for Cortex-M was found. `pip install 'efftrain[board]'` brings one (zig); or install "
         "arm-none-eabi-gcc, for example with `apt install gcc-arm-none-eabi`."

@@ -24,7 +24,7 @@ from efftrain.ondevice.ir import (
     StepOp,
     WeightUpdate,
 )
-from efftrain.ondevice.memory import Buffer, MemoryPlan
+from efftrain.ondevice.memory import Arena, Buffer
 from efftrain.ondevice.quantize import ConvConstants, ConvShape, Factors, Layers, PoolConstants
 from efftrain.ondevice.state import Part, Rounding, StateLayout
 
@@ -73,7 +73,7 @@ def emit_c(
     graph: StepGraph,
     layers: Layers,
     layout: StateLayout,
-    plan: MemoryPlan,
+    arena: Arena,
     rounding: Rounding,
     initial: Mapping[tuple[Part, str], npt.NDArray[np.int64]],
 ) -> CSource:
@@ -84,11 +84,11 @@ def emit_c(
         graph: The step, after the passes.
         layers: Constants by layer.
         layout: Of the trained state.
-        plan: Offsets of every buffer.
+        arena: Offsets of every buffer.
         rounding: Which update kernel.
         initial: ``layout.unpack`` of the initial state.
     """
-    return _Emitter(name, graph, layers, layout, plan, rounding, initial).run()
+    return _Emitter(name, graph, layers, layout, arena, rounding, initial).run()
 
 
 class _Emitter:
@@ -98,18 +98,18 @@ class _Emitter:
         graph: StepGraph,
         layers: Layers,
         layout: StateLayout,
-        plan: MemoryPlan,
+        arena: Arena,
         rounding: Rounding,
         initial: Mapping[tuple[Part, str], npt.NDArray[np.int64]],
     ) -> None:
         self.name, self.graph, self.layers, self.layout = check_identifier(name), graph, layers, layout
-        self.plan, self.rounding, self.initial = plan, rounding, initial
+        self.arena, self.rounding, self.initial = arena, rounding, initial
         self.constants: list[str] = []
         self.constant_bytes = 0
         self.ids = {layer: f"layer{index}" for index, layer in enumerate(layers)}
         counts: dict[str, int] = {}
         self.variables: dict[str, str] = {}
-        for buffer in plan.buffers:
+        for buffer in arena.buffers:
             number = counts[buffer.kind] = counts.get(buffer.kind, -1) + 1
             self.variables[buffer.name] = (
                 buffer.kind if buffer.kind in ("input", "logits") else f"{buffer.kind}{number}"
@@ -199,14 +199,14 @@ class _Emitter:
 #define {upper}_INPUT_BYTES {height * width * channels}u /**< int8, [{height}][{width}][{channels}], channel last */
 #define {upper}_NUM_CLASSES {classes}
 #define {upper}_STATE_BYTES {self.layout.num_bytes}u
-#define {upper}_ARENA_BYTES {self.plan.arena_bytes}u
+#define {upper}_ARENA_BYTES {self.arena.num_bytes}u
 
 /** Everything that the model keeps. Treat it as opaque. */
 typedef struct {{
     uint32_t seed;
     int32_t lr_shift;
     uint32_t state[{self.layout.ram_bytes // 4}]; /**< The trained state: step, biases, weights, residuals */
-    uint32_t arena[{self.plan.arena_bytes // 4}]; /**< Activations and gradients of the step that is running */
+    uint32_t arena[{self.arena.num_bytes // 4}]; /**< Activations and gradients of the step that is running */
 }} {n}_context;
 
 /** The weights as they were compiled, step 0, full learning rate. Returns EFT_OK or EFT_ERROR_ARGUMENT. */
@@ -245,8 +245,7 @@ uint32_t {n}_context_bytes(void);
             "#include <stddef.h>",
             *self.constants,
             "",
-            f"/* The arena: {self.plan.arena_bytes} B; at most {self.plan.arena_lower_bound_bytes} B are alive "
-            f"at once. */",
+            f"/* The arena: {self.arena.num_bytes} B; at most {self.arena.lower_bound_bytes} B are alive at once. */",
             f"static int32_t forward({n}_context *context)",
             "{",
             *self._buffers(self.predict),
@@ -402,7 +401,7 @@ uint32_t {n}_context_bytes(void)
     def _buffers(self, ops: Iterable[StepOp]) -> list[str]:
         used = {name for op in ops for name in (*op.reads, *op.writes)}
         lines: list[str] = []
-        for buffer in self.plan.buffers:
+        for buffer in self.arena.buffers:
             if buffer.name in used:
                 c_type = _TYPES[self.graph.tensors[buffer.name].dtype]
                 lines.append(
@@ -451,32 +450,31 @@ uint32_t {n}_context_bytes(void)
                 )
                 return [*lines, f"    {call}"]
             case SoftmaxLoss():
-                view, classes = f"{variable[op.g]}_view", f"{self.name.upper()}_NUM_CLASSES"
-                call = f"{view}.bits = eft_softmax_loss_s16({variable[op.logits]}, {classes}, label, {variable[op.g]});"
-                return [*lines, f"    {call}"]
+                classes = f"{self.name.upper()}_NUM_CLASSES"
+                call = f"eft_softmax_loss_s16({variable[op.logits]}, {classes}, label, {variable[op.g]});"
+                return [*lines, f"    {self._keep_bits(op.g)}{call}"]
             case AverageGrad():
                 pool = self._pool(op.layer)
                 mask = variable[op.mask] if op.mask else "NULL"
                 old, new = f"{variable[op.g]}_view", f"{variable[op.gx]}_view"
                 call = (
-                    f"{new}.bits = eft_global_average_grad_s16({variable[op.g]}, {pool.pixels}, "
-                    f"{pool.channels}, {mask}, "
+                    f"eft_global_average_grad_s16({variable[op.g]}, {pool.pixels}, {pool.channels}, {mask}, "
                     f"{variable[op.gx]});"
                 )
-                return [*lines, f"    {call}", f"    {new}.exponent = {old}.exponent;"]
+                return [*lines, f"    {self._keep_bits(op.gx)}{call}", f"    {new}.exponent = {old}.exponent;"]
             case ConvInputGrad():
                 layer, c_name = self._conv(op.layer), self.ids[op.layer]
                 mask = variable[op.mask] if op.mask else "NULL"
                 old, new = f"{variable[op.g]}_view", f"{variable[op.gx]}_view"
                 call = (
-                    f"{new}.bits = eft_conv_input_grad_s16({variable[op.g]}, {old}.bits, &{c_name}_shape, "
+                    f"eft_conv_input_grad_s16({variable[op.g]}, {old}.bits, &{c_name}_shape, "
                     f"&{c_name}_weights, &{c_name}_input_grad, {mask}, {variable[op.gx]}, {variable[op.scratch]});"
                 )
                 exponent = f"{old}.exponent - ({layer.operand_bits} - {old}.bits) + ({layer.grad_shift})"
                 return [
                     *lines,
                     f"    const eft_weights {c_name}_weights = {self._weights(layer)};",
-                    f"    {call}",
+                    f"    {self._keep_bits(op.gx)}{call}",
                     f"    {new}.exponent = {exponent};",
                 ]
             case WeightUpdate():
@@ -490,6 +488,12 @@ uint32_t {n}_context_bytes(void)
                     f"&{c_name}_bias_rate, context->lr_shift, {self._state(entry.offset, 'int32_t')});"
                 )
                 return [*lines, f"    {call}"]
+
+    def _keep_bits(self, gradient: str) -> str:
+        """What stands before the call that writes a gradient: its bits are kept if an op reads them."""
+        readers = (op for op in self.learn if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate))
+        used = any(op.g == gradient for op in readers)
+        return f"{self.variables[gradient]}_view.bits = " if used else "(void)"
 
     def _weight_update(self, op: WeightUpdate, variable: Mapping[str, str]) -> str:
         layer, c_name = self._conv(op.layer), self.ids[op.layer]
@@ -522,4 +526,4 @@ uint32_t {n}_context_bytes(void)
         return self.graph.tensors[name].role
 
     def _buffer(self, name: str) -> Buffer:
-        return next(buffer for buffer in self.plan.buffers if buffer.name == name)
+        return next(buffer for buffer in self.arena.buffers if buffer.name == name)

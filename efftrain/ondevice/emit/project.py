@@ -3,7 +3,7 @@
 from pathlib import Path
 from string import Template
 
-from efftrain.ondevice.emit.c_source import CSource
+from efftrain.ondevice.emit.c_source import CSource, safe
 from efftrain.ondevice.memory import MemoryPlan
 from efftrain.ondevice.target import Board
 from efftrain.units import format_bytes, format_count
@@ -37,7 +37,7 @@ def linker_script(board: Board, plan: MemoryPlan) -> str:
     """A script whose memory regions are the board's, no byte more."""
     return template(
         "board.ld",
-        board=board.name,
+        board=safe(board.name),
         ram_bytes=board.ram_bytes,
         ram_origin=hex(board.ram_origin),
         flash_bytes=board.flash_bytes,
