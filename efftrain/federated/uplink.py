@@ -58,6 +58,8 @@ RESIDUAL, STAGED, TICKET = "efftrain.residual", "efftrain.residual.staged", "eff
 """Names of the records in ``Context.state``."""
 
 Tensors = dict[str, npt.NDArray[np.generic]]
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
+"""A Flower mod: message, context, and what comes next."""
 
 # The client's end ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from efftrain.compression import TopK
 from efftrain.errors import ConfigError
 from efftrain.federated.flower import (
     Array,
@@ -17,11 +18,12 @@ from efftrain.federated.flower import (
     quiet,
 )
 from efftrain.federated.grid import InProcessGrid
+from efftrain.federated.uplink import Mod, UplinkGrid, uplink_mod
 
 
-def counting_app() -> ClientApp:
+def counting_app(*mods: Mod) -> ClientApp:
     """Adds 1 + partition to the model, and counts its trainings in its state. Partition 2 raises if told to."""
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -67,6 +69,18 @@ def test_stock_fedavg_runs_unchanged() -> None:
     np.testing.assert_allclose(result.arrays["w"].numpy(), np.full(3, 6.0), rtol=1e-6)
     assert result.train_metrics_clientapp[2]["times"] == pytest.approx(2)
     assert result.evaluate_metrics_clientapp[2]["sum"] == pytest.approx(18)
+
+
+def test_stock_fedavg_with_compressed_uplinks() -> None:
+    """The example of ``federated/README.md``: a mod on the client, a grid around the grid, nothing else changes."""
+    grid = UplinkGrid(
+        InProcessGrid(counting_app(uplink_mod), 4), TopK(1.0), train_metrics=("times",), evaluate_metrics=("sum",)
+    )
+    with quiet():
+        result = FedAvg().start(grid, model(), num_rounds=2)
+    np.testing.assert_allclose(result.arrays["w"].numpy(), np.full(3, 6.0), rtol=1e-6)
+    assert result.evaluate_metrics_clientapp[2]["sum"] == pytest.approx(18)
+    assert not grid.take_traffic().refused
 
 
 def test_state_is_kept_per_node() -> None:

@@ -1,0 +1,110 @@
+"""The same apps over Flower's own SuperLink and SuperNodes, on loopback: the same bits as in one process."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from efftrain.federated import FederatedRecipe, run_federated
+from efftrain.federated.recipe import DataConfig, RoundsConfig
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def process(log: Path, environment: dict[str, str], *command: object) -> Iterator[None]:
+    """A command in a process group of its own, ended with all it started."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            [str(part) for part in command], stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGTERM)
+            try:
+                started.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Path) -> None:
+    recipe = replace(
+        FederatedRecipe(name="watch_people"),
+        data=DataConfig(people=(3, 8)),
+        server=RoundsConfig(rounds=2, timeout_s=100),
+    )
+    expected = run_federated(recipe)
+    port, output = free_port(), tmp_path / "result.json"
+    address = f"127.0.0.1:{port}"
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    )
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONWARNINGS": "ignore",
+    }
+    config = f'output="{output}" data.people="[3, 8]" server.rounds=2 server.timeout_s=100.0'
+    with contextlib.ExitStack() as stack:
+        superlink = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port]
+        superlink.append("--disable-runtime-dependency-installation")
+        stack.enter_context(process(tmp_path / "superlink.log", environment, *superlink))
+        wait_for(port)
+        for partition in range(2):
+            supernode = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", free_port()]
+            supernode += ["--node-config", f"partition-id={partition}"]
+            stack.enter_context(process(tmp_path / f"supernode{partition}.log", environment, *supernode))
+        started = subprocess.run(
+            [BIN / "flwr", "run", ROOT / "federated", "here", "--run-config", config],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert started.returncode == 0, started.stdout + started.stderr
+        end = time.monotonic() + 150
+        while not output.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        time.sleep(0.5)
+    logs = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(tmp_path.glob("*.log")))
+    assert output.exists(), logs
+    result = json.loads(output.read_text())
+    assert result["final_sha256"] == expected.final_sha256
+    assert result["accuracy_per_round"] == expected.accuracy_per_round
+    assert result["uplink_bytes"] == expected.total("uplink_bytes")
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"nothing listens on port {port}")
