@@ -180,7 +180,7 @@ def drive_rounds(
 ) -> FederatedResult:
     """Run all rounds on any grid: in process, in Flower's simulation or over a SuperLink.
 
-    Waits at most ``server.timeout_s`` for the first of ``recipe.num_clients`` nodes to connect.
+    Waits at most ``server.timeout_s`` for ``recipe.num_clients`` nodes to connect.
 
     Args:
         grid: Carries the messages.
