@@ -35,7 +35,7 @@ PEOPLE = tuple(range(1, 9))
 NEWCOMER = 9
 """Whose watch the model has never seen before act 3."""
 
-GRADIENT_CODEC = TopK(0.05) >> Int8(block=64)
+GRADIENT_CODEC = TopK(0.05, dense_below=256) >> Int8(block=64)
 CLUSTER_EPOCHS = 24
 CLUSTER_TIMEOUT_S = 300
 CLUSTER_SPREAD = 0.025
@@ -94,7 +94,7 @@ def cluster_act(out: Path, seed: int) -> Act:
             seed=seed,
             model=ModelConfig(name="watch-cnn"),
             data=DataConfig(name="watch", options={"people": len(PEOPLE), "train_share": 0.4}),
-            optimizer=OptimizerConfig(lr=0.02, momentum=0.9),
+            optimizer=OptimizerConfig(lr=0.04, momentum=0.9),
             loop=LoopConfig(epochs=CLUSTER_EPOCHS, batch_size=32),
             parallel=parallel,
         )

@@ -18,8 +18,8 @@ from efftrain.errors import PayloadError
 
 
 def index_bytes(k: int, n: int) -> int:
-    """Bytes that ``encode_indices`` writes for ``k`` indices below ``n``."""
-    if k == 0:
+    """Bytes that ``encode_indices`` writes for ``k`` indices below ``n``; none or all of them need no bytes."""
+    if k in (0, n):
         return 0
     low = _low_bits(k, n)
     return -(-k * low // 8) + -(-_num_high_bits(k, n, low) // 8)
@@ -36,7 +36,7 @@ def encode_indices(indices_K: npt.NDArray[np.int64], n: int) -> Bytes:
         Shape ``(index_bytes(K, n),)``, uint8.
     """
     k = indices_K.size
-    if k == 0:
+    if k in (0, n):
         return np.empty(0, np.uint8)
     low = _low_bits(k, n)
     low_bits = (indices_K[:, None] >> np.arange(low)) & 1
@@ -54,8 +54,8 @@ def decode_indices(coded: Bytes, k: int, n: int) -> npt.NDArray[np.int64]:
     """
     if coded.size != index_bytes(k, n):
         raise PayloadError(f"{k} indices below {n} take {index_bytes(k, n)} bytes, found {coded.size}")
-    if k == 0:
-        return np.empty(0, np.int64)
+    if k in (0, n):
+        return np.arange(k, dtype=np.int64)
     low = _low_bits(k, n)
     split = -(-k * low // 8)
     high = np.flatnonzero(np.unpackbits(coded[split:], bitorder="little"))

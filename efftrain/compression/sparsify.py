@@ -30,6 +30,8 @@ class TopK(Codec):
         ratio: Share of elements sent, in ``(0, 1]``; ``K = max(1, round(ratio * N))``, 0 for an empty tensor.
         values: Dense codec of the values sent: ``Identity`` (4 bytes each) or ``Int8`` (1 byte and its scales).
             ``TopK(0.01) >> Int8()`` sets it.
+        dense_below: Tensors of fewer elements are sent whole. Biases and small heads weigh little on the wire and much
+            in the model: at 5 % one entry of a bias of 16 moves a step.
 
     An element costs its value and ``2 + log2(1 / ratio)`` bits for its place (see ``indices``).
 
@@ -39,6 +41,7 @@ class TopK(Codec):
 
     ratio: float = 0.01
     values: Codec = field(default_factory=Identity)
+    dense_below: int = 0
 
     codec_id: ClassVar[int] = 3
     combine: ClassVar[Combine] = "gather"
@@ -46,6 +49,8 @@ class TopK(Codec):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
             raise ValueError(f"TopK ratio is {self.ratio!r}, expected a share in (0, 1]")
+        if type(self.dense_below) is not int or not 0 <= self.dense_below < 1 << 32:
+            raise ValueError(f"TopK dense_below is {self.dense_below!r}, expected a number of elements below 2**32")
         if type(self.values) not in _VALUE_CODECS.values():
             names = " or ".join(codec.__name__ for codec in _VALUE_CODECS.values())
             raise ValueError(f"TopK values go through {names}, not {self.values}")
@@ -56,6 +61,8 @@ class TopK(Codec):
 
     def num_sent(self, num_elements: int) -> int:
         """``K`` for a tensor of ``num_elements``."""
+        if num_elements < self.dense_below:
+            return num_elements
         return min(num_elements, max(1, round(self.ratio * num_elements)))
 
     def encoded_bytes(self, num_elements: int) -> int:
@@ -65,16 +72,16 @@ class TopK(Codec):
         return HEADER.size + len(self._params()) + index_bytes(k, num_elements) + value_bytes
 
     def _params(self) -> bytes:
-        return struct.pack("<dB", self.ratio, self.values.codec_id) + self.values._params()
+        return struct.pack("<dIB", self.ratio, self.dense_below, self.values.codec_id) + self.values._params()
 
     @classmethod
     def _from_params(cls, params: bytes) -> "TopK":
-        if len(params) < 9 or params[8] not in _VALUE_CODECS:
+        if len(params) < 13 or params[12] not in _VALUE_CODECS:
             raise PayloadError(f"TopK parameters are {params.hex()}, expected a ratio and a known codec of values")
-        (ratio,) = struct.unpack("<d", params[:8])
+        ratio, dense_below = struct.unpack("<dI", params[:12])
         if not 0 < ratio <= 1:
             raise PayloadError(f"TopK ratio in the payload is {ratio}, expected a share in (0, 1]")
-        return cls(ratio, _VALUE_CODECS[params[8]]._from_params(params[9:]))
+        return cls(ratio, _VALUE_CODECS[params[12]]._from_params(params[13:]), dense_below)
 
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
         indices_K = largest(values, self.num_sent(values.size))

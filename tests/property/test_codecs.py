@@ -28,6 +28,7 @@ CODECS: list[Codec] = [
     TopK(0.3),
     TopK(1.0),
     TopK(0.1) >> Int8(block=5),
+    TopK(0.1, dense_below=30) >> Int8(block=5),
 ]
 
 
