@@ -155,6 +155,8 @@ def _wrong(where: str, value: Any, expected: str) -> ConfigError:
 
 
 def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "a list"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
     return names.get(hint, str(hint))
 

@@ -138,6 +138,7 @@ def train(
             bucket_mb=recipe.parallel.bucket_mb,
         )
         plan.check(mesh.world_size())
+        recipe.loop.check_pieces(mesh.world_size(), recipe.step.micro_batches)
         set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
         model = build_model(recipe.model.name, **recipe.model.options)
         if recipe.model.pretrained is not None:
@@ -159,10 +160,10 @@ def train(
         number = int(job.exchange.sum([number])[0])  # what rank 0 found
         path = run_path(out, recipe.name, number)
         run = RunFolder(path, tensorboard=recipe.tensorboard) if mesh.rank() == 0 else None
-        if run is not None:
-            run.write_recipe(recipe)
         report = (lambda done, result: on_step(done, total_steps, result)) if run is not None and on_step else None
         try:
+            if run is not None:
+                run.write_recipe(recipe)
             result = fit(
                 job,
                 train_data,
@@ -210,18 +211,18 @@ def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:
     path = run_path(out, recipe.name, number) / "recipe.toml"
     if path.exists():  # else it was killed before its first step
         old = load_recipe(ClusterRecipe, path)
-        for key in ("seed", "model", "data"):
-            before, now = getattr(old, key), getattr(recipe, key)
+        for key, before, now in (
+            ("seed", old.seed, recipe.seed),
+            ("model", old.model, recipe.model),
+            ("data", old.data, recipe.data),
+            ("optimizer.name", old.optimizer.name, recipe.optimizer.name),
+            ("loop.batch_size", old.loop.batch_size, recipe.loop.batch_size),
+        ):
             if before != now:
                 raise ConfigError(
                     f"{path.parent} was started with {key} = {before}, expected the same, found {now}; "
                     "resume it with its own recipe or start a new run without --resume"
                 )
-        if old.loop.batch_size != recipe.loop.batch_size:
-            raise ConfigError(
-                f"{path.parent} was started with loop.batch_size={old.loop.batch_size}, found "
-                f"{recipe.loop.batch_size}; its place in the data would be lost. Resume it with its own recipe."
-            )
     return number
 
 

@@ -54,6 +54,18 @@ class LoopConfig:
             raise ConfigError(f"loop.batch_size is {self.batch_size}, the data set has only {num_samples} samples")
         return num_samples // self.batch_size
 
+    def check_pieces(self, world_size: int, micro_batches: int) -> None:
+        """Refuse a batch that cannot be cut evenly.
+
+        Raises:
+            ConfigError: With the number that must divide it.
+        """
+        if self.batch_size % (world_size * micro_batches):
+            raise ConfigError(
+                f"loop.batch_size is {self.batch_size}, expected a multiple of {world_size * micro_batches}: "
+                f"{world_size} ranks x {micro_batches} micro_batches"
+            )
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -117,12 +129,7 @@ def fit(
         CheckpointError: See ``save_checkpoint`` and ``load_checkpoint``.
     """
     exchange = job.exchange
-    pieces = exchange.world_size * job.step_config.micro_batches
-    if config.batch_size % pieces:
-        raise ConfigError(
-            f"loop.batch_size is {config.batch_size}, expected a multiple of {pieces}: "
-            f"{exchange.world_size} ranks x {job.step_config.micro_batches} micro_batches"
-        )
+    config.check_pieces(exchange.world_size, job.step_config.micro_batches)
     if not len(test):
         raise ConfigError("the test data set is empty; there is nothing to evaluate on")
     steps_per_epoch = config.steps_per_epoch(len(train))
