@@ -170,6 +170,14 @@ def run(seeds: int, people: list[int], floats: bool) -> dict[str, Any]:
                     reference[scheme][seed, column] = fine_tune_float(program, person, seed, learning_rate)
             if column == 0:
                 equality[scheme] = compare_back_ends(program, person)
+                start_float = time.perf_counter()
+                if floats and scheme != "none":
+                    fine_tune_float(program, person, 0, learning_rate)
+                num_steps = EPOCHS * len(person.tune)
+                float_ms = (
+                    1000 * (time.perf_counter() - start_float) / num_steps if floats and scheme != "none" else None
+                )
+                equality[scheme]["ms_per_step"]["torch fp32"] = None if float_ms is None else round(float_ms, 3)
         done = ", ".join(f"{scheme} {integer[scheme][:, column].mean():.1f}" for scheme in SCHEMES)
         print(f"person {number}: {done} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
     accuracy = {
@@ -251,8 +259,8 @@ def render(result: dict[str, Any]) -> str:
         "",
         "| scheme | flash planned | flash linked | MACs forward | MACs backward | instructions, step | "
         "instructions, forward "
-        "| ms: simulator | host | unicorn M7 | unicorn M4 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| ms: simulator | host | unicorn M7 | unicorn M4 | torch fp32 eager |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for scheme, row in result["back_ends"].items():
         plan, ms = row["plan"], row["ms_per_step"]
