@@ -5,13 +5,14 @@ and the codec encodes -> one all-gather of bytes a bucket starts, in the order i
 beside the rest of the backward pass -> after it, ``finish`` decodes the messages of all ranks in rank order into the
 parameters' gradients, so that the replicas stay equal to the bit.
 
-Note [no callbacks on gloo threads]
-    Decoding in ``future.then`` would run Python on a thread of gloo, which aborts the process if it still holds a
-    Python object while the interpreter ends. So the hook hands DDP its own bucket back at once, and the work is
-    finished on the main thread.
+Note [no Python on gloo threads]
+    A thread of gloo that lets go of a Python object while the interpreter ends aborts the process. So nothing is
+    decoded in ``future.then``: the hook hands DDP its own bucket back at once, and the work is finished on the main
+    thread. And nothing keeps the process group alive past ``mesh.process_group``, whose end waits for its threads.
 """
 
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,9 @@ class DataParallel:
         self._feedback = Feedback(codec, momentum=momentum)
         self._pending: list[_Pending] = []
         self._names: dict[int, str] = {}
-        self._model: DistributedDataParallel | None = None
+        # Weak: the reducer inside it holds our hook, and a circle through C++ would outlive the process group.
+        self._model: weakref.ref[DistributedDataParallel] | None = None
+        self._device = torch.device("cpu")
         self._num_steps = 0
         self._healthy = True
         self._ring_bytes = 0.0
@@ -62,26 +65,25 @@ class DataParallel:
         self._names = {id(p): name for name, p in model.named_parameters()}
         num_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._ring_bytes = 2 * (self.world_size - 1) / self.world_size * 4 * num_elements
-        device = next(model.parameters()).device
-        self._model = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=self._bucket_mb
-        )
+        self._device = next(model.parameters()).device
+        device_ids = [self._device.index] if self._device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, bucket_cap_mb=self._bucket_mb)
         if self.codec.combine != "sum":
-            self._model.register_comm_hook(None, self._hook)
-        return self._model
+            wrapped.register_comm_hook(None, self._hook)
+        self._model = weakref.ref(wrapped)
+        return wrapped
 
     @contextmanager
     def local_only(self) -> Iterator[None]:
         """DDP's ``no_sync``."""
-        assert self._model is not None, "local_only() before wrap()"
-        with self._model.no_sync():
+        wrapped = self._model() if self._model is not None else None
+        assert wrapped is not None, "local_only() before wrap(), or its module is gone"
+        with wrapped.no_sync():
             yield
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """One all-reduce of a few float64."""
-        assert self._model is not None, "sum() before wrap()"
-        device = next(self._model.parameters()).device
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor)
         return [float(v) for v in tensor.tolist()]
 
@@ -144,7 +146,7 @@ class DataParallel:
         self._num_steps = int(states[0]["num_steps"]) if "num_steps" in states[0] else 0
 
     def _hook(self, _: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Encode a bucket and start its exchange. See Note [no callbacks on gloo threads]."""
+        """Encode a bucket and start its exchange. See Note [no Python on gloo threads]."""
         started = time.perf_counter()
         parameters = bucket.parameters()
         messages = [

@@ -1,5 +1,6 @@
 """Joining and leaving the group of processes that a launcher started."""
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from efftrain.errors import ConfigError, PeerError
 @contextmanager
 def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
     """Join the processes started by torchrun; without a launcher, do nothing.
+
+    Jobs and models that use the group must not outlive the block: make them in a function that is called in it.
 
     Args:
         timeout_s: A collective that takes longer ends the job with an error: no hang.
@@ -48,7 +51,11 @@ def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
             f"lost another rank, or waited too long for it; see its own message ({reason[:120]})"
         ) from error
     finally:
+        # Whatever holds the group (DDP does, in circles of its own) must be gone before: the group ends its threads
+        # when the last reference goes. See Note [no Python on gloo threads].
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def world_size() -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from efftrain.training import (
     fit,
     set_seed,
 )
+
+OnStep: TypeAlias = Callable[[int, int, StepResult], None]
+"""Called with updates done, updates in all, and the result of the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,7 @@ def train(
     *,
     out: Path,
     resume: bool = False,
-    on_step: Callable[[int, int, StepResult], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any] | None:
     """Run a recipe on the processes that were started.
 
@@ -131,74 +134,80 @@ def train(
         EfftrainError: Anything wrong with recipe, data, checkpoint or numbers; see ``training.fit``.
     """
     with mesh.process_group(timeout_s=recipe.parallel.timeout_s) as device:
-        plan = Plan(
-            data=recipe.parallel.data,
-            codec=parse_codec(recipe.parallel.codec),
-            momentum_correction=recipe.parallel.momentum_correction,
-            bucket_mb=recipe.parallel.bucket_mb,
-        )
-        plan.check(mesh.world_size())
-        recipe.loop.check_pieces(mesh.world_size(), recipe.step.micro_batches)
-        set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
-        model = build_model(recipe.model.name, **recipe.model.options)
-        if recipe.model.pretrained is not None:
-            model.load_state_dict(load_pretrained(Path(recipe.model.pretrained)).state_dict())
-        train_data, test_data = (
-            load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
-        )
-        total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
-        _check_fit(recipe, model, train_data)
-        job = plan.apply(
-            model.to(device),
-            objective=_objective(recipe, device),
-            optimizer=recipe.optimizer,
-            step=recipe.step,
+        return _train(recipe, device, out, resume, on_step)
+
+
+def _train(
+    recipe: ClusterRecipe, device: torch.device, out: Path, resume: bool, on_step: OnStep | None
+) -> dict[str, Any] | None:
+    plan = Plan(
+        data=recipe.parallel.data,
+        codec=parse_codec(recipe.parallel.codec),
+        momentum_correction=recipe.parallel.momentum_correction,
+        bucket_mb=recipe.parallel.bucket_mb,
+    )
+    plan.check(mesh.world_size())
+    recipe.loop.check_pieces(mesh.world_size(), recipe.step.micro_batches)
+    set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
+    model = build_model(recipe.model.name, **recipe.model.options)
+    if recipe.model.pretrained is not None:
+        model.load_state_dict(load_pretrained(Path(recipe.model.pretrained)).state_dict())
+    train_data, test_data = (
+        load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
+    )
+    total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
+    _check_fit(recipe, model, train_data)
+    job = plan.apply(
+        model.to(device),
+        objective=_objective(recipe, device),
+        optimizer=recipe.optimizer,
+        step=recipe.step,
+        seed=recipe.seed,
+    )
+    set_seed(recipe.seed, mesh.rank(), deterministic=recipe.loop.deterministic)
+    number = _run_number(recipe, out, resume) if mesh.rank() == 0 else 0
+    number = int(job.exchange.sum([number])[0])  # what rank 0 found
+    path = run_path(out, recipe.name, number)
+    run = RunFolder(path, tensorboard=recipe.tensorboard) if mesh.rank() == 0 else None
+    report = (lambda done, result: on_step(done, total_steps, result)) if run is not None and on_step else None
+    try:
+        if run is not None:
+            run.write_recipe(recipe)
+        result = fit(
+            job,
+            train_data,
+            test_data,
+            recipe.loop,
             seed=recipe.seed,
+            run=run,
+            checkpoints=path / "checkpoints",
+            resume=resume,
+            on_step=report,
         )
-        set_seed(recipe.seed, mesh.rank(), deterministic=recipe.loop.deterministic)
-        number = _run_number(recipe, out, resume) if mesh.rank() == 0 else 0
-        number = int(job.exchange.sum([number])[0])  # what rank 0 found
-        path = run_path(out, recipe.name, number)
-        run = RunFolder(path, tensorboard=recipe.tensorboard) if mesh.rank() == 0 else None
-        report = (lambda done, result: on_step(done, total_steps, result)) if run is not None and on_step else None
-        try:
-            if run is not None:
-                run.write_recipe(recipe)
-            result = fit(
-                job,
-                train_data,
-                test_data,
-                recipe.loop,
-                seed=recipe.seed,
-                run=run,
-                checkpoints=path / "checkpoints",
-                resume=resume,
-                on_step=report,
-            )
-            if run is None:
-                return None
-            if isinstance(model, Pretrained):
-                model.save_pretrained(path / "model")
-            return run.finish(
-                {
-                    "kind": "cluster",
-                    "name": recipe.name,
-                    "path": str(path),
-                    "seed": recipe.seed,
-                    "world_size": mesh.world_size(),
-                    "codec": format_codec(plan.codec),
-                    "accuracy": result.evaluation.accuracy,
-                    "loss": result.evaluation.loss,
-                    "num_steps": result.num_steps,
-                    "num_skipped": result.num_skipped,
-                    "train_s": result.train_s,
-                    "num_parameters": sum(p.numel() for p in model.parameters()),
-                    **result.totals,
-                }
-            )
-        finally:
-            if run is not None:
-                run.close()
+        if run is None:
+            return None
+        if isinstance(model, Pretrained):
+            model.save_pretrained(path / "model")
+        return run.finish(
+            {
+                "kind": "cluster",
+                "name": recipe.name,
+                "path": str(path),
+                "seed": recipe.seed,
+                "world_size": mesh.world_size(),
+                "codec": format_codec(plan.codec),
+                "accuracy": result.evaluation.accuracy,
+                "loss": result.evaluation.loss,
+                "num_steps": result.num_steps,
+                "num_skipped": result.num_skipped,
+                "train_s": result.train_s,
+                "num_parameters": sum(p.numel() for p in model.parameters()),
+                **result.totals,
+            }
+        )
+    finally:
+        if run is not None:
+            run.close()
 
 
 def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:
