@@ -64,7 +64,8 @@ class Feedback:
         refuse_non_finite(values, f"parameter {name!r}")
         if self.momentum:
             values = self._plus(f"velocity/{name}", values, self.momentum)
-            self._staged[f"velocity/{name}"] = values
+            # The first velocity is the gradient itself, whose memory belongs to the caller (DDP fills it anew).
+            self._staged[f"velocity/{name}"] = values if f"velocity/{name}" in self._state else values.copy()
         values = self._plus(f"residual/{name}", values)
         payload = self.codec.encode(values, key=key)
         left = -self.codec.decode(payload, max_elements=values.size)

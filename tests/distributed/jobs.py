@@ -1,0 +1,255 @@
+"""What the ranks of a test do. A function returns plain facts; the tests judge them."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from efftrain.compression import parse_codec
+from efftrain.config import load_recipe
+from efftrain.data.digits import load_digits
+from efftrain.errors import EfftrainError
+from efftrain.parallel import ClusterRecipe, Plan, mesh, train
+from efftrain.parallel.data import DataParallel
+from efftrain.training import Job, OptimizerConfig, StepConfig, evaluate
+from efftrain.training.checkpoint import load_checkpoint
+from tests.distributed.workload import Net
+
+Facts = dict[str, Any]
+
+NUM_STEPS = 8
+GLOBAL_BATCH = 32
+SGD = OptimizerConfig(lr=0.1, momentum=0.9, schedule="constant")
+SMALL_BUCKET_MB = 0.001  # three buckets, after the first step
+
+
+def model_of(seed: int = 0, *, norm: bool = False) -> Net:
+    """Equal on all ranks, without dropout."""
+    torch.manual_seed(seed)
+    return Net(width=24, dropout=0.0, norm=norm)
+
+
+def batch(step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+    """A rank's share of the batch of a step."""
+    digits = load_digits("train")
+    indices = np.random.default_rng([7, step]).permutation(len(digits))[:GLOBAL_BATCH]
+    share = GLOBAL_BATCH // world_size
+    inputs, targets = digits.batch(indices[rank * share : (rank + 1) * share])
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def weights(model: nn.Module) -> dict[str, Any]:
+    """NumPy copies of all parameters."""
+    return {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+
+
+def digest(tensors: dict[str, Any]) -> str:
+    """Equal for equal bits."""
+    joined = b"".join(name.encode() + np.ascontiguousarray(tensors[name]).tobytes() for name in sorted(tensors))
+    return hashlib.sha256(joined).hexdigest()
+
+
+@contextmanager
+def counting_buckets(buckets: list[int]) -> Iterator[None]:
+    """Jobs made inside append the number of each bucket that they send."""
+    original = DataParallel._hook
+
+    def hook(self: DataParallel, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        buckets.append(bucket.index())
+        return original(self, state, bucket)
+
+    with patch.object(DataParallel, "_hook", hook):
+        yield
+
+
+def run(
+    codec: str,
+    *,
+    correction: bool = False,
+    micro_batches: int = 1,
+    bucket_mb: float | None = None,
+    poison: tuple[int, int] | None = None,
+    leave_out: int | None = None,
+    num_steps: int = NUM_STEPS,
+    norm: bool = False,
+) -> Facts:
+    """A few steps under a plan. ``poison`` is (step, rank) of a NaN; ``leave_out`` a step that is not made."""
+    rank, world_size = mesh.rank(), mesh.world_size()
+    plan = Plan(codec=parse_codec(codec), momentum_correction=correction, bucket_mb=bucket_mb)
+    model = model_of(norm=norm)
+    buckets: list[int] = []
+    with counting_buckets(buckets):
+        job = plan.apply(model, optimizer=SGD, step=StepConfig(micro_batches=micro_batches), seed=3)
+    exchange = job.exchange
+    assert isinstance(exchange, DataParallel)
+    facts: Facts = {"losses": [], "skipped": [], "stats": [], "harmed": [], "buckets": buckets}
+    for step in range(num_steps):
+        if step == leave_out:
+            continue
+        inputs, targets = batch(step, rank, world_size)
+        if poison == (step, rank):
+            inputs[0] = math.nan
+        before = {**exchange.state_dict(), **job.state_dict()[0]}
+        before = {name: value.clone() for name, value in before.items() if name != "num_steps"}
+        result = job.step(inputs, targets)
+        after = {**exchange.state_dict(), **job.state_dict()[0]}
+        if result.skipped:
+            facts["harmed"] += [name for name in before if not torch.equal(before[name], after[name])]
+            facts["harmed"] += [name for name in after if name not in before and name != "num_steps"]
+        facts["losses"].append(result.loss)
+        facts["skipped"].append(result.skipped)
+        facts["stats"].append({k: v for k, v in exchange.stats().items() if k.endswith("bytes")})
+    facts["weights"] = weights(model)
+    facts["digest"] = digest(facts["weights"])
+    facts["feedback"] = {k: v.numpy().copy() for k, v in exchange.state_dict().items() if k != "num_steps"}
+    facts["sizes"] = {name: p.numel() for name, p in model.named_parameters()}
+    return facts
+
+
+def plain_ddp() -> Facts:
+    """The same steps by torch alone."""
+    model = model_of()
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=SGD.lr, momentum=SGD.momentum)
+    for step in range(NUM_STEPS):
+        inputs, targets = batch(step, mesh.rank(), mesh.world_size())
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return {"weights": weights(model), "digest": digest(weights(model))}
+
+
+def one_process() -> Facts:
+    """The same steps with the whole batch in one process."""
+    model = model_of()
+    job = Job(model, optimizer=SGD)
+    losses = [job.step(*batch(step)).loss for step in range(NUM_STEPS)]
+    return {"weights": weights(model), "losses": losses}
+
+
+def sparse_by_hand(ratio: float, momentum_before: bool) -> Facts:
+    """Top-k with error feedback for two ranks in plain NumPy, from the papers' formulas."""
+    world_size = mesh.world_size()
+    models = [model_of() for _ in range(world_size)]
+    names = [name for name, _ in models[0].named_parameters()]
+    owed = [dict.fromkeys(names, 0.0) for _ in range(world_size)]
+    speed = [dict.fromkeys(names, 0.0) for _ in range(world_size)]
+    after = dict.fromkeys(names, 0.0)
+    for step in range(NUM_STEPS):
+        sent: dict[str, Any] = dict.fromkeys(names, 0.0)
+        for rank, model in enumerate(models):
+            model.zero_grad()
+            inputs, targets = batch(step, rank, world_size)
+            nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                value: Any = parameter.grad.numpy().ravel().astype(np.float64)
+                if momentum_before:
+                    value = speed[rank][name] = 0.9 * speed[rank][name] + value
+                value = value + owed[rank][name]
+                k = max(1, round(ratio * value.size))
+                chosen = np.argsort(-np.abs(value), kind="stable")[:k]
+                message = np.zeros_like(value)
+                message[chosen] = value[chosen]
+                owed[rank][name] = value - message
+                sent[name] = sent[name] + message / world_size
+        for model in models:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if model is models[0]:
+                        after[name] = sent[name] if momentum_before else 0.9 * after[name] + sent[name]
+                    move = torch.from_numpy(np.asarray(0.1 * after[name])).float()
+                    parameter.sub_(move.view_as(parameter))
+    return {"weights": weights(models[0])}
+
+
+def statistics_and_evaluation() -> Facts:
+    """Batch norm: each rank's running statistics come from its own samples."""
+    model = model_of(norm=True)
+    job = Plan().apply(model, optimizer=SGD)
+    for step in range(NUM_STEPS):
+        job.step(*batch(step, mesh.rank(), mesh.world_size()))
+    found = evaluate(job, load_digits("test"), 50)
+    alone = Job(model)
+    whole = evaluate(alone, load_digits("test"), 50)
+    return {
+        "buffers": digest({name: value.numpy() for name, value in model.named_buffers()}),
+        "found": (found.loss, found.accuracy),
+        "whole": (whole.loss, whole.accuracy),
+    }
+
+
+def endless_nan() -> Facts:
+    """NaN on rank 1 in every step."""
+    job = Plan(codec=parse_codec("TopK(0.1)")).apply(model_of(), optimizer=SGD)
+    for step in range(40):
+        inputs, targets = batch(step, mesh.rank(), mesh.world_size())
+        if mesh.rank() == 1:
+            inputs[0] = math.nan
+        try:
+            job.step(inputs, targets)
+        except EfftrainError as error:
+            return {"step": step, "error": f"{type(error).__name__}: {error}"}
+    return {"step": None}
+
+
+def all_facts() -> dict[str, Facts]:
+    """Everything that fits into one group of processes."""
+    with mesh.process_group(timeout_s=30):
+        facts = {
+            "ddp": plain_ddp(),
+            "one": one_process(),
+            "identity": run("Identity()"),
+            "identity micro": run("Identity()", micro_batches=4),
+            "identity nan": run("Identity()", poison=(3, 1)),
+            "identity left out": run("Identity()", leave_out=3),
+            "all": run("TopK(1.0)"),
+            "int8": run("Int8(block=32, rounding='stochastic')"),
+            "top-k": run("TopK(0.1)"),
+            "top-k by hand": sparse_by_hand(0.1, momentum_before=False),
+            "corrected": run("TopK(0.1)", correction=True),
+            "corrected by hand": sparse_by_hand(0.1, momentum_before=True),
+            "sparse": run("TopK(0.1) >> Int8(block=16)", correction=True),
+            "sparse small buckets": run("TopK(0.1) >> Int8(block=16)", correction=True, bucket_mb=SMALL_BUCKET_MB),
+            "sparse micro": run("TopK(0.1) >> Int8(block=16)", correction=True, micro_batches=4),
+            "sparse nan": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(3, 1), bucket_mb=SMALL_BUCKET_MB),
+            "sparse left out": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=3),
+            "nan in step 0": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(0, 0)),
+            "left out 0": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=0),
+            "norm nan": run("Identity()", poison=(3, 1), norm=True),
+            "statistics": statistics_and_evaluation(),
+            "endless nan": endless_nan(),
+        }
+        dist.barrier()
+    return facts
+
+
+def train_recipe(recipe: str, overrides: list[str], out: str, resume: bool = False) -> dict[str, Any] | None:
+    """A whole run, as the command line makes it."""
+    return train(load_recipe(ClusterRecipe, recipe, overrides), out=Path(out), resume=resume)
+
+
+def load_only(checkpoints: str, codec: str) -> Facts:
+    """A fresh job of the recipe's model with a checkpoint loaded into it."""
+    with mesh.process_group(timeout_s=30):
+        model = Net(width=24)
+        job = Plan(codec=parse_codec(codec)).apply(model, optimizer=SGD)
+        restored = load_checkpoint(Path(checkpoints), job, seed=0)
+        assert restored is not None
+        tensors, _ = job.state_dict()
+        return {
+            "step": restored.step,
+            "shared": {name: value.numpy().copy() for name, value in tensors.items()},
+            "feedback": {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k != "num_steps"},
+            "random": torch.rand(3).tolist(),
+        }
