@@ -13,7 +13,7 @@ STAMP  := .venv/installed-$(shell cat pyproject.toml constraints.txt | sha256sum
 # One thread a process: two torch threads on two busy cores are many times slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow bench report lint clean constraints install
+.PHONY: picture demo test test-slow bench report lint clean constraints install
 
 demo: $(STAMP)
 	$(BIN)/efftrain demo --out runs/demo
@@ -55,3 +55,8 @@ constraints: $(STAMP)
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+picture: $(STAMP)
+	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
+	  --disable-component-update --disable-sync --hide-scrollbars --window-size=1150,1250 \
+	  --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html

@@ -22,7 +22,7 @@ from efftrain.report.run import environment
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "parallel" / "recipes" / "watch_ddp_topk.toml"
-DATA = ("data.options.people=8", "data.options.train_share=0.4")
+DATA = ("data.options.people=8", "data.options.train_share=0.2", "loop.epochs=40")
 MODES = {
     "uncompressed": ("parallel.codec=Identity()", "parallel.momentum_correction=false"),
     "compressed": (),
@@ -62,7 +62,7 @@ def render(report: dict[str, Any], command: str) -> str:
         "",
         f"`{command}`",
         "",
-        "watch-cnn, first 40 % of every recording of 8 people, test on their last 30 %; recipe "
+        "watch-cnn, first 20 % of every recording of 8 people, 40 epochs, test on their last 30 %; recipe "
         "`parallel/recipes/watch_ddp_topk.toml`. Bytes are sent by each rank, after encoding; the ring all-reduce of "
         "fp32 gradients is the unit of the ratio. Accuracy in %.",
         "",

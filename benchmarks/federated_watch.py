@@ -31,7 +31,7 @@ from efftrain.models import build_model
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "federated" / "recipes" / "watch_people.toml"
-PRETRAIN = {"epochs": 24, "batch_size": 32, "lr": 0.02, "momentum": 0.9}
+PRETRAIN = {"epochs": 40, "batch_size": 32, "lr": 0.02, "momentum": 0.9}
 LEAST_RATIO = 10.0
 NOISE_SEEDS = 3
 

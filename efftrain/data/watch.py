@@ -83,8 +83,8 @@ PARTS: Mapping[str, Span] = {
     "first30": Span(0.0, 0.3),
     "rest70": Span(0.3, 1.0, gap=2),
     # The demo: what a server has seen, what never leaves the watch, what measures both.
-    "early": Span(0.0, 0.4),
-    "middle": Span(0.4, 0.7),
+    "early": Span(0.0, 0.2),
+    "middle": Span(0.2, 0.7),
     "late": Span(0.7, 1.0),
 }
 """Parts by name: ``first30`` + ``rest70`` are one cut of every recording, ``early`` + ``middle`` + ``late`` another."""

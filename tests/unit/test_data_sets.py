@@ -298,9 +298,9 @@ def test_too_little_text_is_an_error(tmp_path: Path) -> None:
 
 def test_watch_splits_take_fewer_people_and_a_shorter_train_part() -> None:
     """The demo trains on the early part of eight people and keeps two unseen."""
-    early = load_dataset("watch", "train", people=8, train_share=0.4)
+    early = load_dataset("watch", "train", people=8, train_share=0.2)
     assert len(early) == len(load_watch().select(PEOPLE[:8], "early"))
-    unseen = load_dataset("watch", "unseen", people=8, train_share=0.4)
+    unseen = load_dataset("watch", "unseen", people=8, train_share=0.2)
     assert isinstance(unseen, ArrayDataset)
     assert unseen.groups is not None
     assert set(unseen.groups.tolist()) == {9, 10}
