@@ -92,7 +92,7 @@ def main() -> int:
     new = f"{before}{BEGIN}\n{table()}\n{END}{after}"
     if args.check:
         if new != old:
-            print("the table in README.md differs from the reports; run: python tools/readme_figures.py", file=sys.stderr)
+            print("README.md differs from the reports; run: python tools/readme_figures.py", file=sys.stderr)
         return int(new != old)
     path.write_text(new, encoding="utf-8")
     return 0

@@ -1,0 +1,36 @@
+"""What the README promises: its figures are those of the reports, its files exist, its example runs."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT, Run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_figures_are_those_of_the_reports() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "readme_figures.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_files_exist() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(
+        r"(?:parallel|federated|ondevice)/[\w/.]+\.(?:py|toml)", README
+    )
+    missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
+    assert missing == []
+
+
+def test_your_own_model_and_data_as_printed(efftrain: Run, tmp_path: Path) -> None:
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "# mine.py" in code)
+    (tmp_path / "mine.py").write_text(block, encoding="utf-8")
+    (line,) = (text.split() for text in README.splitlines() if "model.name=mine.py:Net" in text)
+    arguments = [str(ROOT / word) if word.startswith("parallel/") else word for word in line[1:]]
+    done = efftrain(*arguments, "--json", "--set", "loop.epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"] > 0.5
+    assert efftrain("profile", "mine.py:Net", "--json").returncode == 0
