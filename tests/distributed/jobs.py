@@ -253,3 +253,25 @@ def load_only(checkpoints: str, codec: str) -> Facts:
             "feedback": {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k != "num_steps"},
             "random": torch.rand(3).tolist(),
         }
+
+
+def save_where_rank_1_cannot(folder: str) -> str:
+    """Save once; then save again while rank 1 has no disk."""
+    from efftrain.training import checkpoint
+
+    with mesh.process_group(timeout_s=30):
+        job = Plan(codec=parse_codec("TopK(0.1)")).apply(model_of(), optimizer=SGD)
+        job.step(*batch(0, mesh.rank(), mesh.world_size()))
+        checkpoint.save_checkpoint(Path(folder), job)
+        job.step(*batch(1, mesh.rank(), mesh.world_size()))
+        if mesh.rank() == 1:
+            checkpoint._write = _full_disk
+        try:
+            checkpoint.save_checkpoint(Path(folder), job)
+        except EfftrainError as error:
+            return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def _full_disk(path: Path, data: bytes) -> None:
+    raise OSError(28, "No space left on device", str(path))
