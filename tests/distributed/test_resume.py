@@ -163,7 +163,8 @@ def test_a_checkpoint_of_two_ranks_loads_on_others(finished: Path, start_ranks: 
 def test_a_run_goes_on_with_another_number_of_ranks(
     tmp_path: Path, start_ranks: StartRanks, steps: tuple[int, int]
 ) -> None:
-    recipe, results = write_recipe(tmp_path, *CODECS["correction"]), []
+    recipe = write_recipe(tmp_path, *CODECS["correction"])
+    results: list[dict[str, Any]] = []
     for world_size, epochs in zip(steps, (1, 3), strict=True):
         ranks = start_ranks(
             jobs.train_recipe, world_size, str(recipe), [f"loop.epochs={epochs}"], str(tmp_path), bool(results)
