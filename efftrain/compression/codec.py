@@ -43,8 +43,48 @@ class Codec(ABC):
             NonFiniteError: An entry is inf or NaN: it would poison the residual of every later step.
         """
         values = as_float32(flat)
-        refuse_non_finite(values)
-        return pack(self.codec_id, self._params(), values.size, self._encode_body(values, key))
+        payload = self._try_fused(values, None, key, None)
+        if payload is None:
+            refuse_non_finite(values)
+            payload = pack(self.codec_id, self._params(), values.size, self._encode_body(values, key))
+        return payload
+
+    def encode_with_residual(
+        self, flat: Any, residual: Floats | None, *, key: int = 0, out: Floats | None = None
+    ) -> tuple[Payload, Floats]:
+        """Encode a tensor plus what earlier steps left unsent, and say what is left unsent now.
+
+        The payload is that of ``encode(flat + residual)``, and ``decode(payload) + left == flat + residual``: exactly
+        where ``encode`` is sparse or rounds to nearest, within one ulp of the larger of both otherwise.
+
+        Args:
+            flat: As for ``encode``, shape ``(N,)``. Not changed.
+            residual: Shape ``(N,)``, float32, contiguous, or ``None`` for zero. Not changed.
+            key: As for ``encode``.
+            out: Memory for ``left``, shape ``(N,)``, float32, contiguous, neither ``flat`` nor ``residual``; new memory
+                if it is ``None``.
+
+        Returns:
+            The payload, and ``left``, shape ``(N,)``, float32.
+
+        Raises:
+            ValueError: As ``encode``, or the sizes differ.
+            NonFiniteError: An entry of the sum is inf or NaN. ``out`` is then unspecified.
+        """
+        values = as_float32(flat)
+        left = np.empty_like(values) if out is None else out
+        for name, array in (("residual", residual), ("out", left)):
+            if array is not None and (array.dtype != np.float32 or array.shape != values.shape):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, expected float32 {values.shape}")
+        fused = self._try_fused(values, residual, key, left)
+        if fused is not None:
+            return fused, left
+        owed = add(values, residual)
+        refuse_non_finite(owed)
+        payload = pack(self.codec_id, self._params(), values.size, self._encode_body(owed, key))
+        np.negative(self.decode(payload, max_elements=owed.size), out=left)
+        left += owed
+        return payload, left
 
     def decode(self, payload: Any, *, max_elements: int = MAX_ELEMENTS) -> Floats:
         """Turn bytes made by an equal codec back into a tensor.
@@ -106,6 +146,21 @@ class Codec(ABC):
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         """Inverse of ``_encode_body``; must check every length and range itself."""
 
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        """The payload of ``values + residual``, and in ``left`` (unless it is ``None``) what it does not say.
+
+        A codec that finds both in fewer passes than encoding and decoding take overrides this; both ways give the same
+        bits. It raises ``NonFiniteError`` itself, without words. ``None``: there is no such way for this tensor.
+        """
+        return None
+
+    def _try_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        try:
+            return self._encode_fused(values, residual, key, left)
+        except NonFiniteError:
+            refuse_non_finite(add(values, residual))
+            raise
+
     def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
         """Add the decoded body to ``out``. Sparse codecs touch only the entries they sent."""
         out += weight * self._decode_body(body, out.size)
@@ -113,6 +168,17 @@ class Codec(ABC):
     def _check_is_mine(self, parts: Parts) -> None:
         if parts.codec_id != self.codec_id or parts.params != self._params():
             raise PayloadError(f"payload was not written by {self}; both ends of a wire need the same codec")
+
+
+def add(values: Floats, residual: Floats | None, out: Floats | None = None) -> Floats:
+    """``values + residual``; inf and NaN are for the caller to find. ``values`` itself if there is nothing to add."""
+    if residual is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.add(values, residual, out=out)
+    if out is None:
+        return values
+    np.copyto(out, values)
+    return out
 
 
 def as_float32(flat: Any) -> Floats:

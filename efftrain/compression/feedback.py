@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efftrain.compression.codec import Codec, as_float32, refuse_non_finite
+from efftrain.compression.codec import Codec, add, as_float32, refuse_non_finite
 from efftrain.compression.wire import Floats, Payload
-from efftrain.errors import CheckpointError
+from efftrain.errors import CheckpointError, NonFiniteError
 
 
 class Feedback:
@@ -25,7 +25,7 @@ class Feedback:
 
     ``encode`` stages the new state; ``commit`` makes it valid once the step is known to count, ``rollback`` drops it
     (another rank saw a NaN, the reply was not accepted). Until then the old state is untouched, at the price of a
-    second copy of it.
+    second copy of it, whose memory is used in turn.
 
     With ``momentum``, the velocity ``v = momentum * v + g`` is kept here and sent in place of the gradient, and the
     optimizer at the other end runs without momentum. Momentum applied after a sparse exchange loses the discount of
@@ -47,6 +47,8 @@ class Feedback:
         self.momentum = momentum
         self._state: dict[str, Floats] = {}
         self._staged: dict[str, Floats] = {}
+        # Memory of states that are past. Fresh pages would cost more than the arithmetic in them.
+        self._spare: dict[str, Floats] = {}
 
     def encode(self, name: str, flat: Any, *, key: int = 0) -> Payload:
         """Encode ``flat`` (or its velocity) plus the residual of parameter ``name`` and stage what is left over.
@@ -61,25 +63,31 @@ class Feedback:
             ValueError: ``N`` differs from that of the state.
         """
         values = as_float32(flat)
-        refuse_non_finite(values, f"parameter {name!r}")
-        if self.momentum:
-            values = self._plus(f"velocity/{name}", values, self.momentum)
-            # The first velocity is the gradient itself, whose memory belongs to the caller (DDP fills it anew).
-            self._staged[f"velocity/{name}"] = values if f"velocity/{name}" in self._state else values.copy()
-        values = self._plus(f"residual/{name}", values)
-        payload = self.codec.encode(values, key=key)
-        left = -self.codec.decode(payload, max_elements=values.size)
-        left += values
+        velocity = self._velocity(name, values) if self.momentum else None
+        owed = values if velocity is None else velocity
+        residual, spare = self._old(f"residual/{name}", owed), self._spare.pop(f"residual/{name}", None)
+        try:
+            payload, left = self.codec.encode_with_residual(owed, residual, key=key, out=spare)
+        except NonFiniteError:
+            refuse_non_finite(values, f"parameter {name!r}")
+            refuse_non_finite(add(owed, residual), f"parameter {name!r} plus what earlier steps left unsent")
+            raise
         self._staged[f"residual/{name}"] = left
+        if velocity is not None:
+            self._staged[f"velocity/{name}"] = velocity
         return payload
 
     def commit(self) -> None:
         """Make all that is staged valid."""
-        self._state.update(self._staged)
+        for name, value in self._staged.items():
+            if name in self._state:
+                self._spare[name] = self._state[name]
+            self._state[name] = value
         self._staged.clear()
 
     def rollback(self) -> None:
         """Forget all that is staged."""
+        self._spare.update(self._staged)
         self._staged.clear()
 
     def norm(self) -> float:
@@ -102,14 +110,22 @@ class Feedback:
                 raise CheckpointError(f"feedback entry {name!r} is {value.dtype} {value.shape}, expected flat float32")
         self._state = {name: value.copy() for name, value in state.items()}
         self._staged.clear()
+        self._spare.clear()
 
-    def _plus(self, name: str, values: Floats, factor: float = 1.0) -> Floats:
-        old = self._state.get(name)
+    def _velocity(self, name: str, values: Floats) -> Floats:
+        """In memory of ours: that of ``values`` belongs to the caller (DDP fills it anew)."""
+        old = self._old(f"velocity/{name}", values)
+        out = self._spare.pop(f"velocity/{name}", None)
         if old is None:
-            return values
-        if old.size != values.size:
+            return values.copy()
+        velocity = np.multiply(old, np.float32(self.momentum), out=out)
+        return add(velocity, values, out=velocity)
+
+    def _old(self, name: str, values: Floats) -> Floats | None:
+        old = self._state.get(name)
+        if old is not None and old.size != values.size:
             raise ValueError(f"{name!r} has {old.size} elements, its gradient {values.size}")
-        return values + np.float32(factor) * old
+        return old
 
 
 def redistribute(states: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:

@@ -11,6 +11,7 @@ Source: Elias, Efficient storage and retrieval by content and address of static 
 import numpy as np
 import numpy.typing as npt
 
+from efftrain.compression import kernels
 from efftrain.compression.wire import Bytes
 from efftrain.errors import PayloadError
 
@@ -39,6 +40,10 @@ def encode_indices(indices_K: npt.NDArray[np.int64], n: int) -> Bytes:
     if k in (0, n):
         return np.empty(0, np.uint8)
     low = _low_bits(k, n)
+    num_low_bytes, num_high_bytes = -(-k * low // 8), -(-_num_high_bits(k, n, low) // 8)
+    coded = kernels.encode_places(indices_K, low, num_low_bytes, num_high_bytes)
+    if coded is not kernels.MISSING:
+        return coded
     low_bits = (indices_K[:, None] >> np.arange(low)) & 1
     high_bits = np.zeros(_num_high_bits(k, n, low), np.uint8)
     high_bits[(indices_K >> low) + np.arange(k)] = 1
@@ -58,6 +63,9 @@ def decode_indices(coded: Bytes, k: int, n: int) -> npt.NDArray[np.int64]:
         return np.arange(k, dtype=np.int64)
     low = _low_bits(k, n)
     split = -(-k * low // 8)
+    places = kernels.decode_places(coded, split, k, n, low)
+    if places is not kernels.MISSING:
+        return places
     high = np.flatnonzero(np.unpackbits(coded[split:], bitorder="little"))
     if high.size != k:
         raise PayloadError(f"the index bitmap marks {high.size} entries, expected {k}")

@@ -2,13 +2,18 @@
 
 import struct
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import cache
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
+from efftrain.compression import kernels
 from efftrain.compression.codec import Codec, Combine
-from efftrain.compression.wire import HEADER, Bytes, Floats
+from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, seal, start
 from efftrain.errors import PayloadError
+
+Levels: TypeAlias = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -90,37 +95,107 @@ class Int8(Codec):
         return cls(block, "stochastic" if stochastic else "nearest")
 
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
-        padded = self._padded(values)
-        scales = np.abs(padded).max(axis=1, initial=0) / np.float32(127)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = padded / scales[:, None]
-        ratio[scales == 0] = 0  # all zero, or so small that the scale underflows: the residual keeps it
+        noise = np.random.default_rng(key) if self.rounding == "stochastic" else None
+        scales, q = quantize(values, self.block, 127, noise)
+        return [scale_bytes(scales), q.view(np.uint8)]
+
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
         if self.rounding == "stochastic":
-            ratio += np.random.default_rng(key).random(ratio.shape, np.float32)
-            np.floor(ratio, out=ratio)
-        else:
-            np.rint(ratio, out=ratio)
-        quantized = np.clip(ratio, -127, 127).astype(np.int8)
-        return [scales.astype("<f4", copy=False).view(np.uint8), quantized.reshape(-1)[: values.size].view(np.uint8)]
+            return None
+        split = 4 * self._num_blocks(values.size)
+        data, body = start(self.codec_id, self._params(), values.size, split + values.size)
+        q = body[split:].view(np.int8)
+        scales = kernels.quantize(values, residual, self.block, 127, largest_scale(127), q, left)
+        if scales is kernels.MISSING:
+            return None
+        body[:split] = scale_bytes(scales)
+        return seal(data)
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
-        scale_bytes = 4 * self._num_blocks(num_elements)
-        _expect_body("Int8", body, num_elements + scale_bytes)
-        scales = np.frombuffer(body[:scale_bytes].tobytes(), "<f4").astype(np.float32)
-        _expect_finite("Int8", scales)
-        if scales.size and (scales.min() < 0 or scales.max() > np.finfo(np.float32).max / 127):
-            raise PayloadError("Int8 payload has a negative or overflowing scale")
-        quantized = self._padded(body[scale_bytes:].view(np.int8).astype(np.float32))
-        return (quantized * scales[:, None]).reshape(-1)[:num_elements]
+        return dequantize(*self._split(body, num_elements), self.block)
 
-    def _padded(self, values: Floats) -> Floats:
-        """Shape ``(num_blocks, block)``, zeros behind the last element."""
-        num_blocks = self._num_blocks(values.size)
-        if values.size == num_blocks * self.block:
-            return values.reshape(num_blocks, self.block)
-        padded = np.zeros((num_blocks, self.block), np.float32)
-        padded.reshape(-1)[: values.size] = values
-        return padded
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        scales, q = self._split(body, out.size)
+        if kernels.dequantize_add(scales, q, self.block, float(weight), out) is kernels.MISSING:
+            out += weight * dequantize(scales, q, self.block)
+
+    def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Levels]:
+        split = 4 * self._num_blocks(num_elements)
+        _expect_body("Int8", body, num_elements + split)
+        q = body[split:].view(np.int8)
+        if q.size and q.min() == -128:
+            raise PayloadError("Int8 payload holds -128, the levels are -127 to 127")
+        return read_scales("Int8", body[:split], 127), q
+
+
+def quantize(values: Floats, block: int, levels: int, noise: np.random.Generator | None) -> tuple[Floats, Levels]:
+    """One scale a block, ``s = max|x| / levels``, and ``round(x / s)``.
+
+    Args:
+        values: Shape ``(N,)``, finite.
+        block: Elements that share a scale.
+        levels: Largest integer, up to 127.
+        noise: For stochastic rounding, or ``None`` to round to nearest, half to even.
+
+    Returns:
+        Scales, shape ``(ceil(N / block),)``, and integers, shape ``(N,)``.
+    """
+    padded = in_blocks(values, block)
+    scales = np.minimum(np.abs(padded).max(axis=1, initial=0) / np.float32(levels), largest_scale(levels))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = padded / scales[:, None]
+    ratio[scales == 0] = 0  # all zero, or so small that the scale underflows: the residual keeps it
+    if noise is not None:
+        ratio += noise.random(ratio.shape, np.float32)
+        np.floor(ratio, out=ratio)
+    else:
+        np.rint(ratio, out=ratio)
+    # Among denormals a rounded scale may be a third too small.
+    return scales, np.clip(ratio, -levels, levels).astype(np.int8).reshape(-1)[: values.size]
+
+
+def dequantize(scales: Floats, q: Levels, block: int) -> Floats:
+    """``q * scale``, shape ``(N,)``."""
+    done = kernels.dequantize(scales, q, block)
+    if done is not kernels.MISSING:
+        return done
+    return (in_blocks(q.astype(np.float32), block) * scales[:, None]).reshape(-1)[: q.size]
+
+
+def in_blocks(values: Floats, block: int) -> Floats:
+    """Shape ``(num_blocks, block)``, zeros behind the last element."""
+    num_blocks = -(-values.size // block)
+    if values.size == num_blocks * block:
+        return values.reshape(num_blocks, block)
+    padded = np.zeros((num_blocks, block), np.float32)
+    padded.reshape(-1)[: values.size] = values
+    return padded
+
+
+@cache
+def largest_scale(levels: float) -> np.float32:
+    """Largest scale that ``levels`` times does not overflow. Next to the largest float32, rounding it up would."""
+    top = np.finfo(np.float32).max
+    scale = np.float32(top / np.float32(levels))
+    return scale if float(scale) * levels <= float(top) else np.nextafter(scale, np.float32(0))
+
+
+def scale_bytes(scales: Floats) -> Bytes:
+    """Scales as a payload has them: float32, little endian."""
+    return scales.astype("<f4", copy=False).view(np.uint8)
+
+
+def read_scales(codec: str, body: Bytes, levels: float) -> Floats:
+    """Scales of a payload.
+
+    Raises:
+        PayloadError: One is negative, not finite, or so large that ``levels`` times it overflows.
+    """
+    scales = np.frombuffer(body.tobytes(), "<f4").astype(np.float32)
+    # NaN fails both comparisons.
+    if scales.size and not (scales.min() >= 0 and scales.max() <= largest_scale(levels)):
+        raise PayloadError(f"{codec} payload has a scale that is negative, overflowing or no number")
+    return scales
 
 
 def _expect_body(codec: str, body: Bytes, num_bytes: int) -> None:

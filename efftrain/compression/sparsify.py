@@ -7,10 +7,11 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from efftrain.compression import kernels
 from efftrain.compression.codec import Codec, Combine
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.compression.quantize import Identity, Int8
-from efftrain.compression.wire import HEADER, Bytes, Floats
+from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, pack
 from efftrain.errors import PayloadError
 
 # N elements of the tensor, K of them sent
@@ -86,6 +87,19 @@ class TopK(Codec):
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
         indices_K = largest(values, self.num_sent(values.size))
         return [encode_indices(indices_K, values.size), *self.values._encode_body(values[indices_K], key)]
+
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        k = self.num_sent(values.size)
+        if k == values.size:
+            return None
+        found = kernels.top_k(values, residual, k, left)
+        if found is kernels.MISSING:
+            return None
+        indices_K, values_K = found
+        body = self.values._encode_body(values_K, key)
+        if left is not None:
+            left[indices_K] = values_K - self.values._decode_body(np.concatenate(body), k)
+        return pack(self.codec_id, self._params(), values.size, [encode_indices(indices_K, values.size), *body])
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         out = np.zeros(num_elements, np.float32)

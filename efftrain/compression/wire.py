@@ -77,15 +77,26 @@ class Parts:
 
 def pack(codec_id: int, params: bytes, num_elements: int, body: list[Bytes]) -> Payload:
     """Join header, parameters and the pieces of a body into one message."""
+    data, room = start(codec_id, params, num_elements, sum(piece.size for piece in body))
+    first = 0
+    for piece in body:
+        room[first : first + piece.size] = piece
+        first += piece.size
+    return seal(data)
+
+
+def start(codec_id: int, params: bytes, num_elements: int, num_body_bytes: int) -> tuple[Bytes, Bytes]:
+    """Begin a message: all of it, and the view of its body, to be filled in place before ``seal``."""
     if len(params) > 255:
         raise ValueError(f"codec parameters take {len(params)} bytes, the header has room for 255")
-    start = HEADER.size + len(params)
-    data = np.empty(start + sum(piece.size for piece in body), np.uint8)
     head = HEADER.pack(MAGIC, VERSION, codec_id, FLOAT32, len(params), num_elements, 0) + params
-    data[:start] = np.frombuffer(head, np.uint8)
-    for piece in body:
-        data[start : start + piece.size] = piece
-        start += piece.size
+    data = np.empty(len(head) + num_body_bytes, np.uint8)
+    data[: len(head)] = np.frombuffer(head, np.uint8)
+    return data, data[len(head) :]
+
+
+def seal(data: Bytes) -> Payload:
+    """Write the checksum of a message that is complete."""
     data[_CRC_OFFSET : HEADER.size] = np.frombuffer(struct.pack("<I", _checksum(data)), np.uint8)
     return Payload(data)
 

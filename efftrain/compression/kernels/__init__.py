@@ -1,0 +1,35 @@
+"""Fused passes over large tensors on the CPU, in C. Every one has a NumPy twin that gives the same bits.
+
+The library is compiled on first use by the system's compiler or ``python -m ziglang cc`` and kept in the user's cache.
+Without a compiler, without a cache folder to write to, or with ``EFFTRAIN_KERNELS=off`` the NumPy code runs: slower,
+nothing else.
+"""
+
+from efftrain.compression.kernels.build import available, why_not
+from efftrain.compression.kernels.calls import (
+    MISSING,
+    Missing,
+    decode_places,
+    dequantize,
+    dequantize_add,
+    encode_places,
+    pack_codes,
+    quantize,
+    top_k,
+    unpack_codes,
+)
+
+__all__ = [
+    "MISSING",
+    "Missing",
+    "available",
+    "decode_places",
+    "dequantize",
+    "dequantize_add",
+    "encode_places",
+    "pack_codes",
+    "quantize",
+    "top_k",
+    "unpack_codes",
+    "why_not",
+]

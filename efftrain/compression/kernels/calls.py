@@ -1,0 +1,157 @@
+"""Typed doors to the compiled kernels (``efc.h`` has their contracts).
+
+Each returns ``MISSING`` where there is no compiled library, and the caller goes its NumPy way. Sizes are checked by the
+callers; arrays are contiguous and of the type said.
+"""
+
+import ctypes
+import enum
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from efftrain.compression.kernels.build import library
+from efftrain.compression.wire import Bytes, Floats
+from efftrain.errors import NonFiniteError, PayloadError
+
+Places: TypeAlias = npt.NDArray[np.int64]
+Levels: TypeAlias = npt.NDArray[np.int8]
+
+
+class _Missing(enum.Enum):
+    MISSING = enum.auto()
+
+
+MISSING: Final = _Missing.MISSING
+Missing: TypeAlias = Literal[_Missing.MISSING]
+
+
+def top_k(a: Floats, b: Floats | None, k: int, out: Floats | None) -> tuple[Places, Floats] | Missing:
+    """Places of the ``k`` largest magnitudes of ``a + b``, ascending, and the sum there. The sum is left in ``out``.
+
+    Args:
+        a: Shape ``(N,)``.
+        b: Shape ``(N,)`` or ``None`` for zero.
+        k: ``1 <= k <= N``.
+        out: Shape ``(N,)``; may be ``None`` if ``b`` is.
+
+    Raises:
+        NonFiniteError: The sum holds inf or NaN; the message does not say where.
+    """
+    efc = library()
+    if efc is None or a.size >= 1 << 31:
+        return MISSING
+    # The sample aims at 1.3 k candidates; twice that is room for tensors that it does not describe well.
+    room = k if k > a.size // 4 else min(a.size, 3 * k + 4096)
+    places, values = np.empty(room, np.int64), np.empty(room, np.float32)
+    _finite(efc.efc_top_k_f32(_at(a), _at(b), _long(a.size), _long(k), _at(out), _at(places), _at(values), _long(room)))
+    return places[:k].copy(), values[:k].copy()
+
+
+def quantize(
+    a: Floats, b: Floats | None, block: int, levels: int, largest_scale: np.float32, q: Levels, left: Floats | None
+) -> Floats | Missing:
+    """Scales of ``a + b``, shape ``(ceil(N / block),)``; its integers, rounded to nearest, go to ``q``.
+
+    Args:
+        a: Shape ``(N,)``.
+        b: Shape ``(N,)`` or ``None`` for zero.
+        block: Elements that share a scale.
+        levels: Largest integer, up to 127.
+        largest_scale: Larger scales are cut to it.
+        q: Shape ``(N,)``, filled here.
+        left: Shape ``(N,)``, filled with what the integers do not say; may be ``None`` if ``b`` is.
+
+    Raises:
+        NonFiniteError: The sum holds inf or NaN; the message does not say where.
+    """
+    efc = library()
+    if efc is None:
+        return MISSING
+    scales = np.empty(-(-a.size // block), np.float32)
+    sizes = (_long(a.size), _long(block), ctypes.c_int32(levels), ctypes.c_float(float(largest_scale)))
+    _finite(efc.efc_quantize_f32(_at(a), _at(b), *sizes, _at(scales), _at(q), _at(left)))
+    return scales
+
+
+def dequantize(scales: Floats, q: Levels, block: int) -> Floats | Missing:
+    """``q * scale``, shape ``(N,)``."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    out = np.empty(q.size, np.float32)
+    efc.efc_dequantize_f32(_at(scales), _at(q), _long(q.size), _long(block), _at(out))
+    return out
+
+
+def dequantize_add(scales: Floats, q: Levels, block: int, weight: float, out: Floats) -> Missing | None:
+    """``out += weight * (q * scale)``."""
+    efc = library()
+    if efc is None or not out.flags.c_contiguous:
+        return MISSING
+    efc.efc_dequantize_add_f32(_at(scales), _at(q), _long(q.size), _long(block), ctypes.c_float(weight), _at(out))
+    return None
+
+
+def encode_places(places: Places, low: int, num_low_bytes: int, num_high_bytes: int) -> Bytes | Missing:
+    """Elias-Fano code: the low bits, then the bitmap of the high ones."""
+    efc = library()
+    if efc is None or low > 31:
+        return MISSING
+    coded = np.zeros(num_low_bytes + num_high_bytes, np.uint8)
+    lows, highs = coded[:num_low_bytes], coded[num_low_bytes:]
+    efc.efc_index_encode_s64(_at(places), _long(places.size), ctypes.c_int32(low), _at(lows), _at(highs))
+    return coded
+
+
+def decode_places(coded: Bytes, num_low_bytes: int, k: int, n: int, low: int) -> Places | Missing:
+    """Inverse of ``encode_places``.
+
+    Raises:
+        PayloadError: The bits are not ``k`` strictly ascending places below ``n``.
+    """
+    efc = library()
+    if efc is None or low > 31 or n > 1 << 48:
+        return MISSING
+    lows, highs = coded[:num_low_bytes], coded[num_low_bytes:]
+    places = np.empty(k, np.int64)
+    arguments = (_at(lows), _at(highs), _long(highs.size), _long(k), _long(n), ctypes.c_int32(low), _at(places))
+    if efc.efc_index_decode_s64(*arguments):
+        raise PayloadError(f"the index bits are not {k} strictly ascending indices below {n}")
+    return places
+
+
+def pack_codes(codes: Bytes, bits: int) -> Bytes | Missing:
+    """The lowest ``bits`` (1, 2 or 4) of each code, packed from the lowest bit up."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    packed = np.empty(-(-codes.size * bits // 8), np.uint8)
+    efc.efc_pack_u8(_at(codes), _long(codes.size), ctypes.c_int32(bits), _at(packed))
+    return packed
+
+
+def unpack_codes(packed: Bytes, n: int, bits: int) -> Bytes | Missing:
+    """Inverse of ``pack_codes`` for ``n`` codes."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    codes = np.empty(n, np.uint8)
+    efc.efc_unpack_u8(_at(packed), _long(n), ctypes.c_int32(bits), _at(codes))
+    return codes
+
+
+def _at(array: npt.NDArray[Any] | None) -> ctypes.c_void_p:
+    if array is None:
+        return ctypes.c_void_p()
+    assert array.flags.c_contiguous, "kernels take contiguous arrays"
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+_long = ctypes.c_int64
+
+
+def _finite(status: int) -> None:
+    if status:
+        raise NonFiniteError("a sum holds inf or NaN")

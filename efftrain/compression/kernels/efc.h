@@ -1,0 +1,147 @@
+/*
+ * Fused passes over large tensors, for codecs on a CPU. Plain C11: no malloc, no stdio, no globals; the caller brings all
+ * memory. The NumPy code of each codec is the definition, and every kernel gives the same bits: sums, products and
+ * quotients are IEEE float32, one rounding each, so build with -ffp-contract=off and without -ffast-math.
+ *
+ * Arrays do not overlap. A function that can meet inf or NaN returns EFC_NON_FINITE; its outputs are then unspecified.
+ */
+#ifndef EFC_H
+#define EFC_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define EFC_OK 0
+#define EFC_NON_FINITE 1
+#define EFC_MALFORMED 2
+
+#if defined(_WIN32)
+#define EFC_API __declspec(dllexport)
+#else
+#define EFC_API
+#endif
+
+/** Bits of |x|: magnitudes in the order of uint32; what is EFC_INFINITY or above is inf or NaN. */
+static inline uint32_t efc_magnitude(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x7fffffffu;
+}
+#define EFC_INFINITY 0x7f800000u
+
+/**
+ * Add two tensors and find the largest magnitudes of the sum, in one pass over memory where a sample guesses the
+ * threshold well enough, in a few where it does not. The result never depends on the sample.
+ *
+ * @param[in]  a       [n]
+ * @param[in]  b       [n], or NULL: the sum is a
+ * @param[in]  n       1 <= n < 2^31
+ * @param[in]  k       1 <= k <= n
+ * @param[out] sum     [n], a + b; may be NULL if b is
+ * @param[out] places  [room]; the first k are the places of the k largest magnitudes of the sum, ascending; of equal
+ *                     magnitudes the lowest places. The rest is scratch
+ * @param[out] values  [room]; the first k are the sum at those places. The rest is scratch
+ * @param[in]  room    >= k; one pass needs room for the candidates, about 1.3 k + 300
+ * @return EFC_OK or EFC_NON_FINITE
+ */
+EFC_API int32_t efc_top_k_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t k,
+                              float *restrict sum, int64_t *restrict places, float *restrict values, int64_t room);
+
+/**
+ * Quantize the sum of two tensors to integers with one scale a block, and keep what the integers do not say.
+ *
+ *   x = a + b,  scale = min(max|x| / levels, largest_scale),
+ *   q = clamp(round_half_even(x / scale), -levels, levels),  left = x - q * scale
+ *
+ * A block whose scale is 0 (all zero, or it underflows) gives q = 0.
+ *
+ * @param[in]  a       [n]
+ * @param[in]  b       [n], or NULL: x = a
+ * @param[in]  n       >= 0
+ * @param[in]  block   elements that share a scale, >= 1
+ * @param[in]  levels  1 to 127
+ * @param[in]  largest_scale  levels * largest_scale must not overflow
+ * @param[out] scales  [ceil(n / block)]
+ * @param[out] q       [n]
+ * @param[out] left    [n]; may be NULL if b is
+ * @return EFC_OK or EFC_NON_FINITE
+ */
+EFC_API int32_t efc_quantize_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t block,
+                                 int32_t levels, float largest_scale, float *restrict scales, int8_t *restrict q,
+                                 float *restrict left);
+
+/**
+ * Back to floats:  out = q * scale.
+ *
+ * @param[in]  scales  [ceil(n / block)]
+ * @param[in]  q       [n]
+ * @param[in]  n       >= 0
+ * @param[in]  block   elements that share a scale, >= 1
+ * @param[out] out     [n]
+ */
+EFC_API void efc_dequantize_f32(const float *restrict scales, const int8_t *restrict q, int64_t n, int64_t block,
+                                float *restrict out);
+
+/**
+ * Back to floats and add:  out += weight * (q * scale).
+ *
+ * @param[in]     scales  [ceil(n / block)]
+ * @param[in]     q       [n]
+ * @param[in]     n       >= 0
+ * @param[in]     block   elements that share a scale, >= 1
+ * @param[in]     weight  any
+ * @param[in,out] out     [n]
+ */
+EFC_API void efc_dequantize_add_f32(const float *restrict scales, const int8_t *restrict q, int64_t n, int64_t block,
+                                    float weight, float *restrict out);
+
+/**
+ * Elias-Fano code of ascending places: `low` bits of each packed as they are, the rest in unary.
+ *
+ * @param[in]  places  [k], strictly ascending, >= 0
+ * @param[in]  k       >= 0
+ * @param[in]  low     0 to 31
+ * @param[out] lows    [ceil(k * low / 8)]
+ * @param[out] highs   bitmap; bit (places[i] >> low) + i is set. The caller clears it and makes it long enough
+ */
+EFC_API void efc_index_encode_s64(const int64_t *restrict places, int64_t k, int32_t low, uint8_t *restrict lows,
+                                  uint8_t *restrict highs);
+
+/**
+ * Inverse of efc_index_encode_s64, for bytes from anywhere.
+ *
+ * @param[in]  lows        [ceil(k * low / 8)]
+ * @param[in]  highs       [num_highs]
+ * @param[in]  num_highs   >= 0
+ * @param[in]  k           >= 1
+ * @param[in]  n           bound of the places, <= 2^48
+ * @param[in]  low         0 to 31
+ * @param[out] places      [k]
+ * @return EFC_OK, or EFC_MALFORMED: not k strictly ascending places below n
+ */
+EFC_API int32_t efc_index_decode_s64(const uint8_t *restrict lows, const uint8_t *restrict highs, int64_t num_highs,
+                                     int64_t k, int64_t n, int32_t low, int64_t *restrict places);
+
+/**
+ * Keep the lowest bits of each code, packed from the lowest bit of the first byte up.
+ *
+ * @param[in]  codes   [n], only the lowest bits count
+ * @param[in]  n       >= 0
+ * @param[in]  bits    1, 2 or 4
+ * @param[out] packed  [ceil(n * bits / 8)]; bits beyond the last code are 0
+ */
+EFC_API void efc_pack_u8(const uint8_t *restrict codes, int64_t n, int32_t bits, uint8_t *restrict packed);
+
+/**
+ * Inverse of efc_pack_u8; the bits above the code are 0.
+ *
+ * @param[in]  packed  [ceil(n * bits / 8)]
+ * @param[in]  n       >= 0
+ * @param[in]  bits    1, 2 or 4
+ * @param[out] codes   [n]
+ */
+EFC_API void efc_unpack_u8(const uint8_t *restrict packed, int64_t n, int32_t bits, uint8_t *restrict codes);
+
+#endif

@@ -1,0 +1,34 @@
+#include "efc.h"
+
+static inline uint8_t join(const uint8_t *codes, int64_t count, uint32_t bits)
+{
+    const uint32_t mask = (1u << bits) - 1;
+    uint32_t byte = 0;
+    for (int64_t i = 0; i < count; i++) {
+        byte |= (codes[i] & mask) << ((uint32_t)i * bits);
+    }
+    return (uint8_t)byte;
+}
+
+void efc_pack_u8(const uint8_t *restrict codes, int64_t n, int32_t bits, uint8_t *restrict packed)
+{
+    const int64_t each = 8 / bits;
+    const int64_t whole = n / each;
+    /* The number of bits written out, so that each loop becomes vector code. */
+    if (bits == 4) {
+        for (int64_t i = 0; i < whole; i++) {
+            packed[i] = join(codes + 2 * i, 2, 4);
+        }
+    } else if (bits == 2) {
+        for (int64_t i = 0; i < whole; i++) {
+            packed[i] = join(codes + 4 * i, 4, 2);
+        }
+    } else {
+        for (int64_t i = 0; i < whole; i++) {
+            packed[i] = join(codes + 8 * i, 8, 1);
+        }
+    }
+    if (whole * each < n) {
+        packed[whole] = join(codes + whole * each, n - whole * each, (uint32_t)bits);
+    }
+}

@@ -1,0 +1,31 @@
+#include "efc.h"
+
+static inline void split(uint8_t byte, uint8_t *codes, int64_t count, uint32_t bits)
+{
+    for (int64_t i = 0; i < count; i++) {
+        codes[i] = (uint8_t)(((uint32_t)byte >> ((uint32_t)i * bits)) & ((1u << bits) - 1));
+    }
+}
+
+void efc_unpack_u8(const uint8_t *restrict packed, int64_t n, int32_t bits, uint8_t *restrict codes)
+{
+    const int64_t each = 8 / bits;
+    const int64_t whole = n / each;
+    /* The number of bits written out, so that each loop becomes vector code. */
+    if (bits == 4) {
+        for (int64_t i = 0; i < whole; i++) {
+            split(packed[i], codes + 2 * i, 2, 4);
+        }
+    } else if (bits == 2) {
+        for (int64_t i = 0; i < whole; i++) {
+            split(packed[i], codes + 4 * i, 4, 2);
+        }
+    } else {
+        for (int64_t i = 0; i < whole; i++) {
+            split(packed[i], codes + 8 * i, 8, 1);
+        }
+    }
+    if (whole * each < n) {
+        split(packed[whole], codes + whole * each, n - whole * each, (uint32_t)bits);
+    }
+}
