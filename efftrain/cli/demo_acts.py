@@ -114,7 +114,7 @@ def cluster_act(out: Path, seed: int) -> Act:
             f"Two workers under torchrun train watch-cnn ({compressed['num_parameters']:,} parameters) on the first "
             f"20 % of every recording of {len(PEOPLE)} people, for {CLUSTER_EPOCHS} epochs. Gradients go through "
             f"{format_codec(GRADIENT_CODEC)} with error feedback; the control sends them as they are. "
-            " Accuracy is on the last 30 % of the same recordings."
+            "Accuracy is on the last 30 % of the same recordings."
         ),
         figures={"compressed": dict(compressed), "uncompressed": dict(control), "wire_ratio": ratio},
         claims=(
