@@ -70,11 +70,7 @@ def line_plot(
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     if len(series) > 1:
-        # A label is the name of somebody's folder: matplotlib would hide "_x" and read "$x$" as mathematics.
-        legend = axes.legend(axes.get_lines(), ["."] * len(series), frameon=False, fontsize=9)
-        for text, line in zip(legend.get_texts(), series, strict=True):
-            text.set_parse_math(False)
-            text.set_text(line.label)
+        _legend(axes, axes.get_lines(), [line.label for line in series], fontsize=9)
     return Figure(name, caption, _svg(figure, name))
 
 
@@ -99,14 +95,15 @@ def bar_plot(
     """
     figure, axes = _axes()
     width = 0.8 / len(bars)
-    for index, (label, values) in enumerate(bars.items()):
+    drawn = []
+    for index, values in enumerate(bars.values()):
         places = [g - 0.4 + (index + 0.5) * width for g in range(len(groups))]
         heights = [100 * v for v in values] if percent else list(values)
-        axes.bar(places, heights, width * 0.92, color=COLORS[index % len(COLORS)], label=label)
-    axes.set_xticks(range(len(groups)), groups)
+        drawn.append(axes.bar(places, heights, width * 0.92, color=COLORS[index % len(COLORS)]))
+    axes.set_xticks(range(len(groups)), groups, parse_math=False)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, ncols=len(bars), loc="lower left", bbox_to_anchor=(0, 1))
+    _legend(axes, drawn, list(bars), fontsize=9, ncols=len(bars), loc="lower left", bbox_to_anchor=(0, 1))
     return Figure(name, caption, _svg(figure, name))
 
 
@@ -132,14 +129,15 @@ def memory_map(name: str, plan: Mapping[str, Any], *, caption: str) -> Figure:
         axes.add_patch(patch)
         if buffer["num_bytes"] > 0.06 * plan["arena_bytes"] and last - first > 1:
             middle = (first + (last - first) / 2, buffer["offset"] + buffer["num_bytes"] / 2)
-            axes.annotate(buffer["name"], middle, ha="center", va="center", fontsize=7, color="white")
+            style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white"}
+            axes.annotate(buffer["name"], middle, parse_math=False, **style)
     axes.axhline(plan["arena_lower_bound_bytes"], color="#444444", linestyle=":", linewidth=1)
     axes.set_xlim(0, len(plan["ops"]))
     axes.set_ylim(0, plan["arena_bytes"] * 1.02)
     axes.set_xlabel("operation of the training step")
     axes.set_ylabel("address in the arena (bytes)")
     handles = [Rectangle((0, 0), 1, 1, color=COLORS[i % len(COLORS)]) for i in range(len(kinds))]
-    axes.legend(handles, kinds, frameon=False, fontsize=8, ncols=len(kinds), loc="lower left", bbox_to_anchor=(0, 1))
+    _legend(axes, handles, kinds, fontsize=8, ncols=len(kinds), loc="lower left", bbox_to_anchor=(0, 1))
     return Figure(name, caption, _svg(figure, name))
 
 
@@ -153,6 +151,14 @@ def _axes(height: float = 3.2) -> tuple[Any, Any]:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def _legend(axes: Any, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
+    """Labels are names of folders and layers: matplotlib would hide "_x" and read "$x$" as mathematics."""
+    legend = axes.legend(handles, ["."] * len(labels), frameon=False, **style)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 def _svg(figure: Any, name: str) -> str:
