@@ -1,5 +1,6 @@
 """A cluster recipe, and its run: what ``efftrain train RECIPE`` and ``torchrun parallel/train.py RECIPE`` do."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from efftrain.compression import format_codec, parse_codec
 from efftrain.config import load_recipe
 from efftrain.data import Dataset, load_dataset
-from efftrain.errors import ConfigError
+from efftrain.errors import CheckpointError, ConfigError
 from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import mesh
@@ -151,15 +152,26 @@ def _train(
     set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
     model = build_model(recipe.model.name, **recipe.model.options)
     if recipe.model.pretrained is not None:
-        model.load_state_dict(load_pretrained(Path(recipe.model.pretrained)).state_dict())
+        try:
+            model.load_state_dict(load_pretrained(Path(recipe.model.pretrained)).state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{recipe.model.pretrained} does not fit model {recipe.model.name!r}: {error}"
+            ) from error
     train_data, test_data = (
         load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
     )
     total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
-    _check_fit(recipe, model, train_data)
+    num_outputs = _check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
+    objective = _objective(recipe, device)
+    if isinstance(objective, Distillation) and recipe.distillation is not None:
+        teacher = f"teacher {recipe.distillation.teacher!r}"
+        found = _check_fit(teacher, objective.teacher, recipe.data.name, train_data)
+        if found != num_outputs:
+            raise ConfigError(f"{teacher} has {found} outputs, expected those of the model, {num_outputs}")
     job = plan.apply(
         model.to(device),
-        objective=_objective(recipe, device),
+        objective=objective,
         optimizer=recipe.optimizer,
         step=recipe.step,
         seed=recipe.seed,
@@ -235,14 +247,19 @@ def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:
     return number
 
 
-def _check_fit(recipe: ClusterRecipe, model: nn.Module, data: Dataset) -> None:
-    """Refuse a model that cannot read the data set or has too few outputs, before anything is written."""
-    what = f"model {recipe.model.name!r} does not fit data set {recipe.data.name!r}"
+def _check_fit(name: str, model: nn.Module, data_name: str, data: Dataset) -> int:
+    """Refuse a model that cannot read the data set or has too few outputs, before anything is written.
+
+    Returns:
+        Its number of outputs.
+    """
+    what = f"{name} does not fit data set {data_name!r}"
     inputs, targets = data.batch(np.arange(1))
+    place = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
     shape = "x".join(map(str, inputs.shape[1:]))
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.from_numpy(inputs))
+            logits = model.eval()(torch.from_numpy(inputs).to(place))
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"{what}, whose samples are {shape} {inputs.dtype}: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
@@ -251,6 +268,7 @@ def _check_fit(recipe: ClusterRecipe, model: nn.Module, data: Dataset) -> None:
     num_classes = getattr(data, "num_classes", 0)
     if logits.shape[-1] < num_classes:
         raise ConfigError(f"{what}: it has {logits.shape[-1]} outputs, expected one for each of {num_classes} classes")
+    return int(logits.shape[-1])
 
 
 def _objective(recipe: ClusterRecipe, device: Any) -> Objective:

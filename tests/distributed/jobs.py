@@ -21,7 +21,7 @@ from efftrain.data.digits import load_digits
 from efftrain.errors import EfftrainError
 from efftrain.parallel import ClusterRecipe, Plan, mesh, train
 from efftrain.parallel.data import DataParallel
-from efftrain.training import Job, OptimizerConfig, StepConfig, evaluate
+from efftrain.training import Job, OptimizerConfig, StepConfig, cross_entropy, evaluate
 from efftrain.training.checkpoint import load_checkpoint
 from tests.distributed.workload import Net
 
@@ -79,23 +79,38 @@ def run(
     micro_batches: int = 1,
     bucket_mb: float | None = None,
     poison: tuple[int, int] | None = None,
+    bad_gradient: tuple[int, int] | None = None,
     leave_out: int | None = None,
     num_steps: int = NUM_STEPS,
     norm: bool = False,
 ) -> Facts:
-    """A few steps under a plan. ``poison`` is (step, rank) of a NaN; ``leave_out`` a step that is not made."""
+    """A few steps under a plan.
+
+    ``poison`` is (step, rank) of a NaN in the inputs, ``bad_gradient`` of one in the gradient behind a finite loss;
+    ``leave_out`` is a step that is not made.
+    """
+    now = -1
+
+    def objective(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = cross_entropy(model, inputs, targets)
+        if bad_gradient == (now, mesh.rank()):
+            loss = loss + (0 * loss).sqrt()  # 0, with the derivative 0 * inf
+        return loss
+
     rank, world_size = mesh.rank(), mesh.world_size()
     plan = Plan(codec=parse_codec(codec), momentum_correction=correction, bucket_mb=bucket_mb)
     model = model_of(norm=norm)
     buckets: list[int] = []
     with counting_buckets(buckets):
-        job = plan.apply(model, optimizer=SGD, step=StepConfig(micro_batches=micro_batches), seed=3)
+        config = StepConfig(micro_batches=micro_batches)
+        job = plan.apply(model, objective=objective, optimizer=SGD, step=config, seed=3)
     exchange = job.exchange
     assert isinstance(exchange, DataParallel)
     facts: Facts = {"losses": [], "skipped": [], "stats": [], "harmed": [], "buckets": buckets}
     for step in range(num_steps):
         if step == leave_out:
             continue
+        now = step
         inputs, targets = batch(step, rank, world_size)
         if poison == (step, rank):
             inputs[0] = math.nan
@@ -224,6 +239,8 @@ def all_facts() -> dict[str, Facts]:
             "sparse micro": run("TopK(0.1) >> Int8(block=16)", correction=True, micro_batches=4),
             "sparse nan": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(3, 1), bucket_mb=SMALL_BUCKET_MB),
             "sparse left out": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=3),
+            "sparse bad gradient": run("TopK(0.1) >> Int8(block=16)", correction=True, bad_gradient=(3, 1)),
+            "identity bad gradient": run("Identity()", bad_gradient=(3, 1)),
             "nan in step 0": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(0, 0)),
             "left out 0": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=0),
             "norm nan": run("Identity()", poison=(3, 1), norm=True),
@@ -232,6 +249,13 @@ def all_facts() -> dict[str, Facts]:
         }
         dist.barrier()
     return facts
+
+
+def digests_of_codecs() -> dict[str, str]:
+    """Weights after a few steps; 30 samples a batch, for three ranks."""
+    with mesh.process_group(timeout_s=30):
+        codecs = ("Identity()", "TopK(0.1)", "TopK(0.1) >> Int8(block=16)", "Int8(block=32, rounding='stochastic')")
+        return {codec: run(codec, bucket_mb=SMALL_BUCKET_MB)["digest"] for codec in codecs}
 
 
 def train_recipe(recipe: str, overrides: list[str], out: str, resume: bool = False) -> dict[str, Any] | None:

@@ -73,6 +73,12 @@ def test_replicas_are_equal_to_the_bit(ranks: list[Facts]) -> None:
             np.testing.assert_array_equal(fact["losses"], ranks[1][name].get("losses", fact["losses"]))
 
 
+def test_three_replicas_are_equal_to_the_bit(start_ranks: StartRanks) -> None:
+    """Of three numbers the order of adding counts, so every rank must add in the same one."""
+    first, *others = start_ranks(jobs.digests_of_codecs, 3).results()
+    assert others == [first, first]
+
+
 def test_each_rank_owes_its_own(ranks: list[Facts]) -> None:
     for name, value in ranks[0]["sparse"]["feedback"].items():
         if value.size > 1:
@@ -127,6 +133,8 @@ def test_micro_batches_send_once_a_step(facts: Facts) -> None:
     [
         ("identity nan", "identity left out", 3),
         ("sparse nan", "sparse left out", 3),
+        ("identity bad gradient", "identity left out", 3),
+        ("sparse bad gradient", "sparse left out", 3),
         ("nan in step 0", "left out 0", 0),
     ],
 )

@@ -179,7 +179,27 @@ def test_a_model_that_does_not_fit_the_data_is_one_line(main: Main, recipe: Path
     (tmp_path / "net.py").write_text("from torch import nn\nclass Net(nn.Flatten):\n    pass\n")
     line = main.error("train", recipe, "--set", "model={name='net.py:Net', options={start_dim=0}}")
     assert "for one sample expected logits (1, 'classes'), found (64,)" in line
+    (tmp_path / "net.py").write_text("raise ValueError('one\\nand another line')")
+    assert "ValueError: one and another line" in main.error("train", recipe), "a line break is no second line"
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_do_not_fit_are_one_line(main: Main, recipe: Path, tmp_path: Path) -> None:
+    from efftrain.models import build_model
+
+    for name, options in (("watch", {}), ("wide", {"hidden": (3,), "num_classes": 12}), ("fits", {"hidden": (3,)})):
+        shape = {} if name == "watch" else {"input_shape": (1, 8, 8)}
+        model = build_model("watch-cnn" if name == "watch" else "mlp-10m", **options, **shape)
+        model.save_pretrained(tmp_path / name)  # type: ignore[operator]
+    sets = ["--set", "model={name='mlp-10m', options={input_shape=[1, 8, 8], hidden=[3]}}"]
+    assert "watch does not fit model 'mlp-10m'" in main.error("train", recipe, *sets, "--set", "model.pretrained=watch")
+    line = main.error("train", recipe, *sets, "--set", "distillation.teacher=watch")
+    assert "teacher 'watch' does not fit data set 'digits'" in line
+    line = main.error("train", recipe, *sets, "--set", "distillation.teacher=wide")
+    assert "teacher 'wide' has 12 outputs, expected those of the model, 10" in line
+    assert not (tmp_path / "runs").exists()
+    good = ["--set", "distillation.teacher=fits", "--set", "model.pretrained=fits"]
+    assert main.json("train", recipe, *sets, *good)["num_steps"] == 11
 
 
 def test_places_that_cannot_be_written_are_one_line(main: Main, recipe: Path, tmp_path: Path) -> None:
