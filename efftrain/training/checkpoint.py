@@ -5,9 +5,9 @@
 into a ``.partial`` folder that is renamed when all ranks are done, so a folder without that ending is complete. The
 newest two are kept.
 
-A resumed run goes on to the same bits as one that was never stopped. One exception: uncompressed gradients of three ranks
-and more. Their ring adds in an order that follows DDP's buckets, which a fresh process has to find anew, so the first step
-after a resume differs by fp32 rounding.
+A resumed run goes on to the same bits as one that was never stopped. One exception: uncompressed gradients of three
+ranks and more. Their ring adds in an order that follows DDP's buckets, which a fresh process has to find anew, so the
+first step after a resume differs by fp32 rounding.
 
 World size changed: the feedback of all old ranks is shared out (see ``compression.redistribute``), and the random state
 starts anew from seed and step; model, optimizer and data order go on exactly. One process sends nothing, so it has no
