@@ -10,17 +10,27 @@
 
 from efftrain.compression.codec import Codec
 from efftrain.compression.feedback import Feedback, redistribute
-from efftrain.compression.quantize import Identity, Int8
-from efftrain.compression.sparsify import TopK
+from efftrain.compression.floats import Fp8, Half, Mx
+from efftrain.compression.quantize import Identity, Int8, IntN
+from efftrain.compression.signs import Sign, Ternary
+from efftrain.compression.sparsify import RandomK, Threshold, TopK
 from efftrain.compression.spec import codec_of, decode, format_codec, parse_codec
 from efftrain.compression.wire import Payload
 
 __all__ = [
     "Codec",
     "Feedback",
+    "Fp8",
+    "Half",
     "Identity",
     "Int8",
+    "IntN",
+    "Mx",
     "Payload",
+    "RandomK",
+    "Sign",
+    "Ternary",
+    "Threshold",
     "TopK",
     "codec_of",
     "decode",

@@ -26,6 +26,13 @@ def index_bytes(k: int, n: int) -> int:
     return -(-k * low // 8) + -(-_num_high_bits(k, n, low) // 8)
 
 
+def largest_index_bytes(k: int, n: int) -> int:
+    """Most bytes that ``encode_indices`` writes for up to ``k`` indices below ``n``."""
+    # With the number of low bits fixed, more indices take more bytes; n >> low is the most that have this many.
+    most = [min(k, n - 1), *(n >> low for low in range(1, n.bit_length()))]
+    return max((index_bytes(count, n) for count in most if 0 < count <= k), default=0)
+
+
 def encode_indices(indices_K: npt.NDArray[np.int64], n: int) -> Bytes:
     """Code strictly ascending indices.
 

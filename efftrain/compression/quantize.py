@@ -1,19 +1,30 @@
-"""Dense codecs: every element is sent, with fewer bits."""
+"""Dense codecs that send integers: every element, with fewer bits."""
 
 import struct
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from efftrain.compression import kernels
-from efftrain.compression.codec import Codec, Combine
+from efftrain.compression.blocks import (
+    Levels,
+    check_block,
+    dequantize,
+    expect_body,
+    expect_finite,
+    largest_scale,
+    num_blocks,
+    pack_codes,
+    packed_bytes,
+    quantize,
+    read_scales,
+    scale_bytes,
+    unpack_codes,
+)
+from efftrain.compression.codec import Codec, Combine, add
 from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, seal, start
 from efftrain.errors import PayloadError
-
-Levels: TypeAlias = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,16 @@ class Identity(Codec):
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
         return [values.astype("<f4", copy=False).view(np.uint8)]
 
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        if left is None:
+            return None
+        payload = self.encode(add(values, residual, out=left))
+        left.fill(0)
+        return payload
+
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
-        _expect_body("Identity", body, 4 * num_elements)
-        values = body.view("<f4").astype(np.float32)
-        _expect_finite("Identity", values)
-        return values
+        expect_body("Identity", body, 4 * num_elements)
+        return expect_finite("Identity", body.view("<f4").astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -70,17 +86,12 @@ class Int8(Codec):
     combine: ClassVar[Combine] = "two_phase"
 
     def __post_init__(self) -> None:
-        if type(self.block) is not int or not 1 <= self.block <= 65535:
-            raise ValueError(f"Int8 block is {self.block!r}, expected a whole number, 1 to 65535")
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"Int8 rounding is {self.rounding!r}, expected 'nearest' or 'stochastic'")
+        check_block("Int8", self.block)
+        _check_rounding("Int8", self.rounding)
 
     def encoded_bytes(self, num_elements: int) -> int:
         """Header, one byte an element, four a block."""
-        return HEADER.size + len(self._params()) + num_elements + 4 * self._num_blocks(num_elements)
-
-    def _num_blocks(self, num_elements: int) -> int:
-        return -(-num_elements // self.block)
+        return HEADER.size + 3 + num_elements + 4 * num_blocks(num_elements, self.block)
 
     def _params(self) -> bytes:
         return struct.pack("<HB", self.block, self.rounding == "stochastic")
@@ -95,14 +106,13 @@ class Int8(Codec):
         return cls(block, "stochastic" if stochastic else "nearest")
 
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
-        noise = np.random.default_rng(key) if self.rounding == "stochastic" else None
-        scales, q = quantize(values, self.block, 127, noise)
+        scales, q = quantize(values, self.block, 127, _noise(self.rounding, key))
         return [scale_bytes(scales), q.view(np.uint8)]
 
     def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
         if self.rounding == "stochastic":
             return None
-        split = 4 * self._num_blocks(values.size)
+        split = 4 * num_blocks(values.size, self.block)
         data, body = start(self.codec_id, self._params(), values.size, split + values.size)
         q = body[split:].view(np.int8)
         scales = kernels.quantize(values, residual, self.block, 127, largest_scale(127), q, left)
@@ -115,94 +125,114 @@ class Int8(Codec):
         return dequantize(*self._split(body, num_elements), self.block)
 
     def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
-        scales, q = self._split(body, out.size)
-        if kernels.dequantize_add(scales, q, self.block, float(weight), out) is kernels.MISSING:
-            out += weight * dequantize(scales, q, self.block)
+        _add_quantized(*self._split(body, out.size), self.block, out, weight)
 
     def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Levels]:
-        split = 4 * self._num_blocks(num_elements)
-        _expect_body("Int8", body, num_elements + split)
+        split = 4 * num_blocks(num_elements, self.block)
+        expect_body("Int8", body, num_elements + split)
         q = body[split:].view(np.int8)
         if q.size and q.min() == -128:
             raise PayloadError("Int8 payload holds -128, the levels are -127 to 127")
         return read_scales("Int8", body[:split], 127), q
 
 
-def quantize(values: Floats, block: int, levels: int, noise: np.random.Generator | None) -> tuple[Floats, Levels]:
-    """One scale a block, ``s = max|x| / levels``, and ``round(x / s)``.
+@dataclass(frozen=True)
+class IntN(Codec):
+    """Integers of 4 or 2 bits with one scale a block: ``q = round(x / s)``, ``s = max|x| / (2**(bits - 1) - 1)``.
+
+    4 bits have the levels -7 to 7, 2 bits -1 to 1: there, nearest rounding sends only what is above half the block's
+    largest magnitude. Meant for ``Feedback``, or for the values of a sparse codec, which lie closer together. It fails
+    as ``Int8`` does, sooner: an outlier 14 times its neighbors silences them.
 
     Args:
-        values: Shape ``(N,)``, finite.
-        block: Elements that share a scale.
-        levels: Largest integer, up to 127.
-        noise: For stochastic rounding, or ``None`` to round to nearest, half to even.
+        bits: 4 (half a byte an element) or 2 (a quarter).
+        block: Elements that share a scale, 1 to 65535. A smaller block is more exact and costs ``4 / block`` bytes an
+            element more.
+        rounding: As for ``Int8``. Without ``Feedback``, stochastic rounding is the one that converges.
 
-    Returns:
-        Scales, shape ``(ceil(N / block),)``, and integers, shape ``(N,)``.
+    Source: as ``Int8``; the levels are those of QSGD (Alistarh et al., arXiv:1610.02132, section 3.1) with
+        ``s = 7`` or ``1``. Differs: fixed width in place of Elias coding, so that the size is known before.
     """
-    padded = in_blocks(values, block)
-    scales = np.minimum(np.abs(padded).max(axis=1, initial=0) / np.float32(levels), largest_scale(levels))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = padded / scales[:, None]
-    ratio[scales == 0] = 0  # all zero, or so small that the scale underflows: the residual keeps it
-    if noise is not None:
-        ratio += noise.random(ratio.shape, np.float32)
-        np.floor(ratio, out=ratio)
-    else:
-        np.rint(ratio, out=ratio)
-    # Among denormals a rounded scale may be a third too small.
-    return scales, np.clip(ratio, -levels, levels).astype(np.int8).reshape(-1)[: values.size]
+
+    bits: Literal[4, 2] = 4
+    block: int = 128
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    codec_id: ClassVar[int] = 5
+    combine: ClassVar[Combine] = "two_phase"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, (bool, float)) or self.bits not in (2, 4):
+            raise ValueError(f"IntN bits is {self.bits!r}, expected 4 or 2")
+        check_block("IntN", self.block)
+        _check_rounding("IntN", self.rounding)
+
+    @property
+    def _levels(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def encoded_bytes(self, num_elements: int) -> int:
+        """Header, ``bits / 8`` bytes an element, four a block."""
+        scales = 4 * num_blocks(num_elements, self.block)
+        return HEADER.size + 4 + scales + packed_bytes(num_elements, self.bits)
+
+    def _params(self) -> bytes:
+        return struct.pack("<BHB", self.bits, self.block, self.rounding == "stochastic")
+
+    @classmethod
+    def _from_params(cls, params: bytes) -> "IntN":
+        if len(params) != 4 or params[0] not in (2, 4) or params[1:3] == b"\0\0" or params[3] > 1:
+            raise PayloadError(
+                f"IntN parameters are {params.hex()}, expected 4 or 2 bits, a block of 1 to 65535, a rounding of 0 or 1"
+            )
+        bits, block, stochastic = struct.unpack("<BHB", params)
+        return cls(cast(Literal[4, 2], bits), block, "stochastic" if stochastic else "nearest")
+
+    def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
+        scales, q = quantize(values, self.block, self._levels, _noise(self.rounding, key))
+        return [scale_bytes(scales), pack_codes(q.view(np.uint8), self.bits)]
+
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        if self.rounding == "stochastic":
+            return None
+        split = 4 * num_blocks(values.size, self.block)
+        q, levels = np.empty(values.size, np.int8), self._levels
+        scales = kernels.quantize(values, residual, self.block, levels, largest_scale(levels), q, left)
+        if scales is kernels.MISSING:
+            return None
+        num_body_bytes = split + packed_bytes(values.size, self.bits)
+        data, body = start(self.codec_id, self._params(), values.size, num_body_bytes)
+        body[:split] = scale_bytes(scales)
+        body[split:] = pack_codes(q.view(np.uint8), self.bits)
+        return seal(data)
+
+    def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        return dequantize(*self._split(body, num_elements), self.block)
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        _add_quantized(*self._split(body, out.size), self.block, out, weight)
+
+    def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Levels]:
+        split = 4 * num_blocks(num_elements, self.block)
+        expect_body("IntN", body, split + packed_bytes(num_elements, self.bits))
+        codes = unpack_codes("IntN", body[split:], num_elements, self.bits)
+        sign = np.uint8(1 << (self.bits - 1))
+        if (codes == sign).any():
+            raise PayloadError(f"IntN payload holds -{sign}, the levels are -{self._levels} to {self._levels}")
+        # Two's complement of few bits, widened.
+        q = ((codes ^ sign) - sign).view(np.int8)
+        return read_scales("IntN", body[:split], self._levels), q
 
 
-def dequantize(scales: Floats, q: Levels, block: int) -> Floats:
-    """``q * scale``, shape ``(N,)``."""
-    done = kernels.dequantize(scales, q, block)
-    if done is not kernels.MISSING:
-        return done
-    return (in_blocks(q.astype(np.float32), block) * scales[:, None]).reshape(-1)[: q.size]
+def _check_rounding(codec: str, rounding: object) -> None:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{codec} rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
 
 
-def in_blocks(values: Floats, block: int) -> Floats:
-    """Shape ``(num_blocks, block)``, zeros behind the last element."""
-    num_blocks = -(-values.size // block)
-    if values.size == num_blocks * block:
-        return values.reshape(num_blocks, block)
-    padded = np.zeros((num_blocks, block), np.float32)
-    padded.reshape(-1)[: values.size] = values
-    return padded
+def _noise(rounding: str, key: int) -> np.random.Generator | None:
+    return np.random.default_rng(key) if rounding == "stochastic" else None
 
 
-@cache
-def largest_scale(levels: float) -> np.float32:
-    """Largest scale that ``levels`` times does not overflow. Next to the largest float32, rounding it up would."""
-    top = np.finfo(np.float32).max
-    scale = np.float32(top / np.float32(levels))
-    return scale if float(scale) * levels <= float(top) else np.nextafter(scale, np.float32(0))
-
-
-def scale_bytes(scales: Floats) -> Bytes:
-    """Scales as a payload has them: float32, little endian."""
-    return scales.astype("<f4", copy=False).view(np.uint8)
-
-
-def read_scales(codec: str, body: Bytes, levels: float) -> Floats:
-    """Scales of a payload.
-
-    Raises:
-        PayloadError: One is negative, not finite, or so large that ``levels`` times it overflows.
-    """
-    scales = np.frombuffer(body.tobytes(), "<f4").astype(np.float32)
-    # NaN fails both comparisons.
-    if scales.size and not (scales.min() >= 0 and scales.max() <= largest_scale(levels)):
-        raise PayloadError(f"{codec} payload has a scale that is negative, overflowing or no number")
-    return scales
-
-
-def _expect_body(codec: str, body: Bytes, num_bytes: int) -> None:
-    if body.size != num_bytes:
-        raise PayloadError(f"{codec} body has {body.size} bytes, expected {num_bytes}")
-
-
-def _expect_finite(codec: str, values: Floats) -> None:
-    if not np.isfinite(values).all():
-        raise PayloadError(f"{codec} payload holds inf or NaN")
+def _add_quantized(scales: Floats, q: Levels, block: int, out: Floats, weight: np.float32) -> None:
+    if kernels.dequantize_add(scales, q, block, float(weight), out) is kernels.MISSING:
+        out += weight * dequantize(scales, q, block)

@@ -10,12 +10,12 @@ import difflib
 from typing import Any
 
 from efftrain.compression.codec import Codec
-from efftrain.compression.quantize import Identity, Int8
-from efftrain.compression.sparsify import TopK
+from efftrain.compression.quantize import Identity
+from efftrain.compression.sparsify import DENSE, RandomK, Sparse, Threshold, TopK
 from efftrain.compression.wire import MAX_ELEMENTS, Floats, unpack
 from efftrain.errors import ConfigError, PayloadError
 
-CODECS: tuple[type[Codec], ...] = (Identity, Int8, TopK)
+CODECS: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold)
 
 _BY_NAME = {codec.__name__: codec for codec in CODECS}
 _BY_ID = {codec.codec_id: codec for codec in CODECS}
@@ -71,7 +71,7 @@ def decode(message: Any, *, max_elements: int = MAX_ELEMENTS) -> Floats:
 def _build(node: ast.expr, text: str) -> Codec:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
         first, then = _build(node.left, text), _build(node.right, text)
-        if not isinstance(first, TopK):
+        if not isinstance(first, Sparse):
             raise ConfigError(
                 f"codec {text!r}: {type(first).__name__} sends its values itself, nothing can follow it. "
                 "Only a sparse codec such as TopK can be followed by >>."

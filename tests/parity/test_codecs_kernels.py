@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 
-from efftrain.compression import Codec, Feedback, Int8, TopK, format_codec, kernels
+from efftrain.compression import Codec, Feedback, Int8, IntN, Sign, TopK, format_codec, kernels
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.errors import NonFiniteError, PayloadError
 
@@ -26,9 +26,13 @@ CODECS: list[Codec] = [
     Int8(block=1),
     Int8(block=7),
     Int8(block=1000),
+    IntN(4),
+    IntN(2, block=5),
+    Sign(block=33),
     TopK(0.001),
     TopK(0.01) >> Int8(block=64),
     TopK(0.2),
+    TopK(0.03) >> IntN(4),
     TopK(0.5),
     TopK(1.0) >> Int8(block=9),
 ]

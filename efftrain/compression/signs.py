@@ -1,0 +1,149 @@
+"""Dense codecs that send little more than the sign of each element."""
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from efftrain.compression.blocks import (
+    check_block,
+    expect_body,
+    in_blocks,
+    in_rows,
+    num_blocks,
+    pack_codes,
+    packed_bytes,
+    per_element,
+    read_scales,
+    scale_bytes,
+    scaled,
+    unpack_codes,
+)
+from efftrain.compression.codec import Codec, Combine
+from efftrain.compression.wire import HEADER, Bytes, Floats
+from efftrain.errors import PayloadError
+
+
+@dataclass(frozen=True)
+class Sign(Codec):
+    """The sign of each element, 1 bit, times the mean magnitude of its block; zero counts as positive.
+
+    It needs ``Feedback``: alone it does not converge where small entries carry the gradient (Karimireddy et al.,
+    section 3). It fails on sparse tensors, where every zero becomes a step of the mean; there use ``TopK``.
+
+    Args:
+        block: Elements that share a magnitude, 1 to 65535; ``4 / block`` bytes an element more. Blocks much larger
+            than a row of the weights mix magnitudes that differ.
+
+    Source: scaled sign of Karimireddy et al., Error Feedback Fixes SignSGD (arXiv:1901.09847), algorithm 1; the blocks
+        as in Zheng et al. (arXiv:1905.10936), section 3. 1-bit Adam (arXiv:2102.02888) sends its momentum in this form.
+    """
+
+    block: int = 256
+
+    codec_id: ClassVar[int] = 6
+    combine: ClassVar[Combine] = "two_phase"
+
+    def __post_init__(self) -> None:
+        check_block("Sign", self.block)
+
+    def encoded_bytes(self, num_elements: int) -> int:
+        """Header, one bit an element, four bytes a block."""
+        return HEADER.size + 2 + 4 * num_blocks(num_elements, self.block) + packed_bytes(num_elements, 1)
+
+    def _params(self) -> bytes:
+        return struct.pack("<H", self.block)
+
+    @classmethod
+    def _from_params(cls, params: bytes) -> "Sign":
+        if len(params) != 2 or params == b"\0\0":
+            raise PayloadError(f"Sign parameters are {params.hex()}, expected a block of 1 to 65535")
+        return cls(struct.unpack("<H", params)[0])
+
+    def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
+        totals = np.abs(in_blocks(values, self.block)).sum(axis=1, dtype=np.float64)
+        starts = np.arange(totals.size) * self.block
+        means = (totals / np.minimum(self.block, values.size - starts)).astype(np.float32)
+        return [scale_bytes(means), pack_codes((values < 0).view(np.uint8), 1)]
+
+    def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        split = 4 * num_blocks(num_elements, self.block)
+        expect_body("Sign", body, split + packed_bytes(num_elements, 1))
+        negative = unpack_codes("Sign", body[split:], num_elements, 1)
+        scales = per_element(read_scales("Sign", body[:split], 1), self.block, num_elements)
+        # The sign bit itself: one pass, no branch.
+        return (scales.view(np.uint32) | (negative.astype(np.uint32) << 31)).view(np.float32)
+
+
+@dataclass(frozen=True)
+class Ternary(Codec):
+    """``s * sign(x)`` with probability ``|x| / s``, else 0; ``s = max|x|`` of the block. 1.6 bits an element, 5 a byte.
+
+    Unbiased, so it converges without ``Feedback``, slowly where few large entries set ``s``: the variance of an element
+    is ``|x| (s - |x|)``. With ``Feedback`` that noise comes back with every step; there ``IntN(2)`` is the better one.
+
+    Args:
+        block: Elements that share ``s``, 1 to 65535; ``4 / block`` bytes an element more. Smaller blocks have a smaller
+            ``s`` and less noise.
+        clip: Cut magnitudes at ``clip`` standard deviations of the tensor first; 0 does not. The paper's 2.5 shrinks
+            ``s`` and with it the noise, and biases what is cut (``Feedback`` keeps that).
+
+    Source: Wen et al., TernGrad (arXiv:1705.07878), sections 3.1 (ternarizing) and 3.3 (clipping). Differs: blocks in
+        place of layers; ``block=65535`` is near the paper's.
+    """
+
+    block: int = 256
+    clip: float = 0.0
+
+    codec_id: ClassVar[int] = 7
+    combine: ClassVar[Combine] = "two_phase"
+
+    def __post_init__(self) -> None:
+        check_block("Ternary", self.block)
+        is_number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
+        if not is_number or not 0 <= self.clip < math.inf:
+            raise ValueError(f"Ternary clip is {self.clip!r}, expected standard deviations, or 0 for none")
+
+    def encoded_bytes(self, num_elements: int) -> int:
+        """Header, a byte for five elements, four bytes a block."""
+        return HEADER.size + 10 + 4 * num_blocks(num_elements, self.block) + -(-num_elements // 5)
+
+    def _params(self) -> bytes:
+        return struct.pack("<Hd", self.block, self.clip)
+
+    @classmethod
+    def _from_params(cls, params: bytes) -> "Ternary":
+        block, clip = struct.unpack("<Hd", params) if len(params) == 10 else (0, 0.0)
+        if block == 0 or not 0 <= clip < math.inf:
+            raise PayloadError(f"Ternary parameters are {params.hex()}, expected a block of 1 to 65535 and a clip >= 0")
+        return cls(block, clip)
+
+    def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
+        if self.clip and values.size:
+            bound = np.float32(min(self.clip * float(values.std(dtype=np.float64)), float(np.finfo(np.float32).max)))
+            values = np.clip(values, -bound, bound)
+        ratio, scales = scaled(in_blocks(values, self.block), 1)
+        ratio = ratio.reshape(-1)[: values.size]
+        sent = np.random.default_rng(key).random(values.size, np.float32) < np.abs(ratio)
+        digits = np.where(sent, np.where(ratio > 0, _PLUS, _MINUS), _ZERO)
+        return [scale_bytes(scales), (in_rows(digits, 5) * _POWERS).sum(axis=1, dtype=np.uint8)]
+
+    def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        split = 4 * num_blocks(num_elements, self.block)
+        expect_body("Ternary", body, split + -(-num_elements // 5))
+        packed = body[split:]
+        if packed.size and packed.max() >= 3**5:
+            raise PayloadError("Ternary payload has a byte above 242, the largest of five digits")
+        digits = (packed[:, None] // _POWERS % np.uint8(3)).reshape(-1)
+        if digits[num_elements:].any():
+            raise PayloadError("Ternary payload has digits behind its last element")
+        scales = per_element(read_scales("Ternary", body[:split], 1), self.block, num_elements)
+        values: Floats = _SIGNS[digits[:num_elements]] * scales
+        return values
+
+
+_ZERO, _PLUS, _MINUS = np.uint8(0), np.uint8(1), np.uint8(2)
+_SIGNS = np.array([0, 1, -1], np.float32)
+_POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
