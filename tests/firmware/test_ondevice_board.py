@@ -1,5 +1,6 @@
 """Simulator, host and emulated boards: the same bits, and not one byte of RAM more than planned."""
 
+import shutil
 import sys
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, LayerShare, Program, Scheme, compile
 from efftrain.ondevice.backends import toolchain
 from efftrain.ondevice.backends.board import BoardEngine, _num_instructions
+from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.scheme import PRESETS
 
 pytestmark = pytest.mark.firmware
@@ -29,6 +31,10 @@ def build(scheme: Scheme | str, board: Board | str = "stm32f746", **options: obj
     return compile(WatchCNN(), torch.zeros(1, 6, 128), scheme=scheme, board=board, **settings)  # type: ignore[arg-type]
 
 
+# The board extra brings zig, so every machine runs these tests; where arm-none-eabi-gcc is too, both must agree.
+KINDS: tuple[Kind, ...] = ("gcc", "zig") if shutil.which("arm-none-eabi-gcc") else ("zig",)
+
+
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_every_bit_is_equal_after_100_steps(scheme: str, rounding: str) -> None:
@@ -37,7 +43,7 @@ def test_every_bit_is_equal_after_100_steps(scheme: str, rounding: str) -> None:
     engines = {
         "simulator": program.simulator(),
         "host": program.host(),
-        "m7": program.board("m7", toolchain="gcc"),
+        "m7": program.board("m7", toolchain=KINDS[0]),
         "m4": program.board("m4", toolchain="zig"),
     }
     if scheme == "full":
@@ -113,7 +119,9 @@ def test_a_state_moves_between_back_ends() -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [*((name, "gcc") for name in PRESETS), ("full", "zig")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [*((name, KINDS[0]) for name in PRESETS), *(("full", kind) for kind in KINDS[1:])]
+)
 def test_the_plan_holds_on_a_board_of_exactly_its_size(scheme: str, kind: str) -> None:
     program = build(scheme)
     plan = program.plan
@@ -142,7 +150,7 @@ def test_one_byte_less_is_refused_by_plan_linker_and_emulator() -> None:
     with pytest.raises(BudgetError, match=f"needs {total} B of RAM"):
         build("full", replace(board, ram_bytes=total - 1))
     smaller = replace(board, ram_bytes=total - 1)
-    for kind in ("gcc", "zig"):
+    for kind in KINDS:
         with pytest.raises(BudgetError, match="linker refuses"):
             program.firmware(board=smaller, toolchain=kind)
     # Firmware that was linked for the whole board, on a machine with a byte less, reads the last word of the context.
@@ -192,8 +200,9 @@ def test_a_stack_that_is_too_small_faults_instead_of_writing_over_data() -> None
     program = build("full")
     tiny = replace(program.plan, stack_bytes=64)
     object.__setattr__(program, "plan", tiny)
-    with pytest.raises(BudgetError, match="64 B are reserved"):
-        program.board(toolchain="gcc")
+    if "gcc" in KINDS:  # zig writes no stack usage; with it alone only the emulator's fault below holds
+        with pytest.raises(BudgetError, match="64 B are reserved"):
+            program.board(toolchain="gcc")
     engine_without_bound = program.firmware(toolchain="zig")
     samples = program.quantize_input(DATA)
 

@@ -24,10 +24,11 @@ WARNINGS = "-std=c99 -Wall -Wextra -Wconversion -Wshadow -Wdouble-promotion -Wvl
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 COMPILERS = {
     "gcc": ["gcc", "-O2"],
-    "arm-gcc": ["arm-none-eabi-gcc", "-O2", "-mcpu=cortex-m4", "-mthumb", "-ffreestanding"],
     "zig": [*ZIG, "-O2"],
     "zig-arm": [*ZIG, "-O2", "-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4", "-ffreestanding"],
 }
+if shutil.which("arm-none-eabi-gcc"):  # CI has it; the board extra alone brings zig
+    COMPILERS["arm-gcc"] = ["arm-none-eabi-gcc", "-O2", "-mcpu=cortex-m4", "-mthumb", "-ffreestanding"]
 DATA = np.random.default_rng(0).normal(size=(40, 6, 128)).astype(np.float32)
 LABELS = np.arange(40) % 7
 
@@ -42,8 +43,6 @@ def build(scheme: str, **options: object) -> Program:
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_warnings(compiler: str, tmp_path: Path) -> None:
     command = COMPILERS[compiler]
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
     folder = build("full").write(tmp_path / "full")
     variants = {"model.c": folder}
     for scheme, rounding in (
