@@ -1,6 +1,7 @@
 """Dense codecs that send small floats: every element, with fewer bits of mantissa and exponent."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal, cast, get_args
@@ -71,11 +72,14 @@ class Half(Codec):
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
         if self.format == "fp16":
             return [np.clip(values, -_LARGEST_FP16, _LARGEST_FP16).astype("<f2").view(np.uint8)]
-        bits = values.view(np.uint32)
-        sign, magnitude = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
-        # Just below the middle always, and over it if the last bit that stays is odd.
-        rounded = (magnitude + 0x7FFF + (magnitude >> 16 & 1)) >> 16
-        return [(sign | np.minimum(rounded, _LARGEST_BF16)).astype("<u2").view(np.uint8)]
+        codes = np.empty(values.size, "<u2")
+        for part in _parts(values.size):
+            bits = values[part].view(np.uint32)
+            sign, magnitude = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+            # Carries what is above the middle, and the middle itself if the last bit that stays is odd.
+            rounded = (magnitude + 0x7FFF + (magnitude >> 16 & 1)) >> 16
+            codes[part] = sign | np.minimum(rounded, _LARGEST_BF16)
+        return [codes.view(np.uint8)]
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         expect_body("Half", body, 2 * num_elements)
@@ -187,7 +191,8 @@ class Mx(Codec):
         # frexp's mantissa is in [0.5, 1), so its exponent is one more; for 0 it is 0, and the block's scale the least.
         exponents = np.where(largest > 0, np.frexp(largest)[1] - 1 - emax, -_E8M0_BIAS)
         exponents = np.maximum(exponents, -_E8M0_BIAS).astype(np.int32)
-        ratio = np.ldexp(padded, -exponents[:, None]).reshape(-1)[: values.size]
+        # Exact: a power of two, and what becomes denormal is far below the smallest element.
+        ratio = (padded * np.ldexp(np.float32(1), -exponents)[:, None]).reshape(-1)[: values.size]
         if self.format == "int8":
             codes = np.clip(np.rint(ratio * np.float32(64)), -127, 127).astype(np.int8).view(np.uint8)
         else:
@@ -237,6 +242,12 @@ class _Minifloat:
 
     def codes(self, values: Floats) -> Bytes:
         """Round to nearest, half to even; what is larger than ``largest`` becomes that."""
+        codes = np.empty(values.size, np.uint8)
+        for part in _parts(values.size):
+            codes[part] = self._codes(values[part])
+        return codes
+
+    def _codes(self, values: Floats) -> Bytes:
         magnitude = np.minimum(np.abs(values), np.float32(self.largest))
         exponent = np.maximum((magnitude.view(np.int32) >> 23) - 127, self._least_exponent)
         # A power of two, put together from its bits: magnitude / 2^(exponent - mantissa_bits) is exact.
@@ -270,6 +281,11 @@ _MINIFLOATS = {
     "e2m3": _Minifloat(2, 3, 7.5),
     "e2m1": _Minifloat(2, 1, 6),
 }
+
+
+def _parts(num_elements: int) -> Iterator[slice]:
+    """Parts that stay in the cache over a row of NumPy operations; a whole tensor would leave it with each."""
+    return (slice(first, first + (1 << 14)) for first in range(0, num_elements, 1 << 14))
 
 
 def _check_format(codec: str, name: object, known: tuple[str, ...]) -> None:
