@@ -1,0 +1,241 @@
+"""A training step on slow links: our codecs beside torch's own hooks, same model and batch, in the same run.
+
+Every node is a network namespace; veth pairs join them to one bridge, and a token bucket limits what each node sends.
+Bytes are read from the interface counters, so framing and acknowledgements count too. Needs root on Linux (iproute2).
+
+    python benchmarks/limited_link.py --nodes 2 --rate 100mbit --steps 10
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+BRIDGE = "eftbr"
+SUBNET = "10.77.0"
+WARM_UP = 3
+BATCH = 16
+MODES = {
+    "no exchange": "none",
+    "fp32": "ddp:",
+    "torch fp16 hook": "ddp:fp16",
+    "torch PowerSGD rank 2, one bucket": "ddp:powersgd",
+    "Int8": "codec:Int8(block=256)",
+    "TopK 1 %": "codec:TopK(0.01)",
+    "TopK 1 %, Int8 values": "codec:TopK(0.01) >> Int8(block=256)",
+}
+
+
+def worker(mode: str, steps: int) -> None:
+    """One rank: train ``mlp-10m`` on noise and print what a step took and sent."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    from efftrain.compression import parse_codec
+    from efftrain.models import build_model
+    from efftrain.parallel import Plan, mesh
+    from efftrain.training import Job, OptimizerConfig
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with mesh.process_group(timeout_s=120):
+        model = build_model("mlp-10m")
+        optimizer = OptimizerConfig(lr=0.01, momentum=0.0, schedule="constant")
+        kind, _, detail = mode.partition(":")
+        inputs, targets = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
+        job = Plan(codec=parse_codec(detail)).apply(model, optimizer=optimizer) if kind == "codec" else None
+        if kind == "none":
+            job = Job(model, optimizer=optimizer)
+        wrapped = None
+        if kind == "ddp":
+            # PowerSGD's hook hangs over gloo with more than one bucket; give it one.
+            wrapped = DistributedDataParallel(model, bucket_cap_mb=1000 if detail == "powersgd" else 25)
+            if detail == "fp16":
+                wrapped.register_comm_hook(dist.group.WORLD, default_hooks.fp16_compress_hook)
+            if detail == "powersgd":
+                state = powerSGD_hook.PowerSGDState(dist.group.WORLD, 2, start_powerSGD_iter=2)
+                wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        times, sent = [], 0
+        for step in range(WARM_UP + steps):
+            if step == WARM_UP:
+                sent = _tx_bytes()
+            started = time.perf_counter()
+            if job is not None:
+                job.step(inputs, targets)
+            else:
+                assert wrapped is not None, f"mode {mode!r} has neither job nor DDP"
+                sgd.zero_grad()
+                loss = torch.nn.functional.cross_entropy(wrapped(inputs), targets)
+                loss.backward()  # type: ignore[no-untyped-call]
+                sgd.step()
+            times.append(time.perf_counter() - started)
+        wire = (_tx_bytes() - sent) / steps
+        if dist.get_rank() == 0:
+            print(json.dumps({"step_s": times[WARM_UP:], "wire_bytes": wire}), flush=True)
+
+
+def _tx_bytes() -> int:
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
+
+
+@contextmanager
+def network(num_nodes: int, rate: str) -> Iterator[None]:
+    """Namespaces joined by a bridge; each node's sending is limited to ``rate``. Gone afterwards, whatever happens."""
+    _tear_down(num_nodes)
+    try:
+        _ip(f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
+        for node in range(num_nodes):
+            name, inside = f"eft{node}", f"-n eft{node}"
+            _ip(
+                f"netns add {name}",
+                f"link add {name}v type veth peer name eth0 netns {name}",
+                f"link set {name}v master {BRIDGE} up",
+                f"{inside} addr add {SUBNET}.{node + 1}/24 dev eth0",
+                f"{inside} link set eth0 up",
+                f"{inside} link set lo up",
+            )
+            limit = f"tc qdisc add dev eth0 root tbf rate {rate} burst 128kb latency 200ms"
+            subprocess.run(["ip", "netns", "exec", name, *limit.split()], check=True)
+        yield
+    finally:
+        _tear_down(num_nodes)
+
+
+def _tear_down(num_nodes: int) -> None:
+    for node in range(num_nodes):
+        subprocess.run(["ip", "netns", "delete", f"eft{node}"], stderr=subprocess.DEVNULL, check=False)
+    subprocess.run(["ip", "link", "delete", BRIDGE], stderr=subprocess.DEVNULL, check=False)
+
+
+def _ip(*commands: str) -> None:
+    for command in commands:
+        subprocess.run(["ip", *command.split()], check=True)
+
+
+def run_mode(mode: str, num_nodes: int, steps: int, timeout_s: float) -> dict[str, Any]:
+    """One mode on all nodes: median step and bytes that node 0 sent a step."""
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(num_nodes),
+        "MASTER_ADDR": f"{SUBNET}.1",
+        "MASTER_PORT": "29555",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": "1",
+    }
+    workers = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", f"eft{rank}", sys.executable, __file__, "--worker", mode, "--steps", str(steps)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_nodes)
+    ]
+    try:
+        output, errors = workers[0].communicate(timeout=timeout_s)
+        for other in workers[1:]:
+            other.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no end after {timeout_s:.0f} s"}
+    finally:
+        for one in workers:
+            one.kill()
+    if workers[0].returncode:
+        return {"failed": (errors.strip().splitlines() or ["no message"])[-1]}
+    result = json.loads(output.strip().splitlines()[-1])
+    return {"step_s": median(result["step_s"]), "steps_s": result["step_s"], "wire_bytes": result["wire_bytes"]}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The Markdown report."""
+    modes = report["modes"]
+    plain = modes["fp32"]
+    rows = []
+    for name, mode in modes.items():
+        if "failed" in mode:
+            rows.append(f"| {name} | failed: {mode['failed']} | | | |")
+            continue
+        ratio = f"{mode['step_s'] / plain['step_s']:.2f}x" if "step_s" in plain else "-"
+        less = f"{plain['wire_bytes'] / mode['wire_bytes']:.1f}x" if mode["wire_bytes"] > 1000 else "-"
+        rows.append(f"| {name} | {1000 * mode['step_s']:.0f} | {ratio} | {mode['wire_bytes'] / 1e6:.3f} | {less} |")
+    lines = [
+        f"# A step on limited links: {report['nodes']} nodes, {report['rate']}",
+        "",
+        f"`{report['command']}`, {report['date']}",
+        "",
+        f"`mlp-10m` (10.05 M parameters), batch {BATCH} a node, one thread a process, median of {report['steps']} "
+        f"steps after {WARM_UP}. Network namespaces, token bucket on each node's sending, gloo. Bytes from the interface "
+        "counter of node 0, frames and acknowledgements included.",
+        "",
+        "| mode | ms a step | against fp32 | MB sent a step | fewer bytes |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Environment: `{json.dumps(report['environment']['versions'])}`, {report['environment']['cpu']}, "
+        f"{report['environment']['num_cpus']} CPUs.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run all modes on one network and write the report; 2 where it cannot run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--rate", default="100mbit", help="as tc writes it: 100mbit, 1gbit")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--timeout", type=float, default=150, help="seconds a mode may take")
+    parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}core_{platform.machine().replace('x86_64', 'x86')}")
+    parser.add_argument("--date", default=datetime.date.today().isoformat())
+    parser.add_argument("--out", type=Path, default=HERE / "reports")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker is not None:
+        worker(args.worker, args.steps)
+        return 0
+    if os.geteuid() or shutil.which("ip") is None or shutil.which("tc") is None:
+        print(
+            "limited_link needs root and iproute2 on Linux: namespaces and rates are made by the kernel",
+            file=sys.stderr,
+        )
+        return 2
+    from efftrain.report.run import environment
+
+    modes: dict[str, Any] = {}
+    with network(args.nodes, args.rate):
+        for name in args.modes:
+            modes[name] = run_mode(MODES[name], args.nodes, args.steps, args.timeout)
+            print(name, {k: v for k, v in modes[name].items() if k != "steps_s"}, file=sys.stderr, flush=True)
+    report = {
+        "command": f"python benchmarks/limited_link.py --nodes {args.nodes} --rate {args.rate} --steps {args.steps}",
+        "nodes": args.nodes,
+        "rate": args.rate,
+        "steps": args.steps,
+        "date": args.date,
+        "modes": modes,
+        "environment": environment(),
+    }
+    path = args.out / f"limited_link_{args.nodes}nodes_{args.rate}_{args.hardware}_{args.date}"
+    Path(f"{path}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    Path(f"{path}.md").write_text(render(report), encoding="utf-8")
+    print(f"{path}.md")
+    return int(any("failed" in mode for mode in modes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
