@@ -179,8 +179,8 @@ def render(report: dict[str, Any]) -> str:
         f"`{report['command']}`, {report['date']}",
         "",
         f"`mlp-10m` (10.05 M parameters), batch {BATCH} a node, one thread a process, median of {report['steps']} "
-        f"steps after {WARM_UP}. Network namespaces, token bucket on each node's sending, gloo. Bytes from the interface "
-        "counter of node 0, frames and acknowledgements included.",
+        f"steps after {WARM_UP}. Network namespaces, token bucket on each node's sending, gloo. Bytes from the "
+        "interface counter of node 0, frames and acknowledgements included.",
         "",
         "| mode | ms a step | against fp32 | MB sent a step | fewer bytes |",
         "|---|---|---|---|---|",
