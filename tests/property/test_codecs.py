@@ -352,6 +352,17 @@ def test_large_tensor(codec: Codec) -> None:
     assert np.abs(y - x).max() <= np.abs(x).max()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("codec", CODECS, ids=format_codec)
+def test_nothing_of_sixteen_million_elements_is_lost(codec: Codec) -> None:
+    x = np.random.default_rng(0).standard_normal(1 << 24, np.float32)
+    payload, left = codec.encode_with_residual(x, x * np.float32(0.5), key=1)
+    owed, sent = x + x * np.float32(0.5), codec.decode(payload)
+    error = np.abs(sent + left - owed)
+    assert (error <= (np.spacing(np.maximum(np.abs(sent), np.abs(owed))) if codec in INEXACT else 0)).all()
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=format_codec)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_non_finite_is_refused_by_name(codec: Codec, bad: float) -> None:
