@@ -41,6 +41,7 @@ def _checks() -> list[Check]:
         Check("GPU", "training on CUDA with NCCL; without it CPU and gloo", "a CUDA build of torch", _gpu),
         Check("flwr", "federated rounds", "pip install 'efftrain[federated]'", lambda: _version("flwr")),
         Check("host C compiler", "fast host build of device programs", "pip install 'efftrain[board]'", _host_compiler),
+        Check("codec kernels", "codecs many times faster than NumPy", "pip install ziglang", _codec_kernels),
         Check("Cortex-M compiler", "firmware for boards", "pip install 'efftrain[board]'", _cross_compiler),
         Check(
             "unicorn",
@@ -84,6 +85,12 @@ def _zig() -> str | None:
 
 def _host_compiler() -> str | None:
     return shutil.which("cc") or shutil.which("gcc") or _zig()
+
+
+def _codec_kernels() -> str | None:
+    from efftrain.compression import kernels
+
+    return kernels.available()
 
 
 def _cross_compiler() -> str | None:
