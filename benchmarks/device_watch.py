@@ -283,7 +283,7 @@ def render(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--people", type=int, nargs="*", default=list(PEOPLE))
     parser.add_argument("--no-fp32", action="store_true", help="leave the fp32 reference out")
     parser.add_argument("--hardware", default=f"{platform.machine()}")

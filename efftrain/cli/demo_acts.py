@@ -41,9 +41,8 @@ CLUSTER_TIMEOUT_S = 300
 CLUSTER_SPREAD = 0.015
 """Largest difference between five seeds of the uncompressed control (``benchmarks/reports/cluster_watch_*``)."""
 
-FEDERATED_SPREAD = 0.013
-"""Two standard deviations of the difference of two fp32 runs that differ in luck alone: their own deviation is 0.0046
-(``benchmarks/reports/federated_watch_*``)."""
+FEDERATED_SPREAD = 0.011
+"""Two standard deviations of compressed minus control over five seeds (``benchmarks/reports/federated_watch_*``)."""
 
 DEVICE_EPOCHS = 15
 DEVICE_LR = 0.04
@@ -166,7 +165,7 @@ def federated_act(out: Path, seed: int, start: Path) -> Act:
                 compressed.accuracy > compressed.accuracy_before,
             ),
             Claim(
-                f"at least as accurate as fp32 FedAvg, within {_percent(FEDERATED_SPREAD)}: "
+                f"as accurate as fp32 FedAvg within two deviations of their difference ({_percent(FEDERATED_SPREAD)}): "
                 f"{_percent(compressed.accuracy)} against {_percent(control.accuracy)}",
                 compressed.accuracy >= control.accuracy - FEDERATED_SPREAD,
             ),
@@ -214,7 +213,7 @@ def device_act(out: Path, seed: int, start: Path) -> Act:
     used = board.measured_ram_bytes
     say(
         f"   accuracy {_percent(before)} -> {_percent(after)}; "
-        f"RAM planned {format_bytes(plan.total_ram_bytes)}, measured {format_bytes(used)}"
+        f"RAM planned {format_bytes(plan.total_ram_bytes)}, touched {format_bytes(used)} (some stack is reserve)"
     )
     return Act(
         name="device",
@@ -245,7 +244,7 @@ def device_act(out: Path, seed: int, start: Path) -> Act:
             ),
             Claim(
                 f"whole RAM with stack at most {format_bytes(DEVICE_RAM_GOAL)}: planned "
-                f"{format_bytes(plan.total_ram_bytes)}, measured {format_bytes(used)}",
+                f"{format_bytes(plan.total_ram_bytes)}, touched {format_bytes(used)}",
                 used <= plan.total_ram_bytes <= DEVICE_RAM_GOAL,
             ),
             Claim(

@@ -120,7 +120,7 @@ def _device(act: Act) -> Section:
     )
     rows = [(name, f"{plan[key]:,} B") for name, key in parts]
     rows += [
-        ("total, measured", f"{figures['measured_ram_bytes']:,} B"),
+        ("total, touched: the stack as deep as it got", f"{figures['measured_ram_bytes']:,} B"),
         ("flash", f"{plan['flash_bytes']:,} B"),
         ("MACs forward", format_count(plan["macs_forward"])),
         ("MACs backward", format_count(plan["macs_backward"])),

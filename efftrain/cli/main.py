@@ -50,6 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 only if all that was asked happened, 1 for an error, 2 for wrong usage."""
     try:
         app(arguments)
+    except SystemExit as end:
+        if end.code == 130:  # typer turns Ctrl-C into this
+            print("efftrain: interrupted; --resume goes on after the last checkpoint", file=sys.stderr)
+        raise
     except EfftrainError as error:
         _end(str(error))
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """``efftrain train RECIPE``: one training run, alone or under torchrun."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,11 @@ def train_command(
         return
     loss = "inf or NaN" if result["loss"] is None else f"{result['loss']:.3f}"
     say(f"accuracy {100 * result['accuracy']:.1f} %, loss {loss}, {format_seconds(result['train_s'])}")
+    if resume:
+        say(f"resumed after update {result['first_step']}" if result["first_step"] else "no checkpoint; started anew")
+    if result["num_skipped"]:
+        say(f"{result['num_skipped']} of {result['num_steps']} updates skipped for inf or NaN; is it in the data?")
     if result.get("uncompressed_bytes"):
         ratio = result["uncompressed_bytes"] / result["wire_bytes"]
         say(f"sent by each rank {format_bytes(result['wire_bytes'])}, {ratio:.1f}x less than uncompressed")
-    say(f"run folder {result['path']}; see it with: efftrain report {result['path']}")
+    say(f"run folder {result['path']}; see it with: efftrain report {shlex.quote(result['path'])}")

@@ -55,7 +55,7 @@ class Plan:
         objective: Objective = cross_entropy,
         optimizer: OptimizerConfig | None = None,
         step: StepConfig | None = None,
-        total_steps: int = 1,
+        total_steps: int | None = None,
         seed: int = 0,
     ) -> Job:
         """Turn a plain model into a job of this rank.
@@ -65,7 +65,7 @@ class Plan:
             objective: Gives the mean loss of a batch.
             optimizer: Optimizer and schedule.
             step: How one update is computed.
-            total_steps: Length of the schedule; ``training.fit`` sets it.
+            total_steps: Length of the schedule in updates; without it the learning rate stays at its peak.
             seed: Of stochastic rounding in the codec.
 
         Raises:

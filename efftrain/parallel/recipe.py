@@ -210,6 +210,7 @@ def _train(
                 "codec": format_codec(plan.codec),
                 "accuracy": result.evaluation.accuracy,
                 "loss": result.evaluation.loss,
+                "first_step": result.first_step,
                 "num_steps": result.num_steps,
                 "num_skipped": result.num_skipped,
                 "train_s": result.train_s,

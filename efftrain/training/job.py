@@ -55,7 +55,8 @@ class Job:
         objective: Gives the mean loss of a batch.
         optimizer: Optimizer and schedule.
         step: How one update is computed.
-        total_steps: Length of the schedule in updates.
+        total_steps: Length of the schedule in updates; while it is unknown the learning rate stays at its peak. ``fit``
+            sets it.
         exchange: The other ranks.
     """
 
@@ -66,7 +67,7 @@ class Job:
         objective: Objective = cross_entropy,
         optimizer: OptimizerConfig | None = None,
         step: StepConfig | None = None,
-        total_steps: int = 1,
+        total_steps: int | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self.model = model

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from efftrain.data import Dataset
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, DataError
 from efftrain.report.run import RunFolder
 from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from efftrain.training.job import Job, StepResult
+from efftrain.training.objective import label_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class LoopConfig:
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated. 0: only then."""
     eval_batch_size: int = 256
-    checkpoint_every: int = 0
+    checkpoint_every: int = 500
     """Updates between checkpoints. 0: only at the end."""
     log_every: int = 10
     """Updates between lines in ``metrics.jsonl``."""
@@ -80,6 +81,8 @@ class FitResult:
     """How a run ended."""
 
     evaluation: Evaluation
+    first_step: int
+    """Updates that a checkpoint had done already; 0 for a run from the start."""
     num_steps: int
     num_skipped: int
     train_s: float
@@ -123,6 +126,7 @@ def fit(
         on_step: Called after each update with the number of updates done; for progress bars.
 
     Raises:
+        DataError: Labels are no integers, or none of the model's classes.
         ConfigError: The batch cannot be cut evenly among ranks and micro-batches, a data set is too small, or
             ``checkpoints`` holds those of another run.
         NonFiniteError: See ``Job.step``.
@@ -133,7 +137,7 @@ def fit(
     if not len(test):
         raise ConfigError("the test data set is empty; there is nothing to evaluate on")
     steps_per_epoch = config.steps_per_epoch(len(train))
-    job.total_steps = config.epochs * steps_per_epoch
+    job.total_steps = total_steps = config.epochs * steps_per_epoch
     totals: dict[str, float] = {}
     restored = load_checkpoint(checkpoints, job, seed=seed) if resume and checkpoints is not None else None
     if restored is not None:
@@ -142,7 +146,7 @@ def fit(
         raise ConfigError(f"{checkpoints} holds checkpoints of an earlier run; resume it or choose another folder")
     if run is not None and resume:
         run.rewind(job.num_steps)
-    started = time.perf_counter()
+    started, first_step = time.perf_counter(), job.num_steps
     for indices in _batches(len(train), config, seed, first_step=job.num_steps):
         share = len(indices) // exchange.world_size
         inputs, targets = _tensors(train, indices[exchange.rank * share : (exchange.rank + 1) * share])
@@ -160,7 +164,7 @@ def fit(
         epoch, inside = divmod(step, steps_per_epoch)
         if not inside and config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
             _evaluate_and_log(job, test, config, run, epoch, totals)
-        due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < job.total_steps
+        due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < total_steps
         if checkpoints is not None and due:
             save_checkpoint(checkpoints, job, extra={"totals": totals})
     # The last checkpoint is written after the last evaluation, so a run that had finished has both.
@@ -168,7 +172,8 @@ def fit(
     evaluation = _evaluate_and_log(job, test, config, None if had_finished else run, config.epochs, totals)
     if checkpoints is not None and not had_finished:
         save_checkpoint(checkpoints, job, extra={"totals": totals, "finished": True})
-    return FitResult(evaluation, job.num_steps, job.num_skipped, time.perf_counter() - started, totals)
+    train_s = time.perf_counter() - started
+    return FitResult(evaluation, first_step, job.num_steps, job.num_skipped, train_s, totals)
 
 
 @torch.no_grad()
@@ -184,7 +189,7 @@ def evaluate(job: Job, data: Dataset, batch_size: int = 256) -> Evaluation:
         inputs, targets = inputs.to(job.device), targets.to(job.device)
         logits = model(inputs).flatten(0, -2).float()
         flat = targets.flatten()
-        loss += float(torch.nn.functional.cross_entropy(logits, flat, reduction="sum"))
+        loss += float(label_loss(logits, flat, reduction="sum"))
         correct += float((logits.argmax(-1) == flat).sum())
         count += flat.numel()
     loss, correct, count = exchange.sum([loss, correct, count])
@@ -203,6 +208,8 @@ def _batches(num_samples: int, config: LoopConfig, seed: int, first_step: int) -
 
 def _tensors(data: Dataset, indices: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
     inputs, targets = data.batch(indices)
+    if targets.dtype.kind not in "iu":
+        raise DataError(f"labels are {targets.dtype}, expected integers; convert them in the data set's batch()")
     return torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(np.ascontiguousarray(targets)).long()
 
 

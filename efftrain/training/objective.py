@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, DataError
 
 Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, inputs, targets) -> mean loss``, a scalar tensor."""
@@ -22,9 +22,27 @@ def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         model: Gives logits of shape ``(B, C)``, or ``(B, T, C)`` for sequences.
         inputs: Shape ``(B, ...)``.
         targets: int64, shape ``(B,)`` or ``(B, T)``.
+
+    Raises:
+        DataError: A label is none of the model's classes (on a GPU torch stops with its own assertion).
     """
-    logits = model(inputs)
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+    return label_loss(model(inputs).flatten(0, -2).float(), targets.flatten())
+
+
+def label_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of flat labels ``(N,)`` under logits ``(N, C)``, in nats.
+
+    Raises:
+        DataError: As ``cross_entropy``.
+    """
+    try:
+        return F.cross_entropy(logits, labels, reduction=reduction)
+    except IndexError as error:
+        low, high = int(labels.min()), int(labels.max())
+        raise DataError(
+            f"labels run from {low} to {high}, the model has {logits.shape[-1]} outputs; "
+            f"expected labels from 0 to {logits.shape[-1] - 1}"
+        ) from error
 
 
 def check_distillation(temperature: float, weight: float) -> None:
@@ -68,5 +86,5 @@ class Distillation:
             soft = F.log_softmax(self.teacher(inputs).flatten(0, -2).float() / self.temperature, dim=-1)
         student = F.log_softmax(logits / self.temperature, dim=-1)
         divergence = F.kl_div(student, soft, reduction="batchmean", log_target=True)
-        hard = F.cross_entropy(logits, targets.flatten())
+        hard = label_loss(logits, targets.flatten())
         return self.weight * self.temperature**2 * divergence + (1 - self.weight) * hard

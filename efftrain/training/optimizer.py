@@ -57,11 +57,11 @@ class OptimizerConfig:
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
 
-    def lr_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of update ``step``, counted from 0, of ``total_steps``."""
+    def lr_at(self, step: int, total_steps: int | None) -> float:
+        """Learning rate of update ``step``, counted from 0, of ``total_steps`` (``None``: not known, so no decay)."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
+        if self.schedule == "constant" or total_steps is None:
             return self.lr
         progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
         floor = self.final_lr_ratio
