@@ -64,23 +64,28 @@ with warnings.catch_warnings():
     # flwr 1.41 imports names that click and others are about to drop. That is for Flower to mend, and must not stop
     # a program that treats warnings as errors.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from flwr.app import (
-        Array,
-        ArrayRecord,
-        ConfigRecord,
-        Context,
-        Error,
-        Message,
-        MessageType,
-        MetricRecord,
-        RecordDict,
-    )
-    from flwr.clientapp import ClientApp
-    from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.serverapp.strategy import FedAvg, Strategy
-    from flwr.supercore.run import Run
-    from flwr.supercore.task_identity import TaskIdentity
+    try:
+        from flwr.app import (
+            Array,
+            ArrayRecord,
+            ConfigRecord,
+            Context,
+            Error,
+            Message,
+            MessageType,
+            MetricRecord,
+            RecordDict,
+        )
+        from flwr.clientapp import ClientApp
+        from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+        from flwr.serverapp import Grid, ServerApp
+        from flwr.serverapp.strategy import FedAvg, Strategy
+        from flwr.supercore.run import Run
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError as error:
+        raise ToolError(
+            f"Flower {VERSION} is installed but cannot be imported ({error}). Install it again: {_INSTALL}"
+        ) from error
 
 __all__ = [
     "SUPERLINK_NODE_ID",

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +24,7 @@ from efftrain.federated.recipe import ClientConfig, DataConfig, GateConfig, Mode
 from efftrain.federated.rounds import state_sha256
 from efftrain.federated.server_app import app as server_app
 from efftrain.federated.server_app import recipe_from_run_config
+from efftrain.models import model_class
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = FederatedRecipe(
@@ -180,18 +183,76 @@ def test_telemetry_stays_off_unless_asked_for(setting: str | None, expected: str
     assert (ran.returncode, ran.stdout.strip()) == (0, expected), ran.stderr
 
 
+SIMULATE = [sys.executable, "federated/simulate.py", "federated/recipes/watch_people.toml"]
+SMALLEST = ["--set", "server.rounds=1", "--set", "data.people=[2, 5]"]
+
+
+def simulate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*SIMULATE, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
 def test_simulate_script() -> None:
-    command = [sys.executable, "federated/simulate.py", "federated/recipes/watch_people.toml"]
-    ran = subprocess.run(
-        [*command, "--set", "server.rounds=1", "--set", "data.people=[2, 5]"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ran = simulate(*SMALLEST)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["rounds"] == 1
     assert "round   1  accuracy" in ran.stderr
-    ran = subprocess.run([*command, "--set", "server.round=1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "started from fresh weights" in ran.stderr
+    ran = simulate("--set", "server.round=1")
     assert ran.returncode == 1
     assert "nearest is 'server.rounds'" in ran.stderr
+
+
+def test_simulate_starts_from_a_folder(tmp_path: Path) -> None:
+    model = model_class("watch-cnn").from_config()
+    folder = model.save_pretrained(tmp_path / "model")
+    ran = simulate(*SMALLEST, "--initial", folder)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["initial_sha256"] == state_sha256(model.state_dict())
+    assert f"started from {folder}" in ran.stderr
+    assert "fresh" not in ran.stderr
+
+
+def test_simulate_refuses_a_start_that_does_not_fit(tmp_path: Path) -> None:
+    other = model_class("fashion-cnn").from_config().save_pretrained(tmp_path / "other")
+    for folder, reason in ((other, "holds a fashion-cnn, the recipe trains a watch-cnn"), (tmp_path, "cannot be read")):
+        ran = simulate("--initial", folder)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert reason in ran.stderr
+        assert ran.stderr.count("\n") == 1, ran.stderr
+
+
+def test_simulate_without_flower_says_so_in_one_line() -> None:
+    code = (
+        "import runpy, sys; sys.modules['flwr'] = None; sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, *SIMULATE[1:]]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("error: ")
+    assert "pip install 'efftrain[federated]'" in ran.stderr
+    assert ran.stderr.count("\n") == 1, ran.stderr
+
+
+def test_simulate_ends_quietly_without_a_reader() -> None:
+    command = shlex.join([*SIMULATE, *SMALLEST, "--set", "server.rounds=4"]) + " 2>&1 | head -n 1"
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.stdout.startswith("round   1")
+    assert ran.stdout.count("\n") == 1
+    assert ran.stderr == ""
+
+
+def test_simulate_can_be_interrupted() -> None:
+    command = [*SIMULATE, "--set", "server.rounds=10000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            assert started.stderr is not None
+            assert started.stderr.readline().startswith("round   1")
+            started.send_signal(signal.SIGINT)
+            output, errors = started.communicate(timeout=60)
+        finally:
+            started.kill()
+    assert (started.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
