@@ -4,6 +4,7 @@ A model of smartwatch exercises is pretrained on a cluster, improved by the watc
 the watch of a ninth. Each act states what it promises and checks it; a broken promise ends the demo with an error.
 """
 
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 
 from efftrain.cli.console import JsonOption, print_json, print_table, say
-from efftrain.errors import ClaimError, ConfigError
+from efftrain.errors import ClaimError, ConfigError, ToolError
 from efftrain.units import format_seconds
 
 MARKER = "demo.txt"
@@ -26,6 +27,7 @@ def demo_command(
     as_json: JsonOption = False,
 ) -> None:
     """Pretrain on a cluster, improve over watches, fine-tune on a board: the whole framework in a minute or two."""
+    _check_tools()
     _clear(out)
     say("loading torch and Flower ...")
     from efftrain.cli.demo_acts import cluster_act, device_act, federated_act
@@ -59,6 +61,23 @@ def demo_command(
     broken = [claim.text for claim in claims if not claim.holds]
     if broken:
         raise ClaimError(f"{len(broken)} of {len(claims)} claims do not hold: {'; '.join(broken)}. See {report}")
+
+
+def _check_tools() -> None:
+    """Find out now what would be missing in the third act."""
+    missing = [name for name in ("flwr", "unicorn", "elftools", "matplotlib") if not _is_installed(name)]
+    if missing:
+        raise ToolError(
+            f"the demo needs {', '.join(missing)}, not installed here; "
+            "run: pip install 'efftrain[federated,board,report]'"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that something has blocked
+        return False
 
 
 def _clear(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -300,3 +301,54 @@ def test_wrong_usage_has_a_status_of_its_own(main: Main) -> None:
     status, _, err = main("train")
     assert status == 2
     assert "RECIPE" in err
+
+
+LABELS = """
+import numpy as np
+
+class Data:
+    def __init__(self, split):
+        self.x = np.zeros((256, 1, 8, 8), np.float32)
+    def __len__(self):
+        return 256
+    def batch(self, indices):
+        return self.x[indices], (indices % 18).astype({dtype})
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("np.int64", "labels run from 0 to 17, the model has 10 outputs; expected labels from 0 to 9"),
+        ("np.float32", "labels are float32, expected integers"),
+    ],
+)
+def test_wrong_labels_are_one_line(main: Main, recipe: Path, tmp_path: Path, dtype: str, message: str) -> None:
+    (tmp_path / "data.py").write_text(LABELS.format(dtype=dtype))
+    assert message in main.error("train", recipe, "--set", "data.name=data.py:Data")
+
+
+def test_an_interrupt_is_said_and_its_checkpoint_is_found(main: Main, recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "efftrain", "train", str(recipe), "--set", "loop.epochs=100000"]
+    command += ["--set", "loop.checkpoint_every=5"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs" / "own" / "checkpoints").glob("step-*[0-9]")):
+        assert time.monotonic() < deadline, "no checkpoint within a minute"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].splitlines()[-1].startswith("efftrain: interrupted; --resume goes on")
+    assert process.returncode == 130
+    done = max(int(path.name[5:]) for path in (tmp_path / "runs" / "own" / "checkpoints").glob("step-*[0-9]"))
+    epochs = done // 11 + 1  # 1,437 samples in batches of 128
+    status, _, err = main("train", recipe, "--resume", "--set", f"loop.epochs={epochs}")
+    assert status == 0, err
+    assert f"resumed after update {done}" in err
+
+
+def test_the_demo_names_what_is_missing_before_it_starts(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['unicorn'] = None; from efftrain.cli.main import main; main(['demo'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "the demo needs unicorn, not installed here; run: pip install" in done.stderr
+    assert not (tmp_path / "runs").exists()
