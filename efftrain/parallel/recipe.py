@@ -18,7 +18,7 @@ from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import mesh
 from efftrain.parallel.plan import Plan
-from efftrain.report.run import RunFolder, claim_run, next_run_number, run_path
+from efftrain.report.run import RunFolder, check_tensorboard, claim_run, next_run_number, run_path
 from efftrain.training import (
     Distillation,
     LoopConfig,
@@ -148,6 +148,8 @@ def _train(
         bucket_mb=recipe.parallel.bucket_mb,
     )
     plan.check(mesh.world_size())
+    if recipe.tensorboard:
+        check_tensorboard()
     recipe.loop.check_pieces(mesh.world_size(), recipe.step.micro_batches)
     set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
     model = build_model(recipe.model.name, **recipe.model.options)

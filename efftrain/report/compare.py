@@ -116,7 +116,7 @@ def learning_figures(runs: Sequence[Run], prefix: str = "") -> list[Figure]:
         ),
     ]
     if any(row.get("wire_bytes") for run in runs for row in run.rows("eval")):
-        traffic = [_series(run, "eval", "wire_bytes", "accuracy") for run in runs]
+        traffic = [series for run in runs if (series := _series(run, "eval", "wire_bytes", "accuracy")).x]
         figures.append(
             line_plot(
                 f"{prefix}traffic",

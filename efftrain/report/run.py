@@ -17,7 +17,7 @@ from typing import Any
 
 import efftrain
 from efftrain.config import dump_toml
-from efftrain.errors import ConfigError, DataError
+from efftrain.errors import ConfigError, DataError, ToolError
 
 
 class RunFolder:
@@ -196,11 +196,20 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _tensorboard(path: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        from efftrain.errors import ToolError
+def check_tensorboard() -> None:
+    """Find out whether a ``RunFolder`` could write tensorboard files, before one is made.
 
+    Raises:
+        ToolError: tensorboard is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
         raise ToolError("tensorboard is not installed; run: pip install 'efftrain[tensorboard]'") from error
+
+
+def _tensorboard(path: Path) -> Any:
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(path / "tensorboard"))
