@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -256,3 +257,16 @@ def test_simulate_can_be_interrupted() -> None:
     assert (started.returncode, output) == (130, "")
     assert errors.splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors
+
+
+def test_the_readmes_own_app_runs_and_learns(tmp_path: Path) -> None:
+    """As printed, in a folder of its own. Zero weights would have an error of sum(linspace(-1, 1, 40)**2) = 14."""
+    readme = (ROOT / "federated" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    (tmp_path / "own_app.py").write_text(block, encoding="utf-8")
+    command = [sys.executable, "-W", "error", "own_app.py"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    error, uplink_bytes = ran.stdout.split()[-2:]
+    assert float(error) < 1.4
+    assert int(uplink_bytes) > 0
