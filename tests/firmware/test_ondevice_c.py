@@ -1,21 +1,25 @@
 """The generated C itself: clean under every compiler, free of what a microcontroller lacks, safe under sanitizers."""
 
 import hashlib
+import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from elftools.elf.elffile import ELFFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from efftrain.models.watch_cnn import WatchCNN
-from efftrain.ondevice import Program, compile
+from efftrain.ondevice import Board, Program, compile
 from efftrain.ondevice.emit.c_source import safe
 
 pytestmark = pytest.mark.firmware
@@ -33,11 +37,11 @@ DATA = np.random.default_rng(0).normal(size=(40, 6, 128)).astype(np.float32)
 LABELS = np.arange(40) % 7
 
 
-def build(scheme: str, **options: object) -> Program:
+def build(scheme: str, board: str = "stm32f746", **options: object) -> Program:
     torch.manual_seed(0)
     settings = {"calibration": DATA, "learning_rate": 0.02, **options}
     example = torch.zeros(1, 6, 128)
-    return compile(WatchCNN(), example, scheme=scheme, board="stm32f746", **settings)  # type: ignore[arg-type]
+    return compile(WatchCNN(), example, scheme=scheme, board=board, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -145,6 +149,46 @@ def test_sanitizers_report_nothing_and_extremes_stay_equal(scheme: str, rounding
     host = program.host(seed=3)
     host.train(samples, labels)
     assert host.state() == engine.state()
+
+
+def commands(folder: Path) -> list[str]:
+    """The command lines of a written project's README, as printed."""
+    return re.findall(r"^    (\S.*)$", (folder / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("board", ["stm32f746", "nrf52840"])
+def test_the_written_folder_builds_by_its_readme(board: str, tmp_path: Path) -> None:
+    folder = build("sparse", board=board, name="watch").write(tmp_path)
+    target = Board.named(board)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    lines = commands(folder)
+    assert [line.split()[0] for line in lines] == ["gcc", "arm-none-eabi-gcc", "python"]
+    for line in lines:
+        if shutil.which(line.split()[0], path=path) is None:
+            continue
+        result = subprocess.run(
+            line, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert "error" not in result.stderr
+        assert "entry symbol" not in result.stderr
+        if line.startswith("gcc"):
+            assert (folder / "libwatch.so").exists()
+            continue
+        with (folder / "watch.elf").open("rb") as file:
+            elf: Any = ELFFile(file)
+            vectors, symbols = elf.get_section_by_name(".vectors"), elf.get_section_by_name(".symtab")
+            assert vectors["sh_addr"] == target.flash_origin
+            stack_top, reset = struct.unpack("<II", vectors.data()[:8])
+            assert stack_top == symbols.get_symbol_by_name("_stack_top")[0]["st_value"]
+            assert reset == symbols.get_symbol_by_name("Reset_Handler")[0]["st_value"] == elf["e_entry"]
+        (folder / "watch.elf").unlink()
+    # The same sources are an ordinary program on this machine, and without a vector table none for the board.
+    subprocess.run("gcc -std=c99 -Wall -Wextra -Wpedantic -Werror *.c -o watch", shell=True, cwd=folder, check=True)
+    (folder / "startup.c").write_text("int nothing;\n")
+    bare = subprocess.run(lines[2], shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True)
+    assert bare.returncode != 0
+    assert b"no vector table" in bare.stderr
 
 
 HOSTILE = ["*/ int x; /*", 'a"b', "a\nb", "a\\", "??/", "%s%n", "§é中", "_" * 300, "int", "../../x", "${name}"]

@@ -34,7 +34,7 @@ _KEYWORDS = frozenset(
         r"\w+",
         "auto break case char const continue default do double else enum extern float for goto if inline int long "
         "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while "
-        "main eft",
+        "main startup driver eft",
     )
 )
 
@@ -219,7 +219,8 @@ int8_t *{n}_input({n}_context *context);
 int32_t {n}_predict({n}_context *context, const int8_t *x, uint32_t num_bytes);
 
 /** Learn from one labeled input. Returns the class that was predicted before, or an error below 0; then nothing
-changed. */ int32_t {n}_train_step({n}_context *context, const int8_t *x, uint32_t num_bytes, int32_t label);
+ * changed. */
+int32_t {n}_train_step({n}_context *context, const int8_t *x, uint32_t num_bytes, int32_t label);
 
 /** Halve the learning rate this many times, in [0, 31], counted from the compiled one. */
 int32_t {n}_set_lr_shift({n}_context *context, int32_t lr_shift);

@@ -54,6 +54,7 @@ def write_project(folder: Path, name: str, code: CSource, plan: MemoryPlan, boar
         f"{name}.h": code.header,
         f"{name}.c": code.source,
         "main.c": template("main.c", name=name, NAME=name.upper()),
+        "startup.c": (_TEMPLATES / "startup.c").read_text(),
         "board.ld": linker_script(board, plan),
         "README.md": _readme(name, plan, board, scheme),
     }
@@ -71,12 +72,34 @@ def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str) -> str:
         "flash (constants, and an allowance for code)": plan.flash_bytes,
     }
     table = "\n".join(f"| {part} | {num_bytes:,} B |" for part, num_bytes in rows.items())
+    common = "-std=c99 -O2 -ffreestanding -nostdlib -ffunction-sections -Wl,--gc-sections -T board.ld *.c"
+    gcc = f"-mcpu={board.cpu} -mthumb -mfloat-abi=soft {common} -lgcc -o {name}.elf"
+    cpu = board.cpu.replace("-", "_")
+    zig = f"-target thumb-freestanding-eabi -mcpu={cpu} {common} -Wl,-e,Reset_Handler -o {name}.elf"
     return f"""\
 # {name}: a model that trains on {board.name}
 
-Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion or floating point; compile every
-`.c` file here (with `-fno-strict-aliasing` if you use link-time optimization: the arena holds buffers of several
-types in turn).
+Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion or floating point.
+
+| file | is |
+|---|---|
+| `{name}.h`, `{name}.c` | the model; the header is the contract |
+| `eft.h`, `eft_internal.h`, `eft_*.c` | the kernels that it calls |
+| `main.c` | an example; replace its `read_sensor` and `read_label` by what the product has |
+| `startup.c` | vector table and reset handler of a bare Cortex-M |
+| `board.ld` | a linker script that holds the program to the board's memory |
+
+The model as a library for this machine:
+
+    gcc -std=c99 -O2 -fPIC -shared {name}.c eft_*.c -o lib{name}.so
+
+Firmware for {board.name}, with Arm's compiler or with zig (`pip install ziglang`):
+
+    arm-none-eabi-gcc {gcc}
+    python -m ziglang cc {zig}
+
+Add `-fno-strict-aliasing` if you use link-time optimization: the arena holds buffers of several types in turn. Code of
+your own that needs initialized data, more interrupts or more stack brings its own start-up file and linker script.
 
 | memory | bytes |
 |---|---|
@@ -86,7 +109,4 @@ The board has {format_bytes(board.ram_bytes)} of RAM and {format_bytes(board.fla
 {plan.arena_gap_bytes} B above the most bytes that are alive at once ({plan.arena_lower_bound_bytes:,} B).
 A prediction takes {format_count(plan.macs_forward)} multiply-adds, the backward pass and update
 {format_count(plan.macs_backward)} more.
-
-`{name}.h` is the contract, `main.c` an example, `board.ld` a linker script that holds the program to the board's
-memory.
 """

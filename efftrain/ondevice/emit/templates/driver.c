@@ -5,6 +5,7 @@
 
 ${name}_context board_context;
 
+int main(void);
 int32_t board_init(uint32_t seed);
 int32_t board_train(const int8_t *samples, const int32_t *labels, int32_t count);
 int32_t board_evaluate(const int8_t *samples, const int32_t *labels, int32_t count);
@@ -66,4 +67,9 @@ BOARD_ENTRY int32_t board_set_lr_shift(int32_t lr_shift)
 BOARD_ENTRY int32_t board_load_state(const uint8_t *state, uint32_t num_bytes)
 {
     return ${name}_load_state(&board_context, state, num_bytes);
+}
+
+int main(void)
+{
+    return (int)board_init(0U);
 }

@@ -1,24 +1,31 @@
-/* How to use $name. Replace read_sensor and read_label by what the product has. */
+/* An example to start from: it learns when a label is known and predicts when none is. */
 #include "$name.h"
 
-int8_t *read_sensor(int8_t *to);
-int32_t read_label(void);
+static ${name}_context model; /* All RAM of the model; zero at start */
 
-static ${name}_context model;
+/* REPLACE: fill one input, ${NAME}_INPUT_BYTES values; this stub reads zeros. */
+static void read_sensor(int8_t *to)
+{
+    for (uint32_t i = 0; i < ${NAME}_INPUT_BYTES; i++) {
+        to[i] = 0;
+    }
+}
+
+/* REPLACE: the class of this input, or -1 if nobody told; this stub never knows. */
+static int32_t read_label(void)
+{
+    return -1;
+}
 
 int main(void)
 {
-    int8_t *const x = ${name}_input(&model);
-    if (${name}_init(&model, 1u) != EFT_OK) {
-        return 1;
+    int32_t result = ${name}_init(&model, 1u);
+    while (result >= 0) {
+        int8_t *const x = ${name}_input(&model); /* In place: passing it on copies nothing */
+        read_sensor(x);
+        const int32_t label = read_label();
+        result = label >= 0 ? ${name}_train_step(&model, x, ${NAME}_INPUT_BYTES, label)
+                            : ${name}_predict(&model, x, ${NAME}_INPUT_BYTES);
     }
-    for (;;) {
-        const int32_t label = read_label(); /* -1: nobody told */
-        const int8_t *const sample = read_sensor(x);
-        const int32_t result = label >= 0 ? ${name}_train_step(&model, sample, ${NAME}_INPUT_BYTES, label)
-                                          : ${name}_predict(&model, sample, ${NAME}_INPUT_BYTES);
-        if (result < 0) {
-            return 2;
-        }
-    }
+    return 1;
 }

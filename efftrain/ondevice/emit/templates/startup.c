@@ -1,21 +1,27 @@
-/* What runs before the program on a bare Cortex-M. The vector table is the shortest that is valid. */
+/* What runs before main on a bare Cortex-M. The vector table is the shortest that is valid; another system has its own
+ * start, so that there this file is empty. */
 #include <stdint.h>
 
+#if defined(__arm__) && !defined(__linux__)
+
 extern uint32_t _stack_top;
+extern uint8_t _bss_start[], _bss_end[];
+int main(void);
 void Reset_Handler(void);
 
 static void stop(void)
 {
     for (;;) {
-        __asm volatile("bkpt 0");
+        __asm volatile("" ::: "memory");
     }
 }
 
-int32_t board_init(uint32_t seed);
-
 void Reset_Handler(void)
 {
-    (void)board_init(0U);
+    for (volatile uint8_t *at = _bss_start; at != _bss_end; at++) {
+        *at = 0;
+    }
+    (void)main();
     stop();
 }
 
@@ -47,3 +53,5 @@ void *memset(void *to, int value, unsigned int count)
     }
     return to;
 }
+
+#endif
