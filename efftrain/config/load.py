@@ -26,13 +26,14 @@ else:
 T = TypeVar("T")
 
 
-def load_recipe(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+def load_recipe(cls: type[T], path: Path | str, overrides: Sequence[str] = (), what: str = "recipe") -> T:
     """Read a recipe.
 
     Args:
         cls: Frozen dataclass of the whole recipe.
         path: TOML file.
         overrides: ``section.key=value`` each, from ``--set``; the value is TOML, a bare word is a string.
+        what: What the file is, for messages.
 
     Raises:
         ConfigError: The file is missing or no TOML, a key is unknown (the nearest is named), a required key is
@@ -42,9 +43,9 @@ def load_recipe(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"recipe {path} does not exist") from error
+        raise ConfigError(f"{what} {path} does not exist") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"recipe {path} cannot be read as TOML: {error}") from error
+        raise ConfigError(f"{what} {path} cannot be read as TOML: {error}") from error
     for override in overrides:
         _apply_override(table, override)
     try:

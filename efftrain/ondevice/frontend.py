@@ -5,10 +5,12 @@ its place in the user's source, because a model that is silently changed would t
 for.
 """
 
+import contextlib
 import copy
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,16 +58,28 @@ def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
         )
     model = copy.deepcopy(model).eval().to(device="cpu", dtype=torch.float32)
     try:
-        exported = torch.export.export(model, (example[:1].detach().to(device="cpu", dtype=torch.float32),))
+        with _quiet():
+            exported = torch.export.export(model, (example[:1].detach().to(device="cpu", dtype=torch.float32),))
     except Exception as error:  # torch.export raises many types; none of them is an answer for a user
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompileError(
-            f"torch.export cannot trace the model: {first_line}. Its forward must be free of control flow that depends "
-            "on data, and take one tensor."
+            f"torch.export cannot trace the model: {first_line.rstrip('. ')}. Its forward must be free of "
+            "control flow that depends on data, and take one tensor."
         ) from error
     graph = canonicalize(_Reader(exported).read())
     verify(graph)
     return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs a failed trace over some twenty lines; our error says it in one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def canonicalize(graph: FloatGraph) -> FloatGraph:

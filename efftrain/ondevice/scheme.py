@@ -66,7 +66,7 @@ class Scheme:
         Raises:
             ConfigError: The file is missing, no TOML, or has an unknown key or a value out of range.
         """
-        return load_recipe(cls, path)
+        return load_recipe(cls, path, what="scheme file")
 
 
 PRESETS = {
@@ -139,7 +139,9 @@ def _matches(pattern: str, convs: Sequence[Layer], head: Layer, scheme: str) -> 
             return [layer]
     if pattern.startswith("-") and pattern[1:].isdigit() and 1 <= int(pattern[1:]) <= len(convs):
         return [convs[-int(pattern[1:])]]
-    names = ", ".join(layer.name for layer in (*convs, head))
-    raise ConfigError(
-        f"scheme {scheme!r} names layer {pattern!r}; the model has {names}, or count convolutions from -1"
-    )
+    names = ", ".join(repr(layer.name) for layer in (*convs, head))
+    if not convs and pattern.startswith("-"):
+        remedy = "It needs a hidden convolution; use last_layer or full."
+    else:
+        remedy = "Use one of them, or count convolutions from -1."
+    raise ConfigError(f"scheme {scheme!r} names layer {pattern!r}; the model has {names}. {remedy}")

@@ -54,7 +54,7 @@ class Board:
         Raises:
             ConfigError: The file is missing, no TOML, or has an unknown key or a value out of range.
         """
-        return load_recipe(cls, path)
+        return load_recipe(cls, path, what="board file")
 
     @staticmethod
     def names() -> list[str]:

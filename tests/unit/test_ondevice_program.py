@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from efftrain.errors import BudgetError, ConfigError
+from efftrain.errors import BudgetError, CompileError, ConfigError
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, LayerShare, Program, Scheme, compile
 from efftrain.ondevice.scheme import PRESETS
@@ -103,7 +103,7 @@ def test_a_scheme_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     [
         (
             Scheme(name="s", weights=(LayerShare(layer="conv9"),)),
-            "names layer 'conv9'; the model has conv1, conv2, conv3",
+            "names layer 'conv9'; the model has 'conv1', 'conv2', 'conv3'",
         ),
         (Scheme(name="s", weights=(LayerShare(layer="-4"),)), "names layer '-4'"),
         (Scheme(name="s", weights=(LayerShare(layer="-1"), LayerShare(layer="conv3"))), "'conv3' twice"),
@@ -113,6 +113,29 @@ def test_a_scheme_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
 def test_a_scheme_that_does_not_fit_the_model_is_refused(scheme: Scheme, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build(scheme)
+
+
+def test_sparse_needs_a_hidden_convolution() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 7))
+    settings = {"calibration": CALIBRATION, "learning_rate": 0.04}
+    scheme = Scheme(name="s", weights=(LayerShare(layer="-1"),))
+    with pytest.raises(ConfigError, match=r"the model has '1'\. It needs a hidden convolution; use last_layer or full"):
+        compile(model, torch.zeros(1, 6, 128), scheme=scheme, board="stm32f746", **settings)  # type: ignore[arg-type]
+
+
+def test_a_wrong_shape_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(63, 7))
+    settings = {"calibration": CALIBRATION, "learning_rate": 0.04}
+    with pytest.raises(CompileError, match=r"cannot trace the model: .*[^.]\. Its forward"):
+        compile(model, torch.zeros(1, 6, 128), scheme="none", board="stm32f746", **settings)  # type: ignore[arg-type]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_file_is_called_what_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"board file nope\.toml does not exist"):
+        Board.load("nope.toml")
+    with pytest.raises(ConfigError, match=r"scheme file nope\.toml does not exist"):
+        Scheme.load("nope.toml")
 
 
 def test_schemes_by_layer_name() -> None:
