@@ -267,3 +267,17 @@ def test_importing_the_package_loads_neither_torch_nor_an_emulator() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--board=nope.toml", "board file nope.toml"), ("--scheme=x", "scheme 'x'"), ("--out=taken/x", "taken")],
+)
+def test_finetune_checks_its_options_before_it_trains(option: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    script = ROOT / "ondevice" / "finetune.py"
+    result = subprocess.run([sys.executable, script, option], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("finetune: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
