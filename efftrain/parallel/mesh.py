@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -54,6 +55,9 @@ def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
         # Whatever holds the group (DDP does, in circles of its own) must be gone before: the group ends its threads
         # when the last reference goes. See Note [no Python on gloo threads].
         gc.collect()
+        # A thread of gloo that still has to let go of a Python object needs the interpreter, and a caller that kept its
+        # job all the same would wait for that thread while holding it: a deadlock. Give them the moment they need.
+        time.sleep(0.05)
         dist.destroy_process_group()
         gc.collect()
 

@@ -1,11 +1,12 @@
 """What the ranks of a test do. A function returns plain facts; the tests judge them."""
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -218,44 +219,59 @@ def endless_nan() -> Facts:
     return {"step": None}
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_group(function: Callable[P, R]) -> Callable[P, R]:
+    """Run in the group of all ranks; what the function made is gone before the group ends."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mesh.process_group(timeout_s=30):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@in_group
 def all_facts() -> dict[str, Facts]:
     """Everything that fits into one group of processes."""
-    with mesh.process_group(timeout_s=30):
-        facts = {
-            "ddp": plain_ddp(),
-            "one": one_process(),
-            "identity": run("Identity()"),
-            "identity micro": run("Identity()", micro_batches=4),
-            "identity nan": run("Identity()", poison=(3, 1)),
-            "identity left out": run("Identity()", leave_out=3),
-            "all": run("TopK(1.0)"),
-            "int8": run("Int8(block=32, rounding='stochastic')"),
-            "top-k": run("TopK(0.1)"),
-            "top-k by hand": sparse_by_hand(0.1, momentum_before=False),
-            "corrected": run("TopK(0.1)", correction=True),
-            "corrected by hand": sparse_by_hand(0.1, momentum_before=True),
-            "sparse": run("TopK(0.1) >> Int8(block=16)", correction=True),
-            "sparse small buckets": run("TopK(0.1) >> Int8(block=16)", correction=True, bucket_mb=SMALL_BUCKET_MB),
-            "sparse micro": run("TopK(0.1) >> Int8(block=16)", correction=True, micro_batches=4),
-            "sparse nan": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(3, 1), bucket_mb=SMALL_BUCKET_MB),
-            "sparse left out": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=3),
-            "sparse bad gradient": run("TopK(0.1) >> Int8(block=16)", correction=True, bad_gradient=(3, 1)),
-            "identity bad gradient": run("Identity()", bad_gradient=(3, 1)),
-            "nan in step 0": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(0, 0)),
-            "left out 0": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=0),
-            "norm nan": run("Identity()", poison=(3, 1), norm=True),
-            "statistics": statistics_and_evaluation(),
-            "endless nan": endless_nan(),
-        }
-        dist.barrier()
+    facts = {
+        "ddp": plain_ddp(),
+        "one": one_process(),
+        "identity": run("Identity()"),
+        "identity micro": run("Identity()", micro_batches=4),
+        "identity nan": run("Identity()", poison=(3, 1)),
+        "identity left out": run("Identity()", leave_out=3),
+        "all": run("TopK(1.0)"),
+        "int8": run("Int8(block=32, rounding='stochastic')"),
+        "top-k": run("TopK(0.1)"),
+        "top-k by hand": sparse_by_hand(0.1, momentum_before=False),
+        "corrected": run("TopK(0.1)", correction=True),
+        "corrected by hand": sparse_by_hand(0.1, momentum_before=True),
+        "sparse": run("TopK(0.1) >> Int8(block=16)", correction=True),
+        "sparse small buckets": run("TopK(0.1) >> Int8(block=16)", correction=True, bucket_mb=SMALL_BUCKET_MB),
+        "sparse micro": run("TopK(0.1) >> Int8(block=16)", correction=True, micro_batches=4),
+        "sparse nan": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(3, 1), bucket_mb=SMALL_BUCKET_MB),
+        "sparse left out": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=3),
+        "sparse bad gradient": run("TopK(0.1) >> Int8(block=16)", correction=True, bad_gradient=(3, 1)),
+        "identity bad gradient": run("Identity()", bad_gradient=(3, 1)),
+        "nan in step 0": run("TopK(0.1) >> Int8(block=16)", correction=True, poison=(0, 0)),
+        "left out 0": run("TopK(0.1) >> Int8(block=16)", correction=True, leave_out=0),
+        "norm nan": run("Identity()", poison=(3, 1), norm=True),
+        "statistics": statistics_and_evaluation(),
+        "endless nan": endless_nan(),
+    }
+    dist.barrier()
     return facts
 
 
+@in_group
 def digests_of_codecs() -> dict[str, str]:
     """Weights after a few steps; 30 samples a batch, for three ranks."""
-    with mesh.process_group(timeout_s=30):
-        codecs = ("Identity()", "TopK(0.1)", "TopK(0.1) >> Int8(block=16)", "Int8(block=32, rounding='stochastic')")
-        return {codec: run(codec, bucket_mb=SMALL_BUCKET_MB)["digest"] for codec in codecs}
+    codecs = ("Identity()", "TopK(0.1)", "TopK(0.1) >> Int8(block=16)", "Int8(block=32, rounding='stochastic')")
+    return {codec: run(codec, bucket_mb=SMALL_BUCKET_MB)["digest"] for codec in codecs}
 
 
 def train_recipe(recipe: str, overrides: list[str], out: str, resume: bool = False) -> dict[str, Any] | None:
@@ -263,37 +279,37 @@ def train_recipe(recipe: str, overrides: list[str], out: str, resume: bool = Fal
     return train(load_recipe(ClusterRecipe, recipe, overrides), out=Path(out), resume=resume)
 
 
+@in_group
 def load_only(checkpoints: str, codec: str) -> Facts:
     """A fresh job of the recipe's model with a checkpoint loaded into it."""
-    with mesh.process_group(timeout_s=30):
-        model = Net(width=24)
-        job = Plan(codec=parse_codec(codec)).apply(model, optimizer=SGD)
-        restored = load_checkpoint(Path(checkpoints), job, seed=0)
-        assert restored is not None
-        tensors, _ = job.state_dict()
-        return {
-            "step": restored.step,
-            "shared": {name: value.numpy().copy() for name, value in tensors.items()},
-            "feedback": {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k != "num_steps"},
-            "random": torch.rand(3).tolist(),
-        }
+    model = Net(width=24)
+    job = Plan(codec=parse_codec(codec)).apply(model, optimizer=SGD)
+    restored = load_checkpoint(Path(checkpoints), job, seed=0)
+    assert restored is not None
+    tensors, _ = job.state_dict()
+    return {
+        "step": restored.step,
+        "shared": {name: value.numpy().copy() for name, value in tensors.items()},
+        "feedback": {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k != "num_steps"},
+        "random": torch.rand(3).tolist(),
+    }
 
 
+@in_group
 def save_where_rank_1_cannot(folder: str) -> str:
     """Save once; then save again while rank 1 has no disk."""
     from efftrain.training import checkpoint
 
-    with mesh.process_group(timeout_s=30):
-        job = Plan(codec=parse_codec("TopK(0.1)")).apply(model_of(), optimizer=SGD)
-        job.step(*batch(0, mesh.rank(), mesh.world_size()))
+    job = Plan(codec=parse_codec("TopK(0.1)")).apply(model_of(), optimizer=SGD)
+    job.step(*batch(0, mesh.rank(), mesh.world_size()))
+    checkpoint.save_checkpoint(Path(folder), job)
+    job.step(*batch(1, mesh.rank(), mesh.world_size()))
+    if mesh.rank() == 1:
+        checkpoint._write = _full_disk
+    try:
         checkpoint.save_checkpoint(Path(folder), job)
-        job.step(*batch(1, mesh.rank(), mesh.world_size()))
-        if mesh.rank() == 1:
-            checkpoint._write = _full_disk
-        try:
-            checkpoint.save_checkpoint(Path(folder), job)
-        except EfftrainError as error:
-            return f"{type(error).__name__}: {error}"
+    except EfftrainError as error:
+        return f"{type(error).__name__}: {error}"
     return "saved"
 
 
