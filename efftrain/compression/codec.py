@@ -12,9 +12,10 @@ import numpy as np
 from efftrain.compression.wire import MAX_ELEMENTS, Bytes, Floats, Parts, Payload, pack, unpack
 from efftrain.errors import NonFiniteError, PayloadError
 
-Combine: TypeAlias = Literal["sum", "gather", "two_phase"]
+Combine: TypeAlias = Literal["sum", "gather", "two_phase", "low_rank"]
 """How the payloads of several ranks become one tensor: ``sum`` (linear: the tensors may be all-reduced as they are),
-``gather`` (exchange all payloads, decode each, add), ``two_phase`` (reduce-scatter, re-encode, all-gather)."""
+``gather`` (exchange all payloads, decode each, add), ``two_phase`` (reduce-scatter, re-encode, all-gather),
+``low_rank`` (two sums of small factors, see ``LowRank``). A transport may gather the payloads of any codec."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Codec(ABC):
     combine: ClassVar[Combine]
     fixed_size: ClassVar[bool] = True
     """Whether the number of elements alone gives the number of bytes; see ``encoded_bytes``."""
+    shared_key: ClassVar[bool] = False
+    """Whether all ranks and both phases of an exchange encode with the same key, so that they choose the same places.
+    Where it is not, every rank has a key of its own, so that their errors are independent."""
 
     def encode(self, flat: Any, *, key: int = 0) -> Payload:
         """Turn a flat tensor into bytes.
@@ -126,6 +130,39 @@ class Codec(ABC):
     @abstractmethod
     def encoded_bytes(self, num_elements: int) -> int:
         """Size of a payload of ``num_elements``, header included; for codecs of variable size the largest one."""
+
+    # What an exchange between ranks asks -------------------------------------------------------------------------
+
+    def for_tensor(self, shape: tuple[int, ...]) -> "Codec":
+        """The codec fitted to one tensor, which may then be cut into pieces without changing how it is sent.
+
+        Args:
+            shape: Of the whole tensor. What depends on it (``dense_below`` of ``TopK``, the matrix of ``LowRank``) is
+                decided here.
+        """
+        return self
+
+    def second_phase(self) -> "Codec":
+        """What encodes the sum of several ranks' payloads again, in the second phase of a two-phase exchange.
+
+        What it cuts off belongs to the error feedback of the rank that encodes.
+
+        Source: error compensation in both passes, Tang et al., DoubleSqueeze (arXiv:1905.05957), algorithm 1.
+        """
+        return self
+
+    def warmed_up(self, progress: float) -> "Codec":
+        """The codec to use during the warm-up at the start of a training, when gradients change fast.
+
+        Args:
+            progress: Share of the warm-up that is over, in ``[0, 1)``; from 1 on it is this codec itself.
+
+        Raises:
+            ValueError: ``progress`` is negative or NaN.
+        """
+        if not progress >= 0:
+            raise ValueError(f"progress of the warm-up is {progress}, expected 0 or more")
+        return self
 
     # What a subclass lays out -----------------------------------------------------------------------------------
 
