@@ -10,6 +10,7 @@ Source: Seide et al., 1-bit SGD (Interspeech 2014); Karimireddy et al., Error Fe
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,35 @@ class Feedback:
     the entries that waited; applied before it, what arrives is what dense momentum SGD would have applied, only later.
 
     Args:
-        codec: What encodes; the state is float32 whatever it is.
+        codec: What ``encode`` uses; the state is float32 whatever it is.
         momentum: In ``[0, 1)``; 0 sends plain gradients and keeps no velocity.
+        masking: Momentum factor masking: the velocity of an entry that is sent starts again from zero, so that a late
+            entry does not push in a stale direction. Costs a pass over the tensor, and accuracy at small batches
+            (``docs/log.md``).
+        clip_norm: Local clipping: a gradient of larger Euclidean norm is scaled down to it before it is added to what
+            waits. On ``W`` ranks that clip at ``c`` together, it is ``c / sqrt(W)``.
 
-    Source: momentum correction of Lin et al., Deep Gradient Compression (arXiv:1712.01887), section 3.1.
-        Differs: no momentum factor masking. It resets the velocity of every entry that is sent, which at small batches
-        costs more than staleness does (``docs/log.md``).
+    Source: Lin et al., Deep Gradient Compression (arXiv:1712.01887), sections 3.1 to 3.3.
+        Differs: masking is off unless asked for; the clipped norm is that of each parameter, not of the whole model,
+        since the first gradient leaves before the last is known.
     """
 
-    def __init__(self, codec: Codec, *, momentum: float = 0.0) -> None:
+    def __init__(
+        self,
+        codec: Codec | None = None,
+        *,
+        momentum: float = 0.0,
+        masking: bool = False,
+        clip_norm: float | None = None,
+    ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}, expected [0, 1)")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm is {clip_norm}, expected more than 0")
         self.codec = codec
         self.momentum = momentum
+        self.masking = masking and momentum > 0
+        self.clip_norm = clip_norm
         self._state: dict[str, Floats] = {}
         self._staged: dict[str, Floats] = {}
         # Memory of states that are past. Fresh pages would cost more than the arithmetic in them.
@@ -62,20 +79,54 @@ class Feedback:
             NonFiniteError: ``flat`` holds inf or NaN; the message has ``name``. No state changes.
             ValueError: ``N`` differs from that of the state.
         """
-        values = as_float32(flat)
-        velocity = self._velocity(name, values) if self.momentum else None
-        owed = values if velocity is None else velocity
-        residual, spare = self._old(f"residual/{name}", owed), self._spare.pop(f"residual/{name}", None)
+        if self.codec is None:
+            raise ValueError("this Feedback was made without a codec; give it one, or use open() and Owed.encode")
+        owed = self.open(name, flat)
         try:
-            payload, left = self.codec.encode_with_residual(owed, residual, key=key, out=spare)
+            return owed.encode(self.codec, key=key)
         except NonFiniteError:
-            refuse_non_finite(values, f"parameter {name!r}")
-            refuse_non_finite(add(owed, residual), f"parameter {name!r} plus what earlier steps left unsent")
+            for kind in ("residual", "velocity"):
+                self._unstage(f"{kind}/{name}")
             raise
-        self._staged[f"residual/{name}"] = left
-        if velocity is not None:
-            self._staged[f"velocity/{name}"] = velocity
-        return payload
+
+    def open(self, name: str, flat: Any, *, first: int = 0, size: int | None = None) -> "Owed":
+        """What parameter ``name`` owes in this step, to be sent whole or in parts.
+
+        Every element has to be dealt with before ``commit``: encoded, or taken by ``Owed.total`` and written to
+        ``Owed.left``.
+
+        Args:
+            name: As for ``encode``.
+            flat: This step's gradient of elements ``first`` and on, shape ``(N,)``. Not changed, and not copied
+                without need.
+            first: Where ``flat`` begins in the parameter: a rank may be in charge of a part of it only.
+            size: Elements of the whole parameter; ``N`` if it is ``None``.
+
+        Raises:
+            ValueError: The parameter had another size before.
+        """
+        values = as_float32(flat)
+        part = slice(first, first + values.size)
+        size = values.size if size is None else size
+        values = self._clipped(values)
+        velocity = None
+        if self.momentum:
+            velocity = self._stage(f"velocity/{name}", size)[part]
+            old = self._old(f"velocity/{name}", size)
+            if old is None:
+                np.copyto(velocity, values)
+            else:
+                np.multiply(old[part], np.float32(self.momentum), out=velocity)
+                add(velocity, values, out=velocity)
+        residual = self._old(f"residual/{name}", size)
+        left = self._stage(f"residual/{name}", size)[part]
+        return Owed(
+            name,
+            values if velocity is None else velocity,
+            None if residual is None else residual[part],
+            left,
+            velocity if self.masking else None,
+        )
 
     def commit(self) -> None:
         """Make all that is staged valid."""
@@ -87,45 +138,124 @@ class Feedback:
 
     def rollback(self) -> None:
         """Forget all that is staged."""
-        self._spare.update(self._staged)
-        self._staged.clear()
+        for name in list(self._staged):
+            self._unstage(name)
 
     def norm(self) -> float:
         """Euclidean norm over all residuals: how much is still waiting to be sent."""
         residuals = (value for name, value in self._state.items() if name.startswith("residual/"))
         return float(np.sqrt(sum(float(np.dot(r, r)) for r in residuals)))
 
+    def factor(self, name: str) -> Floats | None:
+        """What ``stage_factor`` kept of the last step that counted, flat; ``None`` before the first."""
+        return self._state.get(f"factor/{name}")
+
+    def stage_factor(self, name: str, value: Floats) -> None:
+        """Keep the low-rank factor from which the next step of parameter ``name`` starts; equal on all ranks."""
+        self._staged[f"factor/{name}"] = np.ascontiguousarray(value.reshape(-1), np.float32)
+
     def state_dict(self) -> dict[str, Floats]:
-        """``residual/<name>`` and ``velocity/<name>``, flat float32, copied. In every checkpoint, one per rank."""
+        """``residual/<name>``, ``velocity/<name>``, ``factor/<name>``, flat float32, copied.
+
+        In every checkpoint, one per rank.
+        """
         return {name: value.copy() for name, value in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, Floats]) -> None:
         """Replace the whole state.
 
         Raises:
-            CheckpointError: An entry is not flat float32, or is no residual or velocity.
+            CheckpointError: An entry is not flat float32, or is nothing that ``state_dict`` gives.
         """
         for name, value in state.items():
-            if value.dtype != np.float32 or value.ndim != 1 or not name.startswith(("residual/", "velocity/")):
+            known = name.startswith(("residual/", "velocity/", "factor/"))
+            if value.dtype != np.float32 or value.ndim != 1 or not known:
                 raise CheckpointError(f"feedback entry {name!r} is {value.dtype} {value.shape}, expected flat float32")
         self._state = {name: value.copy() for name, value in state.items()}
         self._staged.clear()
         self._spare.clear()
 
-    def _velocity(self, name: str, values: Floats) -> Floats:
-        """In memory of ours: that of ``values`` belongs to the caller (DDP fills it anew)."""
-        old = self._old(f"velocity/{name}", values)
-        out = self._spare.pop(f"velocity/{name}", None)
-        if old is None:
-            return values.copy()
-        velocity = np.multiply(old, np.float32(self.momentum), out=out)
-        return add(velocity, values, out=velocity)
+    def _clipped(self, values: Floats) -> Floats:
+        if self.clip_norm is None:
+            return values
+        norm = float(np.sqrt(np.dot(values, values)))
+        if not np.isfinite(norm):  # squares may overflow where the values do not; NaN is for the codec to refuse
+            norm = float(np.linalg.norm(values.astype(np.float64)))
+        return values if not norm > self.clip_norm else values * np.float32(self.clip_norm / norm)
 
-    def _old(self, name: str, values: Floats) -> Floats | None:
+    def _old(self, name: str, size: int) -> Floats | None:
         old = self._state.get(name)
-        if old is not None and old.size != values.size:
-            raise ValueError(f"{name!r} has {old.size} elements, its gradient {values.size}")
+        if old is not None and old.size != size:
+            raise ValueError(f"{name!r} has {old.size} elements, its gradient {size}")
         return old
+
+    def _stage(self, name: str, size: int) -> Floats:
+        """Memory for the new state; a parameter in several parts asks once for each.
+
+        Zeros: what another rank is in charge of stays so, and costs no memory that is never touched.
+        """
+        staged = self._staged.get(name)
+        if staged is None:
+            staged = self._spare.pop(name, None)
+            if staged is None or staged.size != size:
+                staged = np.zeros(size, np.float32)
+            self._staged[name] = staged
+        return staged
+
+    def _unstage(self, name: str) -> None:
+        staged = self._staged.pop(name, None)
+        if staged is not None and not name.startswith("factor/"):
+            self._spare[name] = staged
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What one parameter owes in one step: ``values + residual``. All arrays are float32, shape ``(N,)``.
+
+    Attributes:
+        name: Of the parameter.
+        values: The gradient or the velocity of this step.
+        residual: What earlier steps left unsent; ``None`` for nothing.
+        left: Staged: what this step leaves unsent. To be written.
+        masked: The velocity, if entries sent have to leave it.
+    """
+
+    name: str
+    values: Floats
+    residual: Floats | None
+    left: Floats
+    masked: Floats | None
+
+    def encode(self, codec: Codec, part: slice = slice(None), *, key: int = 0) -> Payload:
+        """Encode a part and write what it leaves unsent to ``left``.
+
+        Raises:
+            NonFiniteError: The part holds inf or NaN; the message has the parameter's name.
+        """
+        values, left = self.values[part], self.left[part]
+        residual = None if self.residual is None else self.residual[part]
+        try:
+            payload, _ = codec.encode_with_residual(values, residual, key=key, out=left)
+        except NonFiniteError:
+            refuse_non_finite(values, f"parameter {self.name!r}")
+            refuse_non_finite(add(values, residual), f"parameter {self.name!r} plus what earlier steps left unsent")
+            raise
+        if self.masked is not None:
+            self.mask(part, add(values, residual))
+        return payload
+
+    def total(self, part: slice = slice(None), out: Floats | None = None) -> Floats:
+        """``values + residual`` of a part, in new memory or in ``out``."""
+        values = self.values[part]
+        out = np.empty_like(values) if out is None else out
+        return add(values, None if self.residual is None else self.residual[part], out=out)
+
+    def mask(self, part: slice, before: Floats) -> None:
+        """Momentum factor masking: entries of which something was sent (``before`` is not what is left) lose their
+        velocity. Does nothing if the feedback has none, or no masking.
+        """
+        if self.masked is not None:
+            self.masked[part][before != self.left[part]] = 0
 
 
 def redistribute(states: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:

@@ -1,6 +1,7 @@
 """The transport over torch.distributed: gloo and NCCL."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,9 @@ class TorchTransport:
         if node_size < 1 or self.world_size % node_size:
             raise ConfigError(f"nodes of {node_size} ranks do not divide {self.world_size} ranks; choose a divisor")
         ranks = torch.arange(self.world_size).view(-1, node_size)
-        inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
-        between, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+        enumerate_groups: Any = dist.new_subgroups_by_enumeration
+        inside, _ = enumerate_groups(ranks.tolist())
+        between, _ = enumerate_groups(ranks.T.tolist())
         return TorchTransport(self.device, inside), TorchTransport(self.device, between)
 
 
