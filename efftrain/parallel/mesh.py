@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from efftrain.errors import ConfigError, PeerError
+from efftrain.parallel.backends import Transport
+from efftrain.parallel.backends.torch import TorchTransport
 
 
 @contextmanager
@@ -70,3 +72,12 @@ def world_size() -> int:
 def rank() -> int:
     """This process; 0 outside a ``process_group``."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def transport(device: torch.device) -> Transport:
+    """The collectives of all processes; inside a ``process_group`` only.
+
+    Args:
+        device: That ``process_group`` gave.
+    """
+    return TorchTransport(device)
