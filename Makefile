@@ -1,6 +1,7 @@
 # make demo    the main job on real data, from nothing      make test      what every commit must pass
 # make bench   figures of the README, some minutes          make lint      style, types, import directions
 # make report  the page of the last demo                    make clean     all that make made
+# make horovod builds Horovod for the back end of that name, some minutes
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -13,7 +14,7 @@ STAMP  := .venv/installed-$(shell cat pyproject.toml constraints.txt | sha256sum
 # One thread a process: two torch threads on two busy cores are many times slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: picture demo test test-slow bench report lint clean constraints install
+.PHONY: picture demo test test-slow bench report lint clean constraints install horovod
 
 demo: $(STAMP)
 	$(BIN)/efftrain demo --out runs/demo
@@ -41,6 +42,9 @@ lint: $(STAMP)
 	$(BIN)/pip check
 
 install: $(STAMP)
+
+horovod: $(STAMP)
+	bash launch/horovod.sh $(BIN)/python
 
 $(STAMP):
 	$(PYTHON) -m venv .venv
