@@ -11,6 +11,7 @@
 from efftrain.compression.codec import Codec
 from efftrain.compression.feedback import Feedback, redistribute
 from efftrain.compression.floats import Fp8, Half, Mx
+from efftrain.compression.lowrank import LowRank, orthonormalize, start_factor
 from efftrain.compression.quantize import Identity, Int8, IntN
 from efftrain.compression.signs import Sign, Ternary
 from efftrain.compression.sparsify import RandomK, Threshold, TopK
@@ -25,6 +26,7 @@ __all__ = [
     "Identity",
     "Int8",
     "IntN",
+    "LowRank",
     "Mx",
     "Payload",
     "RandomK",
@@ -35,6 +37,8 @@ __all__ = [
     "codec_of",
     "decode",
     "format_codec",
+    "orthonormalize",
     "parse_codec",
     "redistribute",
+    "start_factor",
 ]

@@ -31,8 +31,8 @@ class Codec(ABC):
     fixed_size: ClassVar[bool] = True
     """Whether the number of elements alone gives the number of bytes; see ``encoded_bytes``."""
     shared_key: ClassVar[bool] = False
-    """Whether all ranks and both phases of an exchange encode with the same key, so that they choose the same places.
-    Where it is not, every rank has a key of its own, so that their errors are independent."""
+    """Whether all ranks and both phases of an exchange encode with the same key, so that they choose the same places
+    or begin with the same factor. Where it is not, every rank has its own, so that their errors are independent."""
 
     def encode(self, flat: Any, *, key: int = 0) -> Payload:
         """Turn a flat tensor into bytes.

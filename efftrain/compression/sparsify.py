@@ -13,6 +13,7 @@ from efftrain.compression import kernels
 from efftrain.compression.codec import Codec, Combine, add
 from efftrain.compression.floats import Fp8, Half, Mx
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes, largest_index_bytes
+from efftrain.compression.mix import split_mix_64
 from efftrain.compression.quantize import Identity, Int8, IntN
 from efftrain.compression.signs import Sign, Ternary
 from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, pack
@@ -344,10 +345,7 @@ def one_of_each_stratum(n: int, k: int, key: int) -> Indices:
     if k == 0:
         return np.empty(0, np.int64)
     starts = np.arange(k + 1, dtype=np.int64) * n // k
-    state = (np.arange(1, k + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) + np.uint64(key % (1 << 64))
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    random = (state ^ (state >> np.uint64(31))) >> np.uint64(32)
+    random = split_mix_64(key, k) >> np.uint64(32)
     offsets = (random * np.diff(starts).astype(np.uint64)) >> np.uint64(32)
     indices: Indices = starts[:-1] + offsets.astype(np.int64)
     return indices

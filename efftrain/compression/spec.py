@@ -10,12 +10,13 @@ import difflib
 from typing import Any
 
 from efftrain.compression.codec import Codec
+from efftrain.compression.lowrank import LowRank
 from efftrain.compression.quantize import Identity
 from efftrain.compression.sparsify import DENSE, RandomK, Sparse, Threshold, TopK
 from efftrain.compression.wire import MAX_ELEMENTS, Floats, unpack
 from efftrain.errors import ConfigError, PayloadError
 
-CODECS: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold)
+CODECS: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold, LowRank)
 
 _BY_NAME = {codec.__name__: codec for codec in CODECS}
 _BY_ID = {codec.codec_id: codec for codec in CODECS}

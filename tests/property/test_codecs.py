@@ -20,6 +20,7 @@ from efftrain.compression import (
     Identity,
     Int8,
     IntN,
+    LowRank,
     Mx,
     RandomK,
     Sign,
@@ -29,6 +30,7 @@ from efftrain.compression import (
     codec_of,
     decode,
     format_codec,
+    orthonormalize,
     parse_codec,
 )
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
@@ -71,11 +73,14 @@ CODECS: list[Codec] = [
     TopK(0.2) >> Half("fp16"),
     TopK(0.2) >> Ternary(block=6),
     TopK(0.2) >> Mx("e2m1"),
+    LowRank(),
+    LowRank(1),
+    LowRank(7),
 ]
 # What rounds an element to nearest (or sends it whole, or not at all) loses nothing, to the bit: the difference of two
 # numbers within a factor of two is exact. A number replaced by one much larger or of another sign leaves an error of
 # half an ulp of the larger.
-INEXACT = [c for c in CODECS if "stochastic" in str(c) or "Sign" in str(c) or "Ternary" in str(c)]
+INEXACT = [c for c in CODECS if any(name in str(c) for name in ("stochastic", "Sign", "Ternary", "LowRank"))]
 
 
 def codecs() -> st.SearchStrategy[Codec]:
@@ -220,7 +225,12 @@ def test_threshold_sends_twice_its_aim_at_most_and_something_always(x: npt.NDArr
 def test_the_largest_numbers_stay_finite(codec: Codec, x: Floats) -> None:
     y = codec.decode(codec.encode(x))
     assert np.isfinite(y).all()
-    assert (np.abs(y.astype(np.float64) - x) <= np.abs(x).max(initial=0)).all()
+    error = y.astype(np.float64) - x
+    if isinstance(codec, LowRank):  # what a projection leaves out is shorter, but an element of it may be larger
+        assert np.linalg.norm(error) <= (1 + 1e-6) * np.linalg.norm(x.astype(np.float64))
+        assert np.isfinite(x - y).all()
+    else:
+        assert (np.abs(error) <= np.abs(x).max(initial=0)).all()
 
 
 @given(st.integers(0, 10_000))
@@ -251,6 +261,64 @@ def test_top_k_sends_the_largest(x: Floats, ratio: float) -> None:
     assert np.count_nonzero(np.delete(y, sent)) == 0
     if k and rest.size:
         assert np.abs(x[sent]).min() >= np.abs(rest).max()
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(1, 4), st.integers(0, 2**64 - 1), st.data())
+def test_low_rank_projects(rows: int, cols: int, rank: int, key: int, data: st.DataObject) -> None:
+    """Encoding what was decoded gives it again, and what is left has nothing of it."""
+    codec = LowRank(rank, rows=rows)
+    x = data.draw(hnp.arrays(np.float32, rows * cols, elements=st.floats(-1e4, 1e4, width=32)))
+    y = codec.decode(codec.encode(x, key=key))
+    if rows and (rows + cols) * min(rank, rows, cols) >= x.size:
+        np.testing.assert_array_equal(y, x)
+    bound = 1e-5 * (1 + np.linalg.norm(x))
+    assert np.linalg.norm(codec.decode(codec.encode(y, key=key)) - y) <= bound
+    assert abs(np.dot(y.astype(np.float64), x - y)) <= bound * (1 + np.linalg.norm(x))
+
+
+@given(st.integers(0, 4000))
+def test_low_rank_matrix_of_any_size(n: int) -> None:
+    rows, cols = LowRank().matrix_shape(n)
+    assert rows * cols == n
+    assert rows <= cols
+    assert not any(n % d == 0 for d in range(rows + 1, int(n**0.5) + 1))
+    assert LowRank(3).effective_rank(n) == min(3, rows)
+
+
+@settings(max_examples=400)
+@given(
+    st.tuples(st.integers(0, 9), st.integers(0, 6)),
+    st.integers(-140, 126),
+    st.sampled_from(["normal", "repeated", "low rank", "zero"]),
+    st.integers(0, 2**32),
+)
+def test_orthonormalize(shape: tuple[int, int], exponent: int, kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, shape)
+    if kind == "repeated" and x.size:
+        x[:] = x[:, :1]
+    if kind == "low rank" and x.size:
+        x = x[:, :1] @ rng.uniform(-1, 1, (1, shape[1]))
+    before = np.ldexp(x * (kind != "zero"), exponent).astype(np.float32)
+    p, again = before.copy(), before.copy()
+    orthonormalize(p)
+    orthonormalize(again)
+    np.testing.assert_array_equal(p.view(np.uint32), again.view(np.uint32))
+    alive = np.arange(shape[1]) < shape[0]
+    gram = p.T.astype(np.float64) @ p
+    np.testing.assert_allclose(gram, np.diag(alive.astype(np.float64)), atol=1e-6)
+    # The columns span what they did.
+    left = before.astype(np.float64) - p @ (p.T.astype(np.float64) @ before)
+    norms = np.linalg.norm(before.astype(np.float64), axis=0)
+    assert (np.linalg.norm(left, axis=0) <= 2e-6 * norms).all()
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_orthonormalize_never_gives_nan(bad: float) -> None:
+    p = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    p[2, 1] = bad
+    orthonormalize(p)
+    np.testing.assert_allclose(p.T @ p, np.eye(3), atol=1e-6)
 
 
 @settings(max_examples=400)
@@ -429,7 +497,7 @@ def attack(codec: Codec, num_messages: int) -> int:
     return decoded
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=format_codec)
+@pytest.mark.parametrize("codec", [*CODECS, LowRank(1, rows=5), LowRank(3, rows=10)], ids=format_codec)
 def test_mutated_messages_give_a_tensor_or_a_payload_error(codec: Codec) -> None:
     assert attack(codec, 12_500) > 0  # some mutations stay valid, or the attack never got past the checksum
 

@@ -7,9 +7,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from efftrain.compression import Codec, Identity, Int8, RandomK, Sign, Threshold, TopK
+from efftrain.compression import (
+    Codec,
+    Identity,
+    Int8,
+    LowRank,
+    RandomK,
+    Sign,
+    Threshold,
+    TopK,
+    orthonormalize,
+    start_factor,
+)
 from efftrain.compression.sparsify import Sparse
 from efftrain.compression.spec import CODECS
+from efftrain.compression.wire import pack, unpack
+from efftrain.errors import PayloadError
 
 SPARSE: list[type[Sparse]] = [TopK, RandomK, Threshold]
 
@@ -44,12 +57,61 @@ def test_the_second_phase_has_room_for_the_union_of_two(codec: type[Sparse], rat
 
 
 def test_random_places_of_all_ranks_and_both_phases_are_one() -> None:
-    assert [codec for codec in CODECS if codec.shared_key] == [RandomK]
+    assert [codec for codec in CODECS if codec.shared_key] == [RandomK, LowRank]
     codec, rng = RandomK(0.1), np.random.default_rng(0)
     gradients = rng.standard_normal((3, 1000)).astype(np.float32)
     total = sum(codec.decode(codec.encode(g, key=5)) for g in gradients)
     second = codec.second_phase()
     np.testing.assert_array_equal(second.decode(second.encode(total, key=5)), total)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((16, 8, 3, 3), 16),
+        ((100, 40), 100),
+        ((8, 3), 8),  # the factors have 22 elements, the matrix 24
+        ((7, 3), 7),  # 20 against 21
+        ((4, 4), 0),  # 16 against 16
+        ((1000,), 0),
+        ((1, 1000), 0),
+        ((1000, 1), 0),
+        ((0, 5), 0),
+        ((), 0),
+    ],
+)
+def test_low_rank_is_for_matrices_larger_than_their_factors(shape: tuple[int, ...], rows: int) -> None:
+    fitted = LowRank(2).for_tensor(shape)
+    assert fitted == (LowRank(2, rows=rows) if rows else Identity())
+    n = int(np.prod(shape, dtype=int))
+    assert fitted.encoded_bytes(n) <= Identity().encoded_bytes(n) + 6
+    if isinstance(fitted, LowRank):
+        assert fitted.matrix_shape(n) == (rows, n // rows)
+        assert fitted.encoded_bytes(n) < Identity().encoded_bytes(n) + 6
+
+
+def test_low_rank_of_another_size_is_refused() -> None:
+    codec = LowRank(rows=10)
+    with pytest.raises(ValueError, match="LowRank is fitted to 10 rows, 33 elements are no multiple"):
+        codec.encode(np.ones(33, np.float32))
+    data = codec.encode(np.ones(50, np.float32)).data.copy()
+    parts = unpack(data)
+    with pytest.raises(PayloadError, match="10 rows and 51 elements"):
+        codec.decode(pack(parts.codec_id, parts.params, 51, [parts.body]))
+
+
+def test_a_layer_whose_first_gradient_is_zero_is_sent_later() -> None:
+    """Its warm-started iteration goes on where one from zeros would give zeros for ever."""
+    m, q = np.zeros((12, 30), np.float32), start_factor(30, 3, key=4)
+    for step in range(3):
+        p = m @ q
+        orthonormalize(p)
+        q = m.T @ p
+        if step == 0:
+            assert not q.any()
+            m = (np.random.default_rng(0).standard_normal((12, 3)) @ np.ones((3, 30))).astype(np.float32)
+            m += start_factor(12, 1, key=1) @ start_factor(30, 1, key=2).T
+    np.testing.assert_allclose(p @ q.T, m, atol=1e-5)
 
 
 @pytest.mark.parametrize("codec", SPARSE)
