@@ -60,6 +60,7 @@ def _checks() -> list[Check]:
         Check(
             "tensorboard", "tensorboard files", "pip install 'efftrain[tensorboard]'", lambda: _version("tensorboard")
         ),
+        Check("horovod", "gradients over Horovod, started by horovodrun", "bash launch/horovod.sh", _horovod),
         Check("fashion-mnist", "the data set of that name", "apt install dataset-fashion-mnist", _fashion_mnist),
     ]
 
@@ -69,6 +70,15 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _horovod() -> str | None:
+    """Ours is built for one torch and says so: 0.28.1+torch2.13.0.cpu."""
+    found = _version("horovod")
+    made_for = (found or "").partition("+torch")[2]
+    if made_for and made_for != (_version("torch") or "").replace("+", "."):
+        return None
+    return found
 
 
 def _gpu() -> str | None:

@@ -5,8 +5,9 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,27 +16,51 @@ from efftrain.errors import ConfigError, PeerError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 
+_world: Transport | None = None
+"""Horovod's, while its group is joined; torch.distributed keeps its own."""
 
-@contextmanager
-def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
-    """Join the processes started by torchrun; without a launcher, do nothing.
+
+def process_group(
+    *, timeout_s: float = 120.0, backend: Literal["torch", "horovod"] = "torch"
+) -> AbstractContextManager[torch.device]:
+    """Join the processes started by torchrun or horovodrun; without a launcher, do nothing.
 
     Jobs and models that use the group must not outlive the block: make them in a function that is called in it.
 
     Args:
         timeout_s: A collective that takes longer ends the job with an error: no hang.
+        backend: ``torch`` is torch.distributed with gloo or NCCL, started by torchrun; ``horovod`` is started by
+            horovodrun.
 
-    Yields:
-        The device of this rank.
+    Returns:
+        A context manager that gives the device of this rank.
 
     Raises:
-        ConfigError: The launcher's variables are incomplete.
+        ConfigError: The processes were started by the other launcher, or its variables are incomplete.
+        ToolError: Horovod is asked for and not installed.
         PeerError: Inside the block another rank died or did not answer in time.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    by_torchrun, by_horovodrun = "WORLD_SIZE" in os.environ, "HOROVOD_SIZE" in os.environ
+    if backend not in ("torch", "horovod"):
+        raise ConfigError(f"backend is {backend!r}, expected 'torch' or 'horovod'")
+    if backend == "torch":
+        if by_horovodrun and not by_torchrun:
+            raise ConfigError(
+                "horovodrun started this process, but the backend is torch; "
+                "start it with torchrun --nproc-per-node N or set parallel.backend=horovod"
+            )
+        return _torch_group(timeout_s)
+    if not by_horovodrun and (by_torchrun or "OMPI_COMM_WORLD_SIZE" in os.environ):
+        raise ConfigError(
+            f"{'torchrun' if by_torchrun else 'mpirun'} started this process, but the backend is Horovod; "
+            "start it with horovodrun --gloo -np N python or set parallel.backend=torch"
+        )
+    return _horovod_group(timeout_s)
+
+
+@contextmanager
+def _torch_group(timeout_s: float) -> Iterator[torch.device]:
+    device = _device("LOCAL_RANK")
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
@@ -49,10 +74,7 @@ def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])  # without the place in gloo's sources
-        raise PeerError(
-            f"lost another rank, or waited too long for it; see its own message ({reason[:120]})"
-        ) from error
+        raise _peer_error(str(error)) from error
     finally:
         # Whatever holds the group (DDP does, in circles of its own) must be gone before: the group ends its threads
         # when the last reference goes. See Note [no Python on gloo threads].
@@ -64,13 +86,54 @@ def process_group(*, timeout_s: float = 120.0) -> Iterator[torch.device]:
         gc.collect()
 
 
+@contextmanager
+def _horovod_group(timeout_s: float) -> Iterator[torch.device]:
+    global _world
+    device = _device("HOROVOD_LOCAL_RANK")
+    if "HOROVOD_SIZE" not in os.environ:
+        yield device
+        return
+    from efftrain.parallel.backends import horovod
+
+    horovod.join(timeout_s)
+    _world = horovod.HorovodTransport(timeout_s)
+    try:
+        yield device
+    except RuntimeError as error:
+        reason = horovod.peer_failure(error)
+        if reason is None:
+            raise
+        raise _peer_error(reason) from error
+    finally:
+        _world = None
+        horovod.leave()
+
+
+def _device(variable: str) -> torch.device:
+    """This process's GPU by its number on the machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get(variable, "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _peer_error(reason: str) -> PeerError:
+    reason = re.sub(r"^\[\S*\] ", "", reason.splitlines()[0])  # without the place in gloo's sources
+    return PeerError(f"lost another rank, or waited too long for it; see its own message ({reason[:120]})")
+
+
 def world_size() -> int:
     """Number of processes; 1 outside a ``process_group``."""
+    if _world is not None:
+        return _world.world_size
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process; 0 outside a ``process_group``."""
+    if _world is not None:
+        return _world.rank
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -80,4 +143,4 @@ def transport(device: torch.device) -> Transport:
     Args:
         device: That ``process_group`` gave.
     """
-    return TorchTransport(device)
+    return _world if _world is not None else TorchTransport(device)
