@@ -140,9 +140,7 @@ def unpack_codes(codec: str, packed: Bytes, num_codes: int, bits: int) -> Bytes:
     """
     if bits == 8:
         return packed
-    used = num_codes * bits % 8
-    if used and packed[-1] >> used:
-        raise PayloadError(f"{codec} payload has bits behind its last element")
+    expect_no_more_bits(codec, packed, num_codes, bits)
     if bits in (1, 2, 4):
         done = kernels.unpack_codes(packed, num_codes, bits)
         if done is not kernels.MISSING:
@@ -167,6 +165,13 @@ def expect_body(codec: str, body: Bytes, num_bytes: int) -> None:
     """Raise ``PayloadError`` unless the body has ``num_bytes``."""
     if body.size != num_bytes:
         raise PayloadError(f"{codec} body has {body.size} bytes, expected {num_bytes}")
+
+
+def expect_no_more_bits(codec: str, packed: Bytes, num_codes: int, bits: int) -> None:
+    """Raise ``PayloadError`` if a bit behind the last code is set."""
+    used = num_codes * bits % 8
+    if used and packed[-1] >> used:
+        raise PayloadError(f"{codec} payload has bits behind its last element")
 
 
 def expect_finite(codec: str, values: Floats) -> Floats:

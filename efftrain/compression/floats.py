@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 
+from efftrain.compression import kernels
 from efftrain.compression.blocks import (
     check_block,
     expect_body,
@@ -23,7 +24,7 @@ from efftrain.compression.blocks import (
     unpack_codes,
 )
 from efftrain.compression.codec import Codec, Combine
-from efftrain.compression.wire import HEADER, Bytes, Floats
+from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, seal, start
 from efftrain.errors import PayloadError
 
 HalfFormat = Literal["fp16", "bf16"]
@@ -81,8 +82,21 @@ class Half(Codec):
             codes[part] = sign | np.minimum(rounded, _LARGEST_BF16)
         return [codes.view(np.uint8)]
 
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        data, body = start(self.codec_id, self._params(), values.size, 2 * values.size)
+        done = kernels.half_encode(values, residual, self.format == "bf16", body, left)
+        return None if done is kernels.MISSING else seal(data)
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        expect_body("Half", body, 2 * out.size)
+        if kernels.half_decode_add(body, self.format == "bf16", float(weight), out) is kernels.MISSING:
+            super()._add_body(body, out, weight)
+
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         expect_body("Half", body, 2 * num_elements)
+        done = kernels.half_decode(body, self.format == "bf16")
+        if done is not kernels.MISSING:
+            return done
         if self.format == "fp16":
             return expect_finite("Half", body.view("<f2").astype(np.float32))
         return expect_finite("Half", (body.view("<u2").astype(np.uint32) << 16).view(np.float32))

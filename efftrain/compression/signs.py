@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from efftrain.compression import kernels
 from efftrain.compression.blocks import (
     check_block,
     expect_body,
+    expect_no_more_bits,
     in_blocks,
     in_rows,
     num_blocks,
@@ -22,7 +25,7 @@ from efftrain.compression.blocks import (
     unpack_codes,
 )
 from efftrain.compression.codec import Codec, Combine
-from efftrain.compression.wire import HEADER, Bytes, Floats
+from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, seal, start
 from efftrain.errors import PayloadError
 
 
@@ -63,18 +66,40 @@ class Sign(Codec):
         return cls(struct.unpack("<H", params)[0])
 
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
-        totals = np.abs(in_blocks(values, self.block)).sum(axis=1, dtype=np.float64)
+        totals = _total_magnitudes(values, self.block)
         starts = np.arange(totals.size) * self.block
         means = (totals / np.minimum(self.block, values.size - starts)).astype(np.float32)
         return [scale_bytes(means), pack_codes((values < 0).view(np.uint8), 1)]
 
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        split = 4 * num_blocks(values.size, self.block)
+        data, body = start(self.codec_id, self._params(), values.size, split + packed_bytes(values.size, 1))
+        scales = kernels.sign_encode(values, residual, self.block, body[split:], left)
+        if scales is kernels.MISSING:
+            return None
+        body[:split] = scale_bytes(scales)
+        return seal(data)
+
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        scales, packed = self._split(body, num_elements)
+        done = kernels.sign_decode(scales, packed, num_elements, self.block)
+        if done is not kernels.MISSING:
+            return done
+        negative = unpack_codes("Sign", packed, num_elements, 1)
+        # The sign bit itself: one pass, no branch.
+        magnitudes = per_element(scales, self.block, num_elements)
+        return (magnitudes.view(np.uint32) | (negative.astype(np.uint32) << 31)).view(np.float32)
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        scales, packed = self._split(body, out.size)
+        if kernels.sign_decode_add(scales, packed, self.block, float(weight), out) is kernels.MISSING:
+            super()._add_body(body, out, weight)
+
+    def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Bytes]:
         split = 4 * num_blocks(num_elements, self.block)
         expect_body("Sign", body, split + packed_bytes(num_elements, 1))
-        negative = unpack_codes("Sign", body[split:], num_elements, 1)
-        scales = per_element(read_scales("Sign", body[:split], 1), self.block, num_elements)
-        # The sign bit itself: one pass, no branch.
-        return (scales.view(np.uint32) | (negative.astype(np.uint32) << 31)).view(np.float32)
+        expect_no_more_bits("Sign", body[split:], num_elements, 1)
+        return read_scales("Sign", body[:split], 1), body[split:]
 
 
 @dataclass(frozen=True)
@@ -142,6 +167,18 @@ class Ternary(Codec):
         scales = per_element(read_scales("Ternary", body[:split], 1), self.block, num_elements)
         values: Floats = _SIGNS[digits[:num_elements]] * scales
         return values
+
+
+def _total_magnitudes(values: Floats, block: int) -> npt.NDArray[np.float64]:
+    """Sum of the magnitudes of each block: 16 sums of every 16th element, then halves of them added (see ``efc.h``)."""
+    magnitudes = np.abs(in_blocks(values, block))
+    sums = np.zeros((len(magnitudes), 16))
+    for first in range(0, min(block, values.size), 16):
+        part = magnitudes[:, first : first + 16]
+        sums[:, : part.shape[1]] += part
+    for width in (8, 4, 2, 1):
+        sums = sums[:, :width] + sums[:, width:]
+    return sums[:, 0]
 
 
 _ZERO, _PLUS, _MINUS = np.uint8(0), np.uint8(1), np.uint8(2)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 
-from efftrain.compression import Codec, Feedback, Int8, IntN, Sign, TopK, format_codec, kernels
+from efftrain.compression import Codec, Feedback, Half, Int8, IntN, Sign, TopK, format_codec, kernels
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.errors import NonFiniteError, PayloadError
 
@@ -28,7 +28,14 @@ CODECS: list[Codec] = [
     Int8(block=1000),
     IntN(4),
     IntN(2, block=5),
+    Sign(),
     Sign(block=33),
+    Sign(block=8),
+    Sign(block=1),
+    Half("fp16"),
+    Half("bf16"),
+    TopK(0.1) >> Half("fp16"),
+    TopK(0.1) >> Sign(block=20),
     TopK(0.001),
     TopK(0.01) >> Int8(block=64),
     TopK(0.2),

@@ -94,6 +94,92 @@ def dequantize_add(scales: Floats, q: Levels, block: int, weight: float, out: Fl
     return None
 
 
+def sign_encode(a: Floats, b: Floats | None, block: int, packed: Bytes, left: Floats | None) -> Floats | Missing:
+    """Mean magnitudes of the blocks of ``a + b``, shape ``(ceil(N / block),)``; its signs go to ``packed``.
+
+    Args:
+        a: Shape ``(N,)``.
+        b: Shape ``(N,)`` or ``None`` for zero.
+        block: Elements that share a scale.
+        packed: Shape ``(ceil(N / 8),)``, filled here.
+        left: Shape ``(N,)``, filled with what is not sent; may be ``None`` if ``b`` is.
+
+    Raises:
+        NonFiniteError: The sum holds inf or NaN; the message does not say where.
+    """
+    efc = library()
+    if efc is None:
+        return MISSING
+    packed.fill(0)
+    scales = np.empty(-(-a.size // block), np.float32)
+    outputs = (_at(scales), _at(packed), _at(left))
+    _finite(efc.efc_sign_encode_f32(_at(a), _at(b), _long(a.size), _long(block), *outputs))
+    return scales
+
+
+def sign_decode(scales: Floats, packed: Bytes, n: int, block: int) -> Floats | Missing:
+    """``scale`` or ``-scale``, shape ``(n,)``."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    out = np.empty(n, np.float32)
+    efc.efc_sign_decode_f32(_at(scales), _at(packed), _long(n), _long(block), _at(out))
+    return out
+
+
+def sign_decode_add(scales: Floats, packed: Bytes, block: int, weight: float, out: Floats) -> Missing | None:
+    """``out += weight * (scale or -scale)``."""
+    efc = library()
+    if efc is None or not out.flags.c_contiguous:
+        return MISSING
+    sizes = (_long(out.size), _long(block), ctypes.c_float(weight))
+    efc.efc_sign_decode_add_f32(_at(scales), _at(packed), *sizes, _at(out))
+    return None
+
+
+def half_encode(a: Floats, b: Floats | None, bf16: bool, codes: Bytes, left: Floats | None) -> Missing | None:
+    """``a + b`` as 16-bit floats in ``codes``, shape ``(2 N,)``, and in ``left`` (``None`` if ``b`` is) what they lose.
+
+    Raises:
+        NonFiniteError: The sum holds inf or NaN; the message does not say where.
+    """
+    efc = library()
+    if efc is None:
+        return MISSING
+    _finite(efc.efc_half_encode_f32(_at(a), _at(b), _long(a.size), ctypes.c_int32(bf16), _at(codes), _at(left)))
+    return None
+
+
+def half_decode(codes: Bytes, bf16: bool) -> Floats | Missing:
+    """Inverse of ``half_encode``.
+
+    Raises:
+        PayloadError: A code is that of inf or NaN.
+    """
+    efc = library()
+    if efc is None:
+        return MISSING
+    out = np.empty(codes.size // 2, np.float32)
+    if efc.efc_half_decode_f32(_at(codes), _long(out.size), ctypes.c_int32(bf16), _at(out)):
+        raise PayloadError("Half payload holds inf or NaN")
+    return out
+
+
+def half_decode_add(codes: Bytes, bf16: bool, weight: float, out: Floats) -> Missing | None:
+    """``out += weight * x``.
+
+    Raises:
+        PayloadError: As ``half_decode``; ``out`` is unchanged.
+    """
+    efc = library()
+    if efc is None or not out.flags.c_contiguous:
+        return MISSING
+    sizes = (_long(out.size), ctypes.c_int32(bf16), ctypes.c_float(weight))
+    if efc.efc_half_decode_add_f32(_at(codes), *sizes, _at(out)):
+        raise PayloadError("Half payload holds inf or NaN")
+    return None
+
+
 def encode_places(places: Places, low: int, num_low_bytes: int, num_high_bytes: int) -> Bytes | Missing:
     """Elias-Fano code: the low bits, then the bitmap of the high ones."""
     efc = library()

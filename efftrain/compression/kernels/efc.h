@@ -31,6 +31,74 @@ static inline uint32_t efc_magnitude(float x)
 }
 #define EFC_INFINITY 0x7f800000u
 
+static inline float efc_as_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float efc_abs(float x)
+{
+    return efc_as_float(efc_magnitude(x));
+}
+
+static inline uint32_t efc_sign(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x80000000u;
+}
+
+/* 16-bit codes of a message, at any address, little endian. */
+static inline uint32_t efc_load_u16(const uint8_t *from)
+{
+    uint16_t code;
+    memcpy(&code, from, sizeof code);
+    return code;
+}
+
+static inline void efc_store_u16(uint8_t *to, uint32_t code)
+{
+    const uint16_t low = (uint16_t)code;
+    memcpy(to, &low, sizeof low);
+}
+
+/* Finite x, rounded half to even; what is too large becomes the largest number. Both ways are found and one taken, so
+   that loops become vector code. Below 2^-14, adding 0.5 rounds to a multiple of 2^-24, which then stands in the lowest
+   bits. */
+static inline uint32_t efc_to_fp16(float x)
+{
+    const uint32_t magnitude = efc_magnitude(x);
+    const uint32_t held = magnitude > 0x477fe000u ? 0x477fe000u : magnitude;
+    const uint32_t normal = (held + 0xfffu + ((held >> 13) & 1u) - 0x38000000u) >> 13;
+    const float small = efc_as_float(held) + 0.5f;
+    const uint32_t denormal = efc_magnitude(small) - 0x3f000000u;
+    return (efc_sign(x) >> 16) | (held < 0x38800000u ? denormal : normal);
+}
+
+static inline uint32_t efc_to_bf16(float x)
+{
+    const uint32_t magnitude = efc_magnitude(x);
+    const uint32_t rounded = (magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16;
+    return (efc_sign(x) >> 16) | (rounded > 0x7f7fu ? 0x7f7fu : rounded);
+}
+
+/* Any code but those of inf and NaN. No float32 denormal occurs, which would be slow. */
+static inline float efc_from_fp16(uint32_t code)
+{
+    const uint32_t magnitude = (code & 0x7fffu) << 13;
+    const float normal = efc_as_float(magnitude + 0x38000000u);
+    const float denormal = efc_as_float(magnitude + 0x38800000u) - 0x1p-14f;
+    const float x = magnitude < 0x00800000u ? denormal : normal;
+    return efc_as_float(efc_magnitude(x) | ((code & 0x8000u) << 16));
+}
+
+static inline float efc_from_bf16(uint32_t code)
+{
+    return efc_as_float(code << 16);
+}
+
 /**
  * Add two tensors and find the largest magnitudes of the sum, in one pass over memory where a sample guesses the
  * threshold well enough, in a few where it does not. The result never depends on the sample.
@@ -96,6 +164,90 @@ EFC_API void efc_dequantize_f32(const float *restrict scales, const int8_t *rest
  */
 EFC_API void efc_dequantize_add_f32(const float *restrict scales, const int8_t *restrict q, int64_t n, int64_t block,
                                     float weight, float *restrict out);
+
+/**
+ * Signs of the sum of two tensors with the mean magnitude of each block, and what they do not say.
+ *
+ *   x = a + b,  scale = mean|x|,  bit = x < 0,  left = x - (bit ? -scale : scale)
+ *
+ * The mean is of 16 sums in double, of the elements i with equal i mod 16 in the block, added in halves: 0 + 8, 1 + 9,
+ * and so on.
+ *
+ * @param[in]     a       [n]
+ * @param[in]     b       [n], or NULL: x = a
+ * @param[in]     n       >= 0
+ * @param[in]     block   elements that share a scale, >= 1
+ * @param[out]    scales  [ceil(n / block)]
+ * @param[in,out] packed  [ceil(n / 8)], the bits from the lowest up; the caller clears it
+ * @param[out]    left    [n]; may be NULL if b is
+ * @return EFC_OK or EFC_NON_FINITE
+ */
+EFC_API int32_t efc_sign_encode_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t block,
+                                    float *restrict scales, uint8_t *restrict packed, float *restrict left);
+
+/**
+ * Back to floats:  out = bit ? -scale : scale.
+ *
+ * @param[in]  scales  [ceil(n / block)], >= 0
+ * @param[in]  packed  [ceil(n / 8)]
+ * @param[in]  n       >= 0
+ * @param[in]  block   elements that share a scale, >= 1
+ * @param[out] out     [n]
+ */
+EFC_API void efc_sign_decode_f32(const float *restrict scales, const uint8_t *restrict packed, int64_t n, int64_t block,
+                                 float *restrict out);
+
+/**
+ * Back to floats and add:  out += weight * (bit ? -scale : scale).
+ *
+ * @param[in]     scales  [ceil(n / block)], >= 0
+ * @param[in]     packed  [ceil(n / 8)]
+ * @param[in]     n       >= 0
+ * @param[in]     block   elements that share a scale, >= 1
+ * @param[in]     weight  any
+ * @param[in,out] out     [n]
+ */
+EFC_API void efc_sign_decode_add_f32(const float *restrict scales, const uint8_t *restrict packed, int64_t n,
+                                     int64_t block, float weight, float *restrict out);
+
+/**
+ * Round the sum of two tensors to 16-bit floats, half to even, and keep what they do not say. Magnitudes beyond the
+ * largest number become it.
+ *
+ * @param[in]  a      [n]
+ * @param[in]  b      [n], or NULL: the sum is a
+ * @param[in]  n      >= 0
+ * @param[in]  bf16   0: binary16, 1: the upper half of binary32
+ * @param[out] codes  [2 * n], little endian, at any address
+ * @param[out] left   [n]; may be NULL if b is
+ * @return EFC_OK or EFC_NON_FINITE
+ */
+EFC_API int32_t efc_half_encode_f32(const float *restrict a, const float *restrict b, int64_t n, int32_t bf16,
+                                    uint8_t *restrict codes, float *restrict left);
+
+/**
+ * Back to floats.
+ *
+ * @param[in]  codes  [2 * n], as efc_half_encode_f32 writes them
+ * @param[in]  n      >= 0
+ * @param[in]  bf16   as there
+ * @param[out] out    [n]
+ * @return EFC_OK, or EFC_NON_FINITE: a code is that of inf or NaN
+ */
+EFC_API int32_t efc_half_decode_f32(const uint8_t *restrict codes, int64_t n, int32_t bf16, float *restrict out);
+
+/**
+ * Back to floats and add:  out += weight * x.
+ *
+ * @param[in]     codes   [2 * n], as efc_half_encode_f32 writes them
+ * @param[in]     n       >= 0
+ * @param[in]     bf16    as there
+ * @param[in]     weight  any
+ * @param[in,out] out     [n]; not changed if there is a bad code
+ * @return EFC_OK, or EFC_NON_FINITE: a code is that of inf or NaN
+ */
+EFC_API int32_t efc_half_decode_add_f32(const uint8_t *restrict codes, int64_t n, int32_t bf16, float weight,
+                                        float *restrict out);
 
 /**
  * Elias-Fano code of ascending places: `low` bits of each packed as they are, the rest in unary.
