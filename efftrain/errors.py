@@ -33,6 +33,10 @@ class PeerError(EfftrainError):
     """Another rank of the cluster died or did not answer in time. That rank's own message says why."""
 
 
+class ReplicaError(EfftrainError):
+    """Ranks that should hold the same weights do not."""
+
+
 class CompileError(EfftrainError):
     """A model cannot be turned into a device program. The message names the operator and its place."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from efftrain.compression.wire import MAX_ELEMENTS, Bytes, Floats, Parts, Payload, pack, unpack
+from efftrain.compression.wire import MAX_ELEMENTS, Bytes, Floats, Parts, Payload, checksum_of, pack, unpack
 from efftrain.errors import NonFiniteError, PayloadError
 
 Combine: TypeAlias = Literal["sum", "gather", "two_phase", "low_rank"]
@@ -126,6 +126,21 @@ class Codec(ABC):
         if parts.num_elements != target.size:
             raise PayloadError(f"payload holds {parts.num_elements} elements, expected {target.size}")
         self._add_body(parts.body, target, np.float32(weight))
+
+    def add_body(self, body: Bytes, crc: int, out: Floats, weight: float = 1.0) -> None:
+        """``decode_add`` of a payload whose header both ends know but for its checksum (see ``compact``).
+
+        Raises:
+            PayloadError: As ``decode_add``.
+        """
+        if crc != checksum_of(self.codec_id, self._params(), out.size, body):
+            raise PayloadError("payload checksum does not match: the bytes were changed, or are of another codec")
+        self._add_body(body, out, np.float32(weight))
+
+    @property
+    def num_param_bytes(self) -> int:
+        """Bytes of the codec's parameters behind the header of each payload."""
+        return len(self._params())
 
     @abstractmethod
     def encoded_bytes(self, num_elements: int) -> int:

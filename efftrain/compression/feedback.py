@@ -142,9 +142,12 @@ class Feedback:
             self._unstage(name)
 
     def norm(self) -> float:
-        """Euclidean norm over all residuals: how much is still waiting to be sent."""
-        residuals = (value for name, value in self._state.items() if name.startswith("residual/"))
-        return float(np.sqrt(sum(float(np.dot(r, r)) for r in residuals)))
+        """Euclidean norm over all residuals: how much is still waiting to be sent.
+
+        Six digits: the last bits of a sum over an array depend on where it lies in memory.
+        """
+        residuals = (self._state[name] for name in sorted(self._state) if name.startswith("residual/"))
+        return float(f"{np.sqrt(sum(float(np.dot(r, r)) for r in residuals)):.6g}")
 
     def factor(self, name: str) -> Floats | None:
         """What ``stage_factor`` kept of the last step that counted, flat; ``None`` before the first."""

@@ -30,7 +30,7 @@ MAGIC = b"EF"
 VERSION = 1
 FLOAT32 = 0
 HEADER = struct.Struct("<2sBBBBQI")
-_CRC_OFFSET = 14
+CRC_OFFSET = 14
 
 MAX_ELEMENTS = 1 << 28
 """Largest tensor that ``decode`` makes unless the caller says otherwise (1 GiB of fp32): a 30-byte message must not
@@ -89,7 +89,7 @@ def start(codec_id: int, params: bytes, num_elements: int, num_body_bytes: int) 
     """Begin a message: all of it, and the view of its body, to be filled in place before ``seal``."""
     if len(params) > 255:
         raise ValueError(f"codec parameters take {len(params)} bytes, the header has room for 255")
-    head = HEADER.pack(MAGIC, VERSION, codec_id, FLOAT32, len(params), num_elements, 0) + params
+    head = _head(codec_id, params, num_elements)
     data = np.empty(len(head) + num_body_bytes, np.uint8)
     data[: len(head)] = np.frombuffer(head, np.uint8)
     return data, data[len(head) :]
@@ -97,7 +97,7 @@ def start(codec_id: int, params: bytes, num_elements: int, num_body_bytes: int) 
 
 def seal(data: Bytes) -> Payload:
     """Write the checksum of a message that is complete."""
-    data[_CRC_OFFSET : HEADER.size] = np.frombuffer(struct.pack("<I", _checksum(data)), np.uint8)
+    data[CRC_OFFSET : HEADER.size] = np.frombuffer(struct.pack("<I", _checksum(data)), np.uint8)
     return Payload(data)
 
 
@@ -147,5 +147,15 @@ def as_bytes(message: "Payload | Any") -> Bytes:
         raise PayloadError(f"payload is a {type(message).__name__}, expected bytes") from error
 
 
+def checksum_of(codec_id: int, params: bytes, num_elements: int, body: Bytes) -> int:
+    """The checksum in the header of the message that has these parts."""
+    head = _head(codec_id, params, num_elements)
+    return zlib.crc32(body.data, zlib.crc32(head[HEADER.size :], zlib.crc32(head[:CRC_OFFSET])))
+
+
+def _head(codec_id: int, params: bytes, num_elements: int) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, codec_id, FLOAT32, len(params), num_elements, 0) + params
+
+
 def _checksum(data: Bytes) -> int:
-    return zlib.crc32(data[HEADER.size :].data, zlib.crc32(data[:_CRC_OFFSET].data))
+    return zlib.crc32(data[HEADER.size :].data, zlib.crc32(data[:CRC_OFFSET].data))

@@ -1,13 +1,16 @@
 """The plan: how one training run is spread over processes. Valid by construction, or refused with the remedy."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
 
 from efftrain.compression import Codec, Identity
 from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
+from efftrain.parallel.backends import Transport
 from efftrain.parallel.data import DataParallel
+from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
 
 
@@ -18,23 +21,27 @@ class Plan:
     Args:
         data: Replicas that share each batch; ``None`` takes all processes.
         codec: What gradients go through on the data axis. ``Identity`` is the plain all-reduce.
+        sync: How they are exchanged if there is a codec: buckets, nodes, warm-up, local clipping.
         momentum_correction: Move the momentum of SGD in front of the codec (see ``compression.Feedback``); what sparse
             codecs need to train as the uncompressed run does. Without effect on ``Identity`` and on one process.
-        bucket_mb: MiB of gradients that share an exchange; ``None`` leaves it to DDP.
+        backend: What moves the bytes: ``torch`` (torch.distributed, gloo or NCCL) or ``horovod``.
 
     The tensor, pipeline and shard axes join this class; a plan of today stays valid then.
     """
 
     data: int | None = None
     codec: Codec = field(default_factory=Identity)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     momentum_correction: bool = False
-    bucket_mb: float | None = None
+    backend: Literal["torch", "horovod"] = "torch"
 
     def __post_init__(self) -> None:
         if self.data is not None and self.data < 1:
             raise ConfigError(f"plan.data is {self.data}, expected at least 1")
-        if self.bucket_mb is not None and not 0 < self.bucket_mb <= 4096:
-            raise ConfigError(f"plan.bucket_mb is {self.bucket_mb}, expected more than 0 and at most 4096")
+        if self.sync.masking and not self.momentum_correction:
+            raise ConfigError("momentum factor masking is part of momentum correction; set momentum_correction too")
+        if self.sync.momentum:
+            raise ConfigError("sync.momentum is the optimizer's, set by momentum_correction; leave it 0 in a plan")
 
     def check(self, world_size: int) -> None:
         """Refuse a plan that does not fit the number of processes.
@@ -76,11 +83,16 @@ class Plan:
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         exchange: Exchange = SingleProcess()
         if mesh.world_size() > 1:
-            exchange = DataParallel(self.codec, momentum=momentum, seed=seed, bucket_mb=self.bucket_mb)
+            exchange = self._exchange(mesh.transport(next(model.parameters()).device), momentum, seed)
             optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
         return Job(
             model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange
         )
+
+    def _exchange(self, transport: Transport, momentum: float, seed: int) -> Exchange:
+        if isinstance(self.codec, Identity) and self.backend == "torch":
+            return DataParallel(transport, bucket_mb=self.sync.bucket_mb)
+        return GradSync(self.codec, transport, replace(self.sync, momentum=momentum, seed=seed))
 
     def _corrects(self, optimizer: OptimizerConfig) -> bool:
         if self.momentum_correction and optimizer.name != "sgd":

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import mesh
 from efftrain.parallel.plan import Plan
+from efftrain.parallel.sync import SyncConfig
 from efftrain.report.run import RunFolder, check_tensorboard, claim_run, next_run_number, run_path
 from efftrain.training import (
     Distillation,
@@ -68,15 +69,44 @@ class ParallelConfig:
     """What gradients go through, e.g. ``"TopK(0.01) >> Int8()"``."""
     momentum_correction: bool = False
     """Apply SGD's momentum before the codec instead of after it; for sparse codecs."""
+    momentum_masking: bool = False
+    """With momentum correction: an entry that is sent loses its velocity, as in the paper."""
+    local_clip: float | None = None
+    """Clip each rank's gradient of each parameter before the codec sees it, as if at this norm after averaging."""
+    warm_up_steps: int = 0
+    """Updates in which a sparse codec sends more than its ratio, falling to it."""
+    algorithm: Literal["auto", "gather", "two_phase"] = "auto"
+    """How payloads travel; ``auto`` takes what sends fewer bytes."""
+    node_size: int = 1
+    """Ranks of a node: gradients are summed in fp32 inside, and go through the codec between nodes."""
+    backend: Literal["torch", "horovod"] = "torch"
+    """What moves the bytes, and with it the launcher: torchrun or horovodrun."""
     timeout_s: float = 120.0
     """A collective that takes longer ends the job."""
     bucket_mb: float | None = None
-    """MiB of gradients that share an exchange; left out: what DDP takes."""
+    """MiB of gradients that share an exchange; left out: 25."""
 
     def __post_init__(self) -> None:
-        parse_codec(self.codec)
         if not 0 < self.timeout_s <= 1e6:
             raise ValueError(f"timeout_s is {self.timeout_s}, expected more than 0 and at most 1e6")
+        self.plan()
+
+    def plan(self) -> Plan:
+        """The plan, valid or refused."""
+        return Plan(
+            data=self.data,
+            codec=parse_codec(self.codec),
+            sync=SyncConfig(
+                masking=self.momentum_masking,
+                local_clip=self.local_clip,
+                warm_up_steps=self.warm_up_steps,
+                bucket_mb=self.bucket_mb,
+                node_size=self.node_size,
+                algorithm=self.algorithm,
+            ),
+            momentum_correction=self.momentum_correction,
+            backend=self.backend,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +164,14 @@ def train(
     Raises:
         EfftrainError: Anything wrong with recipe, data, checkpoint or numbers; see ``training.fit``.
     """
-    with mesh.process_group(timeout_s=recipe.parallel.timeout_s) as device:
+    with mesh.process_group(timeout_s=recipe.parallel.timeout_s, backend=recipe.parallel.backend) as device:
         return _train(recipe, device, out, resume, on_step)
 
 
 def _train(
     recipe: ClusterRecipe, device: torch.device, out: Path, resume: bool, on_step: OnStep | None
 ) -> dict[str, Any] | None:
-    plan = Plan(
-        data=recipe.parallel.data,
-        codec=parse_codec(recipe.parallel.codec),
-        momentum_correction=recipe.parallel.momentum_correction,
-        bucket_mb=recipe.parallel.bucket_mb,
-    )
+    plan = recipe.parallel.plan()
     plan.check(mesh.world_size())
     if recipe.tensorboard:
         check_tensorboard()

@@ -28,15 +28,26 @@ class Exchange(Protocol):
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers of rank 0, e.g. running statistics: each rank's come from its own samples."""
 
+    def check_replicas(self, model: nn.Module) -> None:
+        """Compare the weights of all ranks, bit for bit. Every rank calls it after the same step.
+
+        Raises:
+            ReplicaError: They differ; on all ranks.
+        """
+
     def finish(self) -> bool:
         """After the backward pass: wait until ``.grad`` holds the average.
 
         Returns:
-            False if this rank had to send something else than its gradient, because that held inf or NaN.
+            False if some rank, this one or one that told it, had to send something else than its gradient, because
+            that held inf or NaN.
         """
 
     def settle(self, ok: bool) -> None:
         """The step counts (``ok``) or all ranks skip it: keep or forget what feedback staged."""
+
+    def residual_norm(self) -> float:
+        """Euclidean norm of what feedback keeps on this rank for later steps."""
 
     def stats(self) -> dict[str, float]:
         """Figures of the last step on this rank, e.g. ``wire_bytes``. Empty if nothing is sent."""
@@ -69,12 +80,19 @@ class SingleProcess:
     def sync_buffers(self, model: nn.Module) -> None:
         """There is only rank 0."""
 
+    def check_replicas(self, model: nn.Module) -> None:
+        """There is only one."""
+
     def finish(self) -> bool:
         """Nothing to wait for."""
         return True
 
     def settle(self, ok: bool) -> None:
         """Nothing is staged."""
+
+    def residual_norm(self) -> float:
+        """Nothing is kept."""
+        return 0.0
 
     def stats(self) -> dict[str, float]:
         """Nothing is sent."""

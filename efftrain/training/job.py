@@ -26,12 +26,16 @@ class StepConfig:
     """Largest Euclidean norm of the averaged gradient; larger ones are scaled down to it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` runs the forward pass under autocast; weights and gradients stay fp32."""
+    check_replicas_every: int = 100
+    """Updates between two looks whether all ranks still hold the same weights. 0: never."""
 
     def __post_init__(self) -> None:
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches is {self.micro_batches}, expected at least 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}, expected more than 0")
+        if self.check_replicas_every < 0:
+            raise ValueError(f"check_replicas_every is {self.check_replicas_every}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Job:
             targets: int64, shape ``(B,)`` or ``(B, T)``.
 
         Raises:
+            ReplicaError: The weights of the ranks are no longer equal (looked at every ``check_replicas_every`` steps).
             NonFiniteError: inf or NaN in ``MAX_SKIPPED_IN_A_ROW`` steps one after the other. Before that such a step
                 is skipped by all ranks alike.
         """
@@ -118,6 +123,9 @@ class Job:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        every = self.step_config.check_replicas_every
+        if every and self.num_steps % every == 0:
+            self.exchange.check_replicas(self.model)
         return StepResult(total / self.exchange.world_size, float(norm), lr, skipped=False)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -158,7 +158,8 @@ def fit(
         step = job.num_steps
         if run is not None and (step % config.log_every == 0 or result.skipped or step == 1):
             step_s = time.perf_counter() - step_started
-            run.log("step", step=step, **vars(result), step_s=step_s, **stats)
+            norm = exchange.residual_norm()
+            run.log("step", step=step, **vars(result), step_s=step_s, **stats, residual_norm=norm)
         if on_step is not None:
             on_step(step, result)
         epoch, inside = divmod(step, steps_per_epoch)

@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from efftrain.compression import parse_codec
@@ -22,6 +22,7 @@ from efftrain.data.digits import load_digits
 from efftrain.errors import EfftrainError
 from efftrain.parallel import ClusterRecipe, Plan, mesh, train
 from efftrain.parallel.data import DataParallel
+from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.training import Job, OptimizerConfig, StepConfig, cross_entropy, evaluate
 from efftrain.training.checkpoint import load_checkpoint
 from tests.distributed.workload import Net
@@ -31,7 +32,8 @@ Facts = dict[str, Any]
 NUM_STEPS = 8
 GLOBAL_BATCH = 32
 SGD = OptimizerConfig(lr=0.1, momentum=0.9, schedule="constant")
-SMALL_BUCKET_MB = 0.001  # three buckets, after the first step
+NUMBERS = ("num_steps", "node_size")  # of an exchange's state, beside its tensors
+SMALL_BUCKET_MB = 0.001  # three buckets
 
 
 def model_of(seed: int = 0, *, norm: bool = False) -> Net:
@@ -62,14 +64,14 @@ def digest(tensors: dict[str, Any]) -> str:
 
 @contextmanager
 def counting_buckets(buckets: list[int]) -> Iterator[None]:
-    """Jobs made inside append the number of each bucket that they send."""
-    original = DataParallel._hook
+    """Exchanges inside append the number of each bucket that they start."""
+    original = GradSync._start_next
 
-    def hook(self: DataParallel, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        buckets.append(bucket.index())
-        return original(self, state, bucket)
+    def start_next(self: GradSync) -> None:
+        buckets.append(self._num_started)
+        original(self)
 
-    with patch.object(DataParallel, "_hook", hook):
+    with patch.object(GradSync, "_start_next", start_next):
         yield
 
 
@@ -84,6 +86,7 @@ def run(
     leave_out: int | None = None,
     num_steps: int = NUM_STEPS,
     norm: bool = False,
+    sync: SyncConfig | None = None,
 ) -> Facts:
     """A few steps under a plan.
 
@@ -99,14 +102,14 @@ def run(
         return loss
 
     rank, world_size = mesh.rank(), mesh.world_size()
-    plan = Plan(codec=parse_codec(codec), momentum_correction=correction, bucket_mb=bucket_mb)
+    sync = replace(sync or SyncConfig(), bucket_mb=bucket_mb)
+    plan = Plan(codec=parse_codec(codec), momentum_correction=correction, sync=sync)
     model = model_of(norm=norm)
     buckets: list[int] = []
-    with counting_buckets(buckets):
-        config = StepConfig(micro_batches=micro_batches)
-        job = plan.apply(model, objective=objective, optimizer=SGD, step=config, seed=3)
+    config = StepConfig(micro_batches=micro_batches, check_replicas_every=1)
+    job = plan.apply(model, objective=objective, optimizer=SGD, step=config, seed=3)
     exchange = job.exchange
-    assert isinstance(exchange, DataParallel)
+    assert isinstance(exchange, DataParallel | GradSync)
     facts: Facts = {"losses": [], "skipped": [], "stats": [], "harmed": [], "buckets": buckets}
     for step in range(num_steps):
         if step == leave_out:
@@ -116,18 +119,19 @@ def run(
         if poison == (step, rank):
             inputs[0] = math.nan
         before = {**exchange.state_dict(), **job.state_dict()[0]}
-        before = {name: value.clone() for name, value in before.items() if name != "num_steps"}
-        result = job.step(inputs, targets)
+        before = {name: value.clone() for name, value in before.items() if name not in NUMBERS}
+        with counting_buckets(buckets):
+            result = job.step(inputs, targets)
         after = {**exchange.state_dict(), **job.state_dict()[0]}
         if result.skipped:
             facts["harmed"] += [name for name in before if not torch.equal(before[name], after[name])]
-            facts["harmed"] += [name for name in after if name not in before and name != "num_steps"]
+            facts["harmed"] += [name for name in after if name not in before and name not in NUMBERS]
         facts["losses"].append(result.loss)
         facts["skipped"].append(result.skipped)
         facts["stats"].append({k: v for k, v in exchange.stats().items() if k.endswith("bytes")})
     facts["weights"] = weights(model)
     facts["digest"] = digest(facts["weights"])
-    facts["feedback"] = {k: v.numpy().copy() for k, v in exchange.state_dict().items() if k != "num_steps"}
+    facts["feedback"] = {k: v.numpy().copy() for k, v in exchange.state_dict().items() if k not in NUMBERS}
     facts["sizes"] = {name: p.numel() for name, p in model.named_parameters()}
     return facts
 
@@ -290,7 +294,7 @@ def load_only(checkpoints: str, codec: str) -> Facts:
     return {
         "step": restored.step,
         "shared": {name: value.numpy().copy() for name, value in tensors.items()},
-        "feedback": {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k != "num_steps"},
+        "feedback": {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k not in NUMBERS},
         "random": torch.rand(3).tolist(),
     }
 

@@ -1,0 +1,67 @@
+"""What keeps replicas equal, over any transport: one start, and a look from time to time whether they still are."""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from efftrain.errors import ConfigError, ReplicaError
+from efftrain.parallel.backends import Transport
+
+
+def broadcast(transport: Transport, value: Tensor) -> None:
+    """Overwrite a tensor of any device with that of rank 0."""
+    sent = value.detach().to(transport.device).contiguous()
+    value.detach().copy_(transport.broadcast(sent).wait())
+
+
+def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
+    """Each value added up over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=transport.device)
+    return [float(v) for v in transport.all_reduce(tensor).wait().tolist()]
+
+
+def refuse_other_models(transport: Transport, model: nn.Module) -> None:
+    """Compare names and shapes before the first exchange hangs on them.
+
+    Raises:
+        ConfigError: They differ; on some rank.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    text = ";".join(f"{name}:{tuple(value.shape)}:{value.requires_grad}" for name, value in tensors)
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    others = [rank for rank, found in enumerate(_gather(transport, digest)) if found != digest]
+    if others:
+        raise ConfigError(
+            f"the model of rank {transport.rank} has other parameters than that of rank {others[0]}; "
+            "build the same model on all ranks"
+        )
+
+
+def check_replicas(transport: Transport, model: nn.Module) -> None:
+    """Compare the weights of all ranks by their CRC-32.
+
+    Raises:
+        ReplicaError: They differ; on all ranks.
+    """
+    crc = 0
+    for parameter in model.parameters():
+        data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(data.data, crc)
+    found = _gather(transport, crc)
+    if len(set(found)) > 1:
+        common = max(found, key=found.count)  # of a tie, the first: rank 0's
+        others = [str(rank) for rank, value in enumerate(found) if value != common]
+        raise ReplicaError(
+            f"the weights of rank {', '.join(others)} differ from those of the other {found.count(common)}: something "
+            "outside the exchange changes them on some ranks only; resume from the last checkpoint"
+        )
+
+
+def _gather(transport: Transport, value: int) -> list[int]:
+    message = torch.from_numpy(np.frombuffer(value.to_bytes(8, "little"), np.uint8).copy())
+    rows = transport.all_gather(message.to(transport.device)).wait().cpu().numpy()
+    return [int.from_bytes(row.tobytes(), "little") for row in rows]

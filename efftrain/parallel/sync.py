@@ -1,0 +1,390 @@
+"""GradSync: gradients averaged over ranks through a codec, beside the backward pass, in one order on all ranks.
+
+The path of a gradient: autograd writes ``.grad`` -> when the last of a bucket's gradients is there, and all earlier
+buckets have started, the bucket's exchange starts (``collectives``): ``Feedback`` adds what earlier steps left unsent
+and the codec encodes -> the bytes travel while autograd goes on -> ``finish`` waits and decodes the mean into
+``.grad``.
+
+Note [one order]
+    Collectives of one group must be issued in the same order on all ranks, or they hang. Buckets start in a fixed
+    order, whatever order autograd finds; and an exchange of several collectives issues its next one at a fixed place:
+    when the following bucket has started, or in ``finish``, oldest first. Nothing is issued from a callback, whose time
+    depends on the network.
+
+Note [no Python on gloo threads]
+    A thread of gloo that lets go of a Python object while the interpreter ends aborts the process. So all waiting and
+    decoding is on the thread that trains. And nothing keeps the process group alive past ``mesh.process_group``, whose
+    end waits for its threads.
+"""
+
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from efftrain.compression import Codec, Feedback, LowRank, redistribute
+from efftrain.compression.wire import Floats
+from efftrain.errors import CheckpointError, ConfigError
+from efftrain.parallel.backends import Pending, Transport
+from efftrain.parallel.collectives import (
+    ALGORITHMS,
+    Algorithm,
+    Link,
+    Piece,
+    Steps,
+    choose,
+    count_all_reduce,
+    cut,
+    hierarchical,
+    low_rank,
+    num_collectives,
+    ring_bytes,
+)
+from efftrain.parallel.replicas import broadcast, check_replicas, refuse_other_models, sum_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """How gradients are exchanged. The defaults are right for most runs."""
+
+    momentum: float = 0.0
+    """Of the feedback's momentum correction; the optimizer then runs without."""
+    masking: bool = False
+    """Momentum factor masking (see ``compression.Feedback``)."""
+    local_clip: float | None = None
+    """Largest norm of a parameter's gradient, as if clipped after averaging: each rank clips at ``c / sqrt(W)``."""
+    warm_up_steps: int = 0
+    """Steps in which a sparse codec sends more, falling to its ratio (``Codec.warmed_up``)."""
+    bucket_mb: float | None = None
+    """MiB of gradients that share an exchange; ``None`` is 25. Smaller buckets start earlier and cost more latency."""
+    node_size: int = 1
+    """Ranks of a node, neighbors in number: they sum up in fp32, and only nodes talk through the codec."""
+    algorithm: str = "auto"
+    """``gather``, ``two_phase``, or ``auto``: what sends fewer bytes. Codecs that sum up have one of their own."""
+    seed: int = 0
+    """Of stochastic rounding and random places."""
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("auto", *ALGORITHMS):
+            raise ConfigError(f"algorithm is {self.algorithm!r}, expected 'auto', 'gather' or 'two_phase'")
+        if self.bucket_mb is not None and not 0 < self.bucket_mb <= 4096:
+            raise ConfigError(f"bucket_mb is {self.bucket_mb}, expected more than 0 and at most 4096")
+        if self.local_clip is not None and not self.local_clip > 0:
+            raise ConfigError(f"local_clip is {self.local_clip}, expected more than 0")
+        if self.warm_up_steps < 0 or self.node_size < 1:
+            raise ConfigError(
+                f"warm_up_steps is {self.warm_up_steps} and node_size {self.node_size}, expected at least 0 and 1"
+            )
+
+
+class GradSync:
+    """Averages gradients over a group of ranks; an ``Exchange`` of the training step.
+
+    The model stays as it is: hooks on its parameters start the exchanges. A parameter without a gradient on this rank
+    counts as zero. Running statistics stay each rank's own until ``sync_buffers``.
+
+    Args:
+        codec: Encodes the gradients. One whose payloads combine by ``sum`` (``Identity``) is a plain fp32 all-reduce.
+        transport: The ranks.
+        config: See ``SyncConfig``.
+
+    Raises:
+        ConfigError: Codec and ``node_size`` do not go together, or the nodes do not divide the ranks.
+    """
+
+    def __init__(self, codec: Codec, transport: Transport, config: SyncConfig | None = None) -> None:
+        self.codec, self.config = codec, config or SyncConfig()
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._transport = transport
+        inside, between = None, transport
+        if self.config.node_size > 1:
+            if isinstance(codec, LowRank) or codec.combine == "sum":
+                raise ConfigError(f"{codec} sums up whole tensors, node_size needs a codec whose payloads are gathered")
+            inside, between = transport.split(self.config.node_size)
+        clip = self.config.local_clip
+        feedback = Feedback(
+            momentum=self.config.momentum,
+            masking=self.config.masking,
+            clip_norm=None if clip is None else clip / self.world_size**0.5,
+        )
+        self._feedback = feedback
+        self._link = Link(between, feedback, 1 / self.world_size)
+        self._inside = None if inside is None else Link(inside, feedback, 1.0, stats=self._link.stats)
+        self._buckets: list[_Bucket] = []
+        self._running: list[_Running] = []
+        self._num_started = 0
+        self._num_steps = 0
+        self._suspended = False
+
+    # Exchange -----------------------------------------------------------------------------------------------------
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Give all ranks the weights of rank 0 and set the hooks. Returns the model itself.
+
+        Raises:
+            ConfigError: The ranks' models differ in names or shapes.
+        """
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+        refuse_other_models(self._transport, model)
+        for value in (*model.parameters(), *model.buffers()):
+            broadcast(self._transport, value)
+        limit = (25.0 if self.config.bucket_mb is None else self.config.bucket_mb) * (1 << 20)
+        self._buckets = list(_fill_buckets(trained[::-1], limit))
+        this = weakref.ref(self)  # a hook is kept by its parameter, which we keep
+        for bucket in self._buckets:
+            for parameter in bucket.parameters.values():
+                hook = partial(_on_gradient, this, bucket)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return model
+
+    @contextmanager
+    def local_only(self) -> Iterator[None]:
+        """Gradients inside are summed up in ``.grad`` and not sent."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """One all-reduce of a few float64."""
+        return sum_numbers(self._transport, values)
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """One broadcast a buffer."""
+        for buffer in model.buffers():
+            broadcast(self._transport, buffer)
+
+    def finish(self) -> bool:
+        """Start what has not started, wait for all, and leave the mean of all ranks in ``.grad``.
+
+        Returns:
+            False, on all ranks, after a gradient with inf or NaN on some rank; zeros were sent in its place.
+        """
+        while self._num_started < len(self._buckets):
+            self._start_next()
+        while self._running:
+            for running in list(self._running):
+                self._advance(running)
+        num_elements = sum(bucket.num_elements for bucket in self._buckets)
+        self._link.count("uncompressed_bytes", ring_bytes(num_elements, self.world_size))
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+        self._num_started = 0
+        return self._link.healthy
+
+    def settle(self, ok: bool) -> None:
+        """Keep the residuals of this step, or go back to those before it."""
+        if ok:
+            self._feedback.commit()
+        else:
+            self._feedback.rollback()
+        self._link.healthy = True
+        self._num_steps += 1
+
+    def check_replicas(self, model: nn.Module) -> None:
+        """See ``Exchange``."""
+        check_replicas(self._transport, model)
+
+    def stats(self) -> dict[str, float]:
+        """Of the steps since the last call, on this rank.
+
+        ``wire_bytes``: bytes this rank sends to others, encoded (between nodes; ``node_bytes``: inside them).
+        ``uncompressed_bytes``: what a ring all-reduce of the same gradients in fp32 sends. ``encode_s``, ``decode_s``:
+        seconds in the codec. ``exchange_s``: seconds in which this rank did nothing but wait for others.
+        """
+        names = ["wire_bytes", "uncompressed_bytes", "encode_s", "exchange_s", "decode_s"]
+        names += ["node_bytes"] if self._inside is not None else []
+        found = {name: self._link.stats.get(name, 0.0) for name in names}
+        self._link.stats.clear()
+        return found
+
+    def residual_norm(self) -> float:
+        """Euclidean norm of what this rank has not sent yet."""
+        return self._feedback.norm()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's feedback, how many steps seeded the rounding, and the ranks of a node."""
+        feedback = {name: torch.from_numpy(value) for name, value in self._feedback.state_dict().items()}
+        return {
+            **feedback,
+            "num_steps": torch.tensor(self._num_steps),
+            "node_size": torch.tensor(self.config.node_size),
+        }
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take this rank's feedback back, or a fair share of all if the ranks or nodes are others now.
+
+        Raises:
+            CheckpointError: The feedback is of another model.
+        """
+        numbers = ("num_steps", "node_size")
+        feedback = [{k: v.numpy() for k, v in state.items() if k not in numbers} for state in states]
+        node_size = int(states[0].get("node_size", torch.tensor(1)))
+        self._num_steps = int(states[0].get("num_steps", torch.tensor(0)))
+        sizes = {name: p.numel() for bucket in self._buckets for name, p in bucket.parameters.items()}
+        for state in feedback:
+            for key, value in state.items():
+                kind, _, name = key.partition("/")
+                if name not in sizes or (kind != "factor" and value.size != sizes[name]):
+                    raise CheckpointError(f"feedback {key!r} of {value.size} elements fits no parameter here")
+        if len(states) == self.world_size and node_size == self.config.node_size:
+            self._feedback.load_state_dict(feedback[self.rank])
+            return
+        # Of a node, one rank alone is in charge of an element: it has to take the others' share of it, too.
+        scale = np.float32(self.config.node_size)
+        self._feedback.load_state_dict(
+            {
+                key: value if key.startswith("factor/") else self._in_charge(key.partition("/")[2], value * scale)
+                for key, value in redistribute(feedback).items()
+            }
+        )
+
+    # Exchanges ----------------------------------------------------------------------------------------------------
+
+    def _start_next(self) -> None:
+        """Start the exchange of the next bucket. See Note [one order]."""
+        bucket = self._buckets[self._num_started]
+        self._num_started += 1
+        self._link.seed = zlib.crc32(f"{self.config.seed}:{self._num_steps}".encode())
+        steps, collectives = self._exchange(bucket)
+        self._running.append(_Running(steps, next(steps), collectives))
+        for running in self._running[:-1]:
+            if running.left > 1:  # the last one has nothing to issue, it waits for finish
+                self._advance(running)
+
+    def _advance(self, running: "_Running") -> None:
+        """Wait for a collective and let its exchange go on to the next."""
+        with self._link.timed("exchange_s"):
+            result = running.pending.wait()
+        running.left -= 1
+        try:
+            running.pending = running.steps.send(result)
+        except StopIteration:
+            self._running.remove(running)
+
+    def _exchange(self, bucket: "_Bucket") -> tuple[Steps, int]:
+        if self.codec.combine == "sum":
+            return self._all_reduce(bucket), 1
+        warm = self.config.warm_up_steps
+        codec = self.codec.warmed_up(self._num_steps / warm) if warm else self.codec
+        pieces = bucket.pieces(codec)
+        algorithm = self._algorithm(bucket, codec, pieces)
+        return self._coded(bucket, pieces, algorithm), num_collectives(algorithm) + (2 if self._inside else 0)
+
+    def _algorithm(self, bucket: "_Bucket", codec: Codec, pieces: Sequence[Piece]) -> Algorithm:
+        if codec not in bucket.algorithms:
+            found = choose(pieces, self._link.transport.world_size)
+            bucket.algorithms[codec] = found if found is low_rank else ALGORITHMS.get(self.config.algorithm, found)
+        return bucket.algorithms[codec]
+
+    def _coded(self, bucket: "_Bucket", pieces: Sequence[Piece], algorithm: Algorithm) -> Steps:
+        if self._inside is None:
+            yield from algorithm(pieces, self._link)
+        else:
+            yield from hierarchical(pieces, self._inside, self._link, algorithm)
+        for piece in pieces:
+            _write_gradient(bucket.parameters[piece.name], piece.out)
+
+    def _all_reduce(self, bucket: "_Bucket") -> Steps:
+        """The sum of plain fp32 gradients, on their device."""
+        parameters = list(bucket.parameters.values())
+        for parameter in parameters:
+            _have_gradient(parameter)
+        flat = torch.cat([p.grad.reshape(-1).float() for p in parameters if p.grad is not None])
+        count_all_reduce(self._link, flat.numel())
+        total = yield self._link.transport.all_reduce(flat.to(self._link.transport.device))
+        total *= self._link.weight
+        for parameter, mean in zip(parameters, torch.split(total, [p.numel() for p in parameters]), strict=True):
+            assert parameter.grad is not None, "made above"
+            parameter.grad.copy_(mean.view_as(parameter))
+        self._link.healthy &= bool(torch.isfinite(total).all())
+
+    def _in_charge(self, name: str, value: Floats) -> Floats:
+        """Zeros where another rank of the node is in charge."""
+        if self._inside is None:
+            return value
+        kept = np.zeros_like(value)
+        for bucket in self._buckets:
+            names = list(bucket.parameters)
+            if name in names:
+                shares = cut([p.numel() for p in bucket.parameters.values()], self._inside.transport.world_size)
+                for i, part in shares[self._inside.transport.rank]:
+                    if names[i] == name:
+                        kept[part] = value[part]
+        return kept
+
+
+class _Bucket:
+    """Parameters that share an exchange."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.num_elements = sum(p.numel() for p in parameters.values())
+        self.missing = len(parameters)
+        self.algorithms: dict[Codec, Algorithm] = {}
+        self._fitted: dict[Codec, list[Codec]] = {}
+
+    def pieces(self, codec: Codec) -> list[Piece]:
+        """The gradients of this step, and the memory for their mean: the same, where NumPy can have it."""
+        if codec not in self._fitted:
+            self._fitted[codec] = [codec.for_tensor(tuple(p.shape)) for p in self.parameters.values()]
+        pieces = []
+        for (name, parameter), fitted in zip(self.parameters.items(), self._fitted[codec], strict=True):
+            _have_gradient(parameter)
+            assert parameter.grad is not None, "made above"
+            values = parameter.grad.detach().reshape(-1).float().cpu().numpy()
+            pieces.append(Piece(name, fitted, values, values, 0, parameter.numel()))
+        return pieces
+
+
+@dataclass
+class _Running:
+    """An exchange on its way, and how many collectives it has left, the pending one included."""
+
+    steps: Steps
+    pending: Pending
+    left: int
+
+
+def _on_gradient(sync: "weakref.ref[GradSync]", bucket: _Bucket, _: Tensor) -> None:
+    this = sync()
+    if this is None or this._suspended:
+        return
+    bucket.missing -= 1
+    while this._num_started < len(this._buckets) and this._buckets[this._num_started].missing <= 0:
+        this._start_next()
+
+
+def _have_gradient(parameter: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _write_gradient(parameter: Tensor, mean: Floats) -> None:
+    """Into ``.grad``, unless it is there already."""
+    source, grad = torch.from_numpy(mean), parameter.grad
+    assert grad is not None, "an exchanged parameter has a gradient"
+    if source.data_ptr() != grad.data_ptr():
+        grad.copy_(source.view_as(grad))
+
+
+def _fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit_bytes: float) -> Iterator[_Bucket]:
+    """In the order given; a bucket is full before it would exceed the limit."""
+    bucket: dict[str, Tensor] = {}
+    size = 0
+    for name, parameter in parameters:
+        num_bytes = 4 * parameter.numel()
+        if bucket and size + num_bytes > limit_bytes:
+            yield _Bucket(bucket)
+            bucket, size = {}, 0
+        bucket[name] = parameter
+        size += num_bytes
+    if bucket:
+        yield _Bucket(bucket)
