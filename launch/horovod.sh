@@ -102,8 +102,9 @@ build() {
         cd "$sources"
         export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
         export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_LOCAL_VERSION=$local_version
-        # cmake 4 refuses what gloo asks for; gcc 13 no longer includes cstdint on its own.
-        export CMAKE_POLICY_VERSION_MINIMUM=3.5 CXXFLAGS="${CXXFLAGS:-} -include cstdint"
+        # cmake 4 refuses what gloo asks for; gcc 13 no longer includes cstdint on its own; messages name source files.
+        export CMAKE_POLICY_VERSION_MINIMUM=3.5
+        export CXXFLAGS="${CXXFLAGS:-} -include cstdint -ffile-prefix-map=$work/="
         export MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
         "$python" setup.py --quiet bdist_wheel --dist-dir "$work/wheel"
     ) >"$log" 2>&1 || {

@@ -1,6 +1,7 @@
 """The transport over Horovod. Importing this file loads Horovod, so ``mesh`` does it only when a run asks for it."""
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +33,9 @@ _POLL_S = 0.0002  # Horovod looks for new calls once a millisecond
 
 def join(timeout_s: float) -> None:
     """``hvd.init`` with the time limit of the run. ``HorovodTransport`` works from here to ``leave``."""
-    seconds = max(1, round(timeout_s))
-    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)
+    # Also how long ranks wait for each other at the start, where some import longer than a short limit; then Horovod
+    # aborts the process. ``_Pending`` keeps to the limit itself.
+    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(30, math.ceil(timeout_s)))
     # Which small tensors Horovod packs into one all-reduce depends on timing, and with it the order of the additions.
     # Our buckets are large already.
     os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
@@ -54,7 +56,9 @@ def peer_failure(error: BaseException) -> str | None:
         return text
     # "Mismatched" sizes and types are a mistake on this side of the interface.
     if isinstance(error, HorovodInternalError) and "Mismatched" not in text:
-        return text.splitlines()[0] if text else "Horovod was shut down"
+        # Its own words name every collective there is.
+        ended = not text or text.startswith("Horovod has been shut down")
+        return "Horovod was ended by another rank" if ended else text
     return None
 
 
