@@ -210,6 +210,34 @@ def two_phase(pieces: Sequence[Piece], link: Link) -> Steps:
             link.add(row, [(pieces[i].codec.second_phase(), pieces[i].out[part]) for i, part in share], link.weight)
 
 
+def reduce_scatter(piece: Piece, link: Link) -> Steps:
+    """The first of the two phases alone: ``piece.out``, shape ``(N / W,)``, gets the sum of this rank's shard.
+
+    All shards are of equal length. A rank's own share is exact, and it owes nothing of it.
+    """
+    rank, world_size = link.transport.rank, link.transport.world_size
+    size = piece.values.size // world_size
+    num_bytes = slot_bytes(piece.codec, size) + 1
+    with link.timed("encode_s"):
+        (owed,) = link.open([piece])
+        parts = [slice(shard * size, (shard + 1) * size) for shard in range(world_size)]
+        messages = [
+            link.message([(piece.codec, size, link.encode(owed, piece, part))], num_bytes)
+            for shard, part in enumerate(parts)
+            if shard != rank
+        ]
+        owed.total(parts[rank], out=piece.out)
+        owed.left[parts[rank]] = 0
+        link.healthy &= bool(np.isfinite(piece.out).all())
+        message = torch.cat([torch.empty(0, dtype=torch.uint8), *messages]).to(link.transport.device)
+    sizes = [0 if other == rank else num_bytes for other in range(world_size)]
+    link.count("wire_bytes", message.numel())
+    received = yield link.transport.all_to_all(message, sizes, sizes)
+    with link.timed("decode_s"):
+        for row in received.cpu().numpy().reshape(-1, num_bytes):
+            link.add(row, [(piece.codec, piece.out)], 1.0)
+
+
 def low_rank(pieces: Sequence[Piece], link: Link) -> Steps:
     """PowerSGD: the sum of ``M Q``, made orthonormal to ``P``, and the sum of ``M^T P``; two small all-reduces.
 
