@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from efftrain.errors import DataError
@@ -11,6 +12,9 @@ from efftrain.report.figures import Figure, Series, line_plot
 from efftrain.report.page import Page, Section, Table
 from efftrain.report.run import read_metrics
 from efftrain.units import format_bytes, format_seconds
+
+_EXCHANGE = ("wire_bytes", "uncompressed_bytes", "node_bytes", "encode_s", "exchange_s", "decode_s")
+"""Figures of the gradient exchange; a run without one has none of them."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{path / 'result.json'} cannot be read as JSON: {error}") from error
     if not isinstance(result, dict):
         raise DataError(f"{path / 'result.json'} holds a {type(result).__name__}, expected a JSON object")
-    for name in ("accuracy", "loss", "wire_bytes", "uncompressed_bytes", "train_s"):
+    for name in ("accuracy", "loss", "num_steps", "train_s", *_EXCHANGE):
         _expect_number(result, name, path / "result.json")
     metrics = read_metrics(path / "metrics.jsonl")
     for row in metrics:
-        for name in ("step", "accuracy", "loss", "wire_bytes"):
+        for name in ("step", "accuracy", "loss", "step_s", "residual_norm", *_EXCHANGE):
             _expect_number(row, name, path / "metrics.jsonl")
     return Run(path, result, metrics)
 
@@ -90,8 +94,48 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     names = " against ".join(run.label for run in runs)
     best = max(runs, key=lambda run: float(run.result.get("accuracy") or 0))
     lead = f"Best accuracy {_share(best.result.get('accuracy'))} by {best.label}."
-    section = Section("Figures", "", [comparison_table(runs)], learning_figures(evaluated))
-    return Page(f"efftrain report: {names}", lead, [section], facts(best.result))
+    sections = [Section("Figures", "", [comparison_table(runs)], learning_figures(evaluated))]
+    exchanging = [run for run in runs if run.result.get("wire_bytes")]
+    if exchanging:
+        sections.append(
+            Section("Gradient exchange", "Data axis.", [exchange_table(exchanging)], exchange_figures(exchanging))
+        )
+    return Page(f"efftrain report: {names}", lead, sections, facts(best.result))
+
+
+def exchange_table(runs: Sequence[Run]) -> Table:
+    """What a step of each run sends, and what the exchange costs it, as means over the run on rank 0."""
+    rows = []
+    for run in runs:
+        num_steps = max(1, int(run.result.get("num_steps") or 1))
+        mean = {name: float(run.result.get(name) or 0) / num_steps for name in _EXCHANGE}
+        steps = [float(row["step_s"]) for row in run.rows("step") if row.get("step_s")]
+        rows.append(
+            (
+                run.label,
+                format_bytes(mean["uncompressed_bytes"]),
+                format_bytes(mean["wire_bytes"]),
+                format_bytes(mean["node_bytes"]) if mean["node_bytes"] else "-",
+                *(f"{1000 * mean[name]:.2f} ms" for name in ("encode_s", "exchange_s", "decode_s")),
+                f"{1000 * median(steps):.2f} ms" if steps else "-",
+            )
+        )
+    columns = ("run", "fp32 a step", "sent a step", "inside nodes", "encode", "wait for others", "decode", "whole step")
+    return Table(columns, rows, num_text_columns=1)
+
+
+def exchange_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Bytes of each step, and what is still owed after it."""
+    sent = [series for run in runs if (series := _series(run, "step", "step", "wire_bytes")).x]
+    owed = [series for run in runs if any((series := _series(run, "step", "step", "residual_norm")).y)]
+    figures = []
+    if sent:
+        caption = "Bytes that rank 0 sends in a step, encoded."
+        figures.append(line_plot("sent", sent, x_label="updates", y_label="bytes a step", caption=caption))
+    if owed:
+        caption = "Euclidean norm of what error feedback keeps on rank 0 for later steps."
+        figures.append(line_plot("owed", owed, x_label="updates", y_label="norm of the residuals", caption=caption))
+    return figures
 
 
 def learning_figures(runs: Sequence[Run], prefix: str = "") -> list[Figure]:

@@ -190,6 +190,24 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert [figure.name for figure in alone.sections[0].figures] == ["loss", "accuracy"], "nothing was sent"
 
 
+def test_the_exchange_by_hand(tmp_path: Path) -> None:
+    """Means over the steps of the run; a run that sent nothing has no such section."""
+    path = make_run(tmp_path / "a")
+    result = json.loads((path / "result.json").read_text())
+    result.update(num_steps=100, encode_s=0.5, exchange_s=0.25, decode_s=0.125)
+    (path / "result.json").write_text(json.dumps(result))
+    rows = [{"kind": "step", "step": i, "step_s": i / 100, "wire_bytes": 10, "residual_norm": i} for i in (1, 2, 9)]
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    section = comparison_page([read_run(path)]).sections[1]
+    table = section.tables[0]
+    steps = ("5.00 ms", "2.50 ms", "1.25 ms", "20.00 ms")
+    assert list(table.rows) == [("a", "29.3 KiB", "1000 B", "-", *steps)]
+    assert [figure.name for figure in section.figures] == ["sent", "owed"]
+    silent = comparison_page([read_run(make_run(tmp_path / "b", wire_bytes=None))])
+    assert len(silent.sections) == 1
+
+
 def test_a_run_is_called_by_its_folder_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make_run(tmp_path / "run"))
     assert read_run(Path()).label == "run"
