@@ -15,6 +15,7 @@ The last form is how settings are chosen: with other seeds, on data that neither
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -233,7 +234,12 @@ def verdict(name: str, figures: dict[str, Any]) -> str:
     """What a cell shows, in words."""
     if name == CONTROL:
         return "control"
-    return "within the spread" if figures["within_spread"] else "worse"
+    pairs, deviation = len(figures["values"]), figures["difference_std"] or 0.0
+    if not figures["within_spread"]:
+        return "worse"
+    if pairs > 2 and figures["difference"] < -2 * deviation / math.sqrt(pairs):
+        return "within the spread, but below the control by more than two standard errors"
+    return "within the spread"
 
 
 def claims(cells: dict[str, dict[str, Any]]) -> dict[str, bool]:
@@ -259,7 +265,8 @@ def render(report: dict[str, Any]) -> str:
         "schedule of the control of the same seed; seeds count from 0. Bytes are those that a rank sends in the whole "
         "run, headers included, against the fp32 all-reduce of the same gradients. Difference: mean over the seeds "
         "that the row shares with the control, positive where the row is better, and the standard deviation of the "
-        "pairs. A row is within the spread if that mean is not below minus (largest - smallest of the control).",
+        "pairs. A row is within the spread if that mean is not below minus (largest - smallest of the control). Rows "
+        "of fewer seeds say less.",
         "",
     ]
     for task, modes in report["cells"].items():
@@ -287,7 +294,8 @@ def render(report: dict[str, Any]) -> str:
                 f"{scale * figures['mean']:.{digits}f} | {values} | "
                 f"{scale * figures['difference']:+.{digits}f}{spread} | {verdict(name, figures)} |"
             )
-        lines.append("")
+        missing = [name for name in OTHER_MODES if name not in modes]
+        lines += ["", f"Not run: {', '.join(missing)}.", ""] if missing else [""]
     lines += ["## Claims", ""]
     lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}" for text, holds in report["claims"].items()]
     lines += [
