@@ -119,7 +119,7 @@ def pack_codes(codes: Bytes, bits: int) -> Bytes:
     """
     if bits == 8:
         return codes
-    if bits in (1, 2, 4):
+    if bits in (1, 2, 4, 6):
         done = kernels.pack_codes(codes, bits)
         if done is not kernels.MISSING:
             return done
@@ -141,7 +141,7 @@ def unpack_codes(codec: str, packed: Bytes, num_codes: int, bits: int) -> Bytes:
     if bits == 8:
         return packed
     expect_no_more_bits(codec, packed, num_codes, bits)
-    if bits in (1, 2, 4):
+    if bits in (1, 2, 4, 6):
         done = kernels.unpack_codes(packed, num_codes, bits)
         if done is not kernels.MISSING:
             return done

@@ -1,5 +1,6 @@
 """Dense codecs that send small floats: every element, with fewer bits of mantissa and exponent."""
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from efftrain.compression.blocks import (
     check_block,
     expect_body,
     expect_finite,
+    expect_no_more_bits,
     in_blocks,
+    largest_scale,
     num_blocks,
     pack_codes,
     packed_bytes,
@@ -148,10 +151,35 @@ class Fp8(Codec):
         ratio, scales = scaled(in_blocks(values, self.block), int(small.largest))
         return [scale_bytes(scales), small.codes(ratio.reshape(-1)[: values.size])]
 
-    def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
-        small, split = _MINIFLOATS[self.format], 4 * num_blocks(num_elements, self.block)
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        small, split = _MINIFLOATS[self.format], 4 * num_blocks(values.size, self.block)
+        data, body = start(self.codec_id, self._params(), values.size, split + values.size)
+        number = small.for_kernels(float(largest_scale(int(small.largest))))
+        scales = kernels.encode_minifloats(values, residual, self.block, number, body[split:], left)
+        if scales is kernels.MISSING:
+            return None
+        body[:split] = scale_bytes(scales)
+        return seal(data)
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        if self._look_up(body, out, float(weight)) is kernels.MISSING:
+            super()._add_body(body, out, weight)
+
+    def _look_up(self, body: Bytes, out: Floats, weight: float | None) -> kernels.Missing | None:
+        scales, table = self._scales(body, out.size), _MINIFLOATS[self.format].values()
+        return kernels.look_up("Fp8", body[4 * scales.size :], 8, table, scales, self.block, weight, out)
+
+    def _scales(self, body: Bytes, num_elements: int) -> Floats:
+        split = 4 * num_blocks(num_elements, self.block)
         expect_body("Fp8", body, num_elements + split)
-        scales = read_scales("Fp8", body[:split], int(small.largest))
+        return read_scales("Fp8", body[:split], int(_MINIFLOATS[self.format].largest))
+
+    def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        out = np.empty(num_elements, np.float32)
+        if self._look_up(body, out, None) is not kernels.MISSING:
+            return out
+        small, scales = _MINIFLOATS[self.format], self._scales(body, num_elements)
+        split = 4 * scales.size
         return expect_finite("Fp8", small.values()[body[split:]] * per_element(scales, self.block, num_elements))
 
 
@@ -213,26 +241,57 @@ class Mx(Codec):
             codes = _MINIFLOATS[self.format].codes(ratio)
         return [(exponents + _E8M0_BIAS).astype(np.uint8), pack_codes(codes, self._bits)]
 
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        split, bits = num_blocks(values.size, _MX_BLOCK), self._bits
+        data, body = start(self.codec_id, self._params(), values.size, split + packed_bytes(values.size, bits))
+        codes = body[split:] if bits == 8 else np.empty(values.size, np.uint8)
+        number = _INT8_FOR_KERNELS if self.format == "int8" else _MINIFLOATS[self.format].for_kernels(0.0)
+        scales = kernels.encode_minifloats(values, residual, _MX_BLOCK, number, codes, left)
+        if scales is kernels.MISSING:
+            return None
+        body[:split] = scales.view(np.uint32) >> 23  # the exponent; 2^-127 is denormal and has 0 there
+        if bits < 8:
+            body[split:] = pack_codes(codes, bits)
+        return seal(data)
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        if self._look_up(body, out, float(weight)) is kernels.MISSING:
+            super()._add_body(body, out, weight)
+
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        out = np.empty(num_elements, np.float32)
+        if self._look_up(body, out, None) is not kernels.MISSING:
+            return out
+        scales = self._scales(body, num_elements)
+        codes = unpack_codes("Mx", body[scales.size :], num_elements, self._bits)
+        with np.errstate(over="ignore"):
+            values = self._table()[codes] * per_element(scales, _MX_BLOCK, num_elements)
+        return expect_finite("Mx", values)
+
+    def _look_up(self, body: Bytes, out: Floats, weight: float | None) -> kernels.Missing | None:
+        scales, bits = self._scales(body, out.size), self._bits
+        packed = body[scales.size :]
+        expect_no_more_bits("Mx", packed, out.size, bits)
+        return kernels.look_up("Mx", packed, bits, self._table(), scales, _MX_BLOCK, weight, out)
+
+    def _scales(self, body: Bytes, num_elements: int) -> Floats:
         split = num_blocks(num_elements, _MX_BLOCK)
         expect_body("Mx", body, split + packed_bytes(num_elements, self._bits))
         if (body[:split] == 255).any():
             raise PayloadError("Mx payload has a NaN scale")
-        codes = unpack_codes("Mx", body[split:], num_elements, self._bits)
-        if self.format == "int8":
-            if (codes == 128).any():
-                raise PayloadError("Mx payload holds -128, the levels are -127 to 127")
-            values = codes.view(np.int8).astype(np.float32) / np.float32(64)
-        else:
-            values = _MINIFLOATS[self.format].values()[codes]
-        scales = np.ldexp(np.float32(1), body[:split].astype(np.int32) - _E8M0_BIAS).astype(np.float32)
-        with np.errstate(over="ignore"):
-            values = values * per_element(scales, _MX_BLOCK, num_elements)
-        return expect_finite("Mx", values)
+        return _E8M0[body[:split]]
+
+    def _table(self) -> Floats:
+        """The number of every code; NaN for those that are never written."""
+        return _INT8_VALUES if self.format == "int8" else _MINIFLOATS[self.format].values()
 
 
 _MX_BLOCK = 32
 _E8M0_BIAS = 127
+_E8M0 = np.ldexp(np.float32(1), np.arange(255) - _E8M0_BIAS).astype(np.float32)
+_INT8_VALUES = (np.arange(256, dtype=np.uint8).view(np.int8) / np.float32(64)).astype(np.float32)
+_INT8_VALUES[128] = np.nan
+_INT8_FOR_KERNELS = kernels.MinifloatFormat(8, 6, 0, 127 / 64, 1, 0.0, 0)
 
 
 @dataclass(frozen=True)
@@ -272,6 +331,12 @@ class _Minifloat:
         sign = np.signbit(values).astype(np.int32) << (self.bits - 1)
         codes: Bytes = (code | sign).astype(np.uint8)
         return codes
+
+    def for_kernels(self, largest_scale: float) -> kernels.MinifloatFormat:
+        """With scales ``max|x| / largest`` up to ``largest_scale``, or powers of two if that is 0."""
+        exponent = math.frexp(self.largest)[1] - 1
+        sizes = (self.bits, self.mantissa_bits, self._least_exponent)
+        return kernels.MinifloatFormat(*sizes, self.largest, 0, largest_scale, exponent)
 
     def values(self) -> Floats:
         """The number of every code; NaN for those that are never written."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 
-from efftrain.compression import Codec, Feedback, Half, Int8, IntN, Sign, TopK, format_codec, kernels
+from efftrain.compression import Codec, Feedback, Fp8, Half, Int8, IntN, Mx, Sign, TopK, format_codec, kernels
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.compression.wire import pack, unpack
 from efftrain.errors import NonFiniteError, PayloadError
@@ -39,6 +39,12 @@ CODECS: list[Codec] = [
     Sign(block=1),
     Half("fp16"),
     Half("bf16"),
+    Fp8("e4m3"),
+    Fp8("e5m2", block=7),
+    Mx("e5m2"),
+    Mx("e3m2"),
+    Mx("e2m1"),
+    Mx("int8"),
     TopK(0.1) >> Half("fp16"),
     TopK(0.1) >> Sign(block=20),
     TopK(0.001),
@@ -191,7 +197,7 @@ def test_any_index_bits(data: st.DataObject, n: int) -> None:
     assert results[0] == results[1]
 
 
-@given(st.integers(0, 70), st.sampled_from([1, 2, 4]), st.data())
+@given(st.integers(0, 70), st.sampled_from([1, 2, 4, 6]), st.data())
 def test_packed_codes(n: int, num_bits: int, data: st.DataObject) -> None:
     codes = data.draw(hnp.arrays(np.uint8, n, elements=st.integers(0, (1 << num_bits) - 1)))
     packed = kernels.pack_codes(codes, num_bits)

@@ -180,6 +180,73 @@ def half_decode_add(codes: Bytes, bf16: bool, weight: float, out: Floats) -> Mis
     return None
 
 
+class MinifloatFormat(ctypes.Structure):
+    """A number format of few bits; ``efc.h`` says what its fields are."""
+
+    _fields_ = (
+        ("bits", ctypes.c_int32),
+        ("mantissa_bits", ctypes.c_int32),
+        ("least_exponent", ctypes.c_int32),
+        ("largest", ctypes.c_float),
+        ("twos_complement", ctypes.c_int32),
+        ("largest_scale", ctypes.c_float),
+        ("largest_exponent", ctypes.c_int32),
+    )
+
+
+def encode_minifloats(
+    a: Floats, b: Floats | None, block: int, number: MinifloatFormat, codes: Bytes, left: Floats | None
+) -> Floats | Missing:
+    """Scales of ``a + b``, shape ``(ceil(N / block),)``; the codes of its small floats go to ``codes``.
+
+    Args:
+        a: Shape ``(N,)``.
+        b: Shape ``(N,)`` or ``None`` for zero.
+        block: Elements that share a scale.
+        number: Format of the small floats and rule of the scales.
+        codes: Shape ``(N,)``, filled here.
+        left: Shape ``(N,)``, filled with what the codes do not say; may be ``None`` if ``b`` is.
+
+    Raises:
+        NonFiniteError: The sum holds inf or NaN; the message does not say where.
+    """
+    efc = library()
+    if efc is None:
+        return MISSING
+    scales = np.empty(-(-a.size // block), np.float32)
+    outputs = (_at(scales), _at(codes), _at(left))
+    _finite(efc.efc_minifloat_f32(_at(a), _at(b), _long(a.size), _long(block), number, *outputs))
+    return scales
+
+
+def look_up(
+    codec: str, packed: Bytes, bits: int, table: Floats, scales: Floats, block: int, weight: float | None, out: Floats
+) -> Missing | None:
+    """``out = table[code] * scale``, or, with a weight, ``out += weight * (table[code] * scale)``.
+
+    Args:
+        codec: Named in the error.
+        packed: As ``pack_codes`` writes them; with 8 bits the codes themselves.
+        bits: 1, 2, 4, 6 or 8.
+        table: Shape ``(2**bits,)``; NaN for codes that nobody writes.
+        scales: Shape ``(ceil(N / block),)``.
+        block: Elements that share a scale.
+        weight: Or ``None`` to overwrite.
+        out: Shape ``(N,)``.
+
+    Raises:
+        PayloadError: A product of table and scale is inf or NaN; ``out`` is unchanged.
+    """
+    efc = library()
+    if efc is None or not out.flags.c_contiguous:
+        return MISSING
+    factor = None if weight is None else ctypes.byref(ctypes.c_float(weight))
+    sizes = (_long(out.size), ctypes.c_int32(bits))
+    if efc.efc_lookup_f32(_at(packed), *sizes, _at(table), _at(scales), _long(block), factor, _at(out)):
+        raise PayloadError(f"{codec} payload has a code that is never written, or overflows")
+    return None
+
+
 def encode_places(places: Places, low: int, num_low_bytes: int, num_high_bytes: int) -> Bytes | Missing:
     """Elias-Fano code: the low bits, then the bitmap of the high ones."""
     efc = library()
@@ -209,7 +276,7 @@ def decode_places(coded: Bytes, num_low_bytes: int, k: int, n: int, low: int) ->
 
 
 def pack_codes(codes: Bytes, bits: int) -> Bytes | Missing:
-    """The lowest ``bits`` (1, 2 or 4) of each code, packed from the lowest bit up."""
+    """The lowest ``bits`` (1, 2, 4 or 6) of each code, packed from the lowest bit up."""
     efc = library()
     if efc is None:
         return MISSING

@@ -281,7 +281,7 @@ EFC_API int32_t efc_index_decode_s64(const uint8_t *restrict lows, const uint8_t
  *
  * @param[in]  codes   [n], only the lowest bits count
  * @param[in]  n       >= 0
- * @param[in]  bits    1, 2 or 4
+ * @param[in]  bits    1, 2, 4 or 6
  * @param[out] packed  [ceil(n * bits / 8)]; bits beyond the last code are 0
  */
 EFC_API void efc_pack_u8(const uint8_t *restrict codes, int64_t n, int32_t bits, uint8_t *restrict packed);
@@ -291,9 +291,57 @@ EFC_API void efc_pack_u8(const uint8_t *restrict codes, int64_t n, int32_t bits,
  *
  * @param[in]  packed  [ceil(n * bits / 8)]
  * @param[in]  n       >= 0
- * @param[in]  bits    1, 2 or 4
+ * @param[in]  bits    1, 2, 4 or 6
  * @param[out] codes   [n]
  */
 EFC_API void efc_unpack_u8(const uint8_t *restrict packed, int64_t n, int32_t bits, uint8_t *restrict codes);
+
+/** A number format of few bits: sign, exponent, mantissa; or, without exponent, fixed point. */
+typedef struct {
+    int32_t bits;            /* of a code, 4 to 8 */
+    int32_t mantissa_bits;   /* behind the point */
+    int32_t least_exponent;  /* of numbers of full precision; smaller ones are multiples of the same step */
+    float largest;           /* number; what is larger becomes it */
+    int32_t twos_complement; /* codes are integers, not sign and magnitude */
+    float largest_scale;     /* > 0: a scale is max|x| / largest, cut to this; 0: it is a power of two, and */
+    int32_t largest_exponent;/* the exponent of max|x| / scale is this, if scale > 2^-127 */
+} efc_minifloat;
+
+/**
+ * Round the sum of two tensors to small floats with one scale a block, and keep what they do not say.
+ *
+ *   x = a + b,  code of clamp(x / scale, -largest, largest), rounded half to even,  left = x - value(code) * scale
+ *
+ * A block whose scale is 0 (all zero, or it underflows) gives code 0.
+ *
+ * @param[in]  a       [n]
+ * @param[in]  b       [n], or NULL: x = a
+ * @param[in]  n       >= 0
+ * @param[in]  block   elements that share a scale, >= 1
+ * @param[in]  format  as above
+ * @param[out] scales  [ceil(n / block)]
+ * @param[out] codes   [n]
+ * @param[out] left    [n]; may be NULL if b is
+ * @return EFC_OK or EFC_NON_FINITE
+ */
+EFC_API int32_t efc_minifloat_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t block,
+                                  efc_minifloat format, float *restrict scales, uint8_t *restrict codes,
+                                  float *restrict left);
+
+/**
+ * Codes of few bits back to floats, by a table:  out = table[code] * scale,  or  out += weight * (table[code] * scale).
+ *
+ * @param[in]     packed  [ceil(n * bits / 8)], as efc_pack_u8 writes them
+ * @param[in]     n       >= 0
+ * @param[in]     bits    1, 2, 4, 6 or 8
+ * @param[in]     table   [2^bits]; NaN for codes that nobody writes
+ * @param[in]     scales  [ceil(n / block)]
+ * @param[in]     block   elements that share a scale, >= 1
+ * @param[in]     weight  NULL: overwrite out
+ * @param[in,out] out     [n]; unchanged if the codes are malformed
+ * @return EFC_OK, or EFC_MALFORMED: a product of table and scale is inf or NaN
+ */
+EFC_API int32_t efc_lookup_f32(const uint8_t *restrict packed, int64_t n, int32_t bits, const float *restrict table,
+                               const float *restrict scales, int64_t block, const float *weight, float *restrict out);
 
 #endif

@@ -7,8 +7,32 @@ static inline void split(uint8_t byte, uint8_t *codes, int64_t count, uint32_t b
     }
 }
 
+/* Four codes in three bytes. */
+static void unpack_6(const uint8_t *restrict packed, int64_t n, uint8_t *restrict codes)
+{
+    const int64_t whole = n / 4;
+    for (int64_t i = 0; i < whole; i++) {
+        const uint8_t *p = packed + 3 * i;
+        codes[4 * i] = p[0] & 63u;
+        codes[4 * i + 1] = (uint8_t)((p[0] >> 6 | (uint32_t)p[1] << 2) & 63u);
+        codes[4 * i + 2] = (uint8_t)((p[1] >> 4 | (uint32_t)p[2] << 4) & 63u);
+        codes[4 * i + 3] = p[2] >> 2;
+    }
+    uint32_t word = 0;
+    for (int64_t bit = 0; bit < 6 * (n & 3); bit += 8) {
+        word |= (uint32_t)packed[3 * whole + bit / 8] << bit;
+    }
+    for (int64_t i = 4 * whole; i < n; i++) {
+        codes[i] = (uint8_t)(word >> (6 * (i & 3)) & 63u);
+    }
+}
+
 void efc_unpack_u8(const uint8_t *restrict packed, int64_t n, int32_t bits, uint8_t *restrict codes)
 {
+    if (bits == 6) {
+        unpack_6(packed, n, codes);
+        return;
+    }
     const int64_t each = 8 / bits;
     const int64_t whole = n / each;
     /* The number of bits written out, so that each loop becomes vector code. */
