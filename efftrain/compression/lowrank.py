@@ -118,7 +118,7 @@ class LowRank(Codec):
         if self._num_factor_elements(n) >= n:
             return expect_finite("LowRank", floats)
         p_MR, q_NR = floats[: rows * rank].reshape(-1, rank), floats[rows * rank :].reshape(-1, rank)
-        return expect_finite("LowRank", _product(p_MR, q_NR).reshape(-1))
+        return expect_finite("LowRank", expand(p_MR, q_NR).reshape(-1))
 
 
 def start_factor(cols: int, rank: int, key: int) -> Floats:
@@ -204,7 +204,7 @@ def _power_iteration(matrix_MN: Floats, rank: int, key: int) -> tuple[Floats, Fl
     return p_MR, np.ldexp(q_NR, exponent) if exponent else q_NR
 
 
-def _product(p_MR: Floats, q_NR: Floats) -> Floats:
+def expand(p_MR: Floats, q_NR: Floats) -> Floats:
     """``p @ q.T``, terms added from the first column to the last with one rounding each; BLAS has no fixed order."""
     q_RN = np.ascontiguousarray(q_NR.T)
     out_MN = np.empty((len(p_MR), len(q_NR)), np.float32)

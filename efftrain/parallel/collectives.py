@@ -22,6 +22,7 @@ from torch import Tensor
 from efftrain.compression import Codec, Feedback, LowRank, Payload, orthonormalize, start_factor
 from efftrain.compression.compact import add_slot, fill_slot, slot_bytes
 from efftrain.compression.feedback import Owed
+from efftrain.compression.lowrank import expand
 from efftrain.compression.wire import Bytes, Floats
 from efftrain.errors import NonFiniteError
 from efftrain.parallel.backends import Pending, Transport
@@ -291,7 +292,7 @@ class _Matrix:
         """Write the mean, and what this rank's matrix has beyond it."""
         q = q.reshape(self.q.shape)
         mean = self.piece.out.reshape(self.m.shape)
-        np.matmul(p, q.T, out=mean)
+        mean[:] = expand(p, q)
         self.m -= mean
         link.feedback.stage_factor(self.piece.name, q)
 
