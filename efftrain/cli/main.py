@@ -70,6 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(message: str) -> NoReturn:
-    rank = os.environ.get("RANK")
+    rank = os.environ.get("HOROVOD_RANK") or os.environ.get("RANK")
     print(f"efftrain: {f'rank {rank}: ' if rank else ''}{' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(1) from None

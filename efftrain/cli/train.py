@@ -30,7 +30,7 @@ def train_command(
     from efftrain.training import StepResult
 
     settings = load_recipe(ClusterRecipe, recipe, overrides or ())
-    if os.environ.get("RANK", "0") != "0":
+    if (os.environ.get("HOROVOD_RANK") or os.environ.get("RANK", "0")) != "0":
         train(settings, out=out, resume=resume)
         return
     with progress(f"train {settings.name}") as advance:

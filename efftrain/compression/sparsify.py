@@ -271,7 +271,7 @@ class Threshold(Sparse):
     The threshold is that magnitude of the sample above which ``ratio`` of it lies. If more than ``2 K`` elements exceed
     it, the ``2 K`` largest are sent; there are never none. ``TopK`` sends the same within the noise of the sample, its
     number of bytes is known before, and compiled kernels make it faster: this is for machines without a compiler
-    and for comparison with the paper. Exchanges that need messages of equal size refuse it.
+    and for comparison with the paper. An exchange between ranks pads its messages to the largest.
 
     Args:
         ratio: Share of elements aimed at, in ``(0, 1]``; ``K = max(1, round(ratio * N))``. ``N`` is below 2**31.
