@@ -25,7 +25,7 @@ from efftrain.compression.blocks import (
     unpack_codes,
 )
 from efftrain.compression.codec import Codec, Combine
-from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, seal, start
+from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, pack, seal, start
 from efftrain.errors import PayloadError
 
 
@@ -149,24 +149,62 @@ class Ternary(Codec):
         if self.clip and values.size:
             bound = np.float32(min(self.clip * float(values.std(dtype=np.float64)), float(np.finfo(np.float32).max)))
             values = np.clip(values, -bound, bound)
+        noise = _noise(values.size, key)
         ratio, scales = scaled(in_blocks(values, self.block), 1)
         ratio = ratio.reshape(-1)[: values.size]
-        sent = np.random.default_rng(key).random(values.size, np.float32) < np.abs(ratio)
+        sent = noise < np.abs(ratio)
         digits = np.where(sent, np.where(ratio > 0, _PLUS, _MINUS), _ZERO)
-        return [scale_bytes(scales), (in_rows(digits, 5) * _POWERS).sum(axis=1, dtype=np.uint8)]
+        return [scale_bytes(scales), _pack(digits)]
+
+    def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
+        if self.clip or kernels.available() is None:
+            return None
+        found = kernels.ternary(values, residual, _noise(values.size, key), self.block, left)
+        if found is kernels.MISSING:
+            return None
+        scales, digits = found
+        return pack(self.codec_id, self._params(), values.size, [scale_bytes(scales), _pack(digits)])
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
+        scales, digits = self._split(body, num_elements)
+        out = np.empty(num_elements, np.float32)
+        if kernels.look_up("Ternary", digits, 8, _VALUES, scales, self.block, None, out) is kernels.MISSING:
+            np.multiply(_VALUES[digits], per_element(scales, self.block, num_elements), out=out)
+        return out
+
+    def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
+        scales, digits = self._split(body, out.size)
+        done = kernels.look_up("Ternary", digits, 8, _VALUES, scales, self.block, float(weight), out)
+        if done is kernels.MISSING:
+            out += weight * (_VALUES[digits] * per_element(scales, self.block, out.size))
+
+    def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Bytes]:
+        """Scales and digits; the digits are 0 to 2."""
         split = 4 * num_blocks(num_elements, self.block)
         expect_body("Ternary", body, split + -(-num_elements // 5))
         packed = body[split:]
         if packed.size and packed.max() >= 3**5:
             raise PayloadError("Ternary payload has a byte above 242, the largest of five digits")
-        digits = (packed[:, None] // _POWERS % np.uint8(3)).reshape(-1)
+        digits = _unpack(packed)
         if digits[num_elements:].any():
             raise PayloadError("Ternary payload has digits behind its last element")
-        scales = per_element(read_scales("Ternary", body[:split], 1), self.block, num_elements)
-        values: Floats = _SIGNS[digits[:num_elements]] * scales
-        return values
+        return read_scales("Ternary", body[:split], 1), digits[:num_elements]
+
+
+def _noise(num_elements: int, key: int) -> Floats:
+    return np.random.default_rng(key).random(num_elements, np.float32)
+
+
+def _pack(digits: Bytes) -> Bytes:
+    """Five digits a byte, the first one the least significant."""
+    packed = kernels.pack_3(digits)
+    return (in_rows(digits, 5) * _POWERS).sum(axis=1, dtype=np.uint8) if packed is kernels.MISSING else packed
+
+
+def _unpack(packed: Bytes) -> Bytes:
+    """Inverse of ``_pack``, five digits for each byte."""
+    digits = kernels.unpack_3(packed)
+    return (packed[:, None] // _POWERS % np.uint8(3)).reshape(-1) if digits is kernels.MISSING else digits
 
 
 def _total_magnitudes(values: Floats, block: int) -> npt.NDArray[np.float64]:
@@ -182,5 +220,6 @@ def _total_magnitudes(values: Floats, block: int) -> npt.NDArray[np.float64]:
 
 
 _ZERO, _PLUS, _MINUS = np.uint8(0), np.uint8(1), np.uint8(2)
-_SIGNS = np.array([0, 1, -1], np.float32)
+_VALUES = np.zeros(256, np.float32)
+_VALUES[1:3] = 1, -1
 _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)

@@ -321,9 +321,12 @@ class Threshold(Sparse):
         sample = np.abs(owed[one_of_each_stratum(n, num_sampled, key)])
         rank = _share(self.ratio, num_sampled)
         threshold = np.partition(sample, num_sampled - rank)[num_sampled - rank]
+        most = self.most_sent(n)
+        found = kernels.at_least(owed, float(threshold), most)
+        if found is not kernels.MISSING and found is not None:
+            return found
         magnitude = np.abs(owed)
         indices = np.flatnonzero(magnitude >= threshold)
-        most = self.most_sent(n)
         return indices if indices.size <= most else indices[largest(magnitude[indices], most)]
 
     def _write_places(self, indices_K: Indices, n: int, key: int) -> list[Bytes]:

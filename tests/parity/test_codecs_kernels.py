@@ -15,7 +15,21 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 
-from efftrain.compression import Codec, Feedback, Fp8, Half, Int8, IntN, Mx, Sign, TopK, format_codec, kernels
+from efftrain.compression import (
+    Codec,
+    Feedback,
+    Fp8,
+    Half,
+    Int8,
+    IntN,
+    Mx,
+    Sign,
+    Ternary,
+    Threshold,
+    TopK,
+    format_codec,
+    kernels,
+)
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.compression.wire import pack, unpack
 from efftrain.errors import NonFiniteError, PayloadError
@@ -45,7 +59,11 @@ CODECS: list[Codec] = [
     Mx("e3m2"),
     Mx("e2m1"),
     Mx("int8"),
+    Ternary(block=33),
+    Ternary(block=256, clip=2.5),
     TopK(0.1) >> Half("fp16"),
+    TopK(0.1) >> Ternary(block=20),
+    Threshold(0.02, sample=0.02),
     TopK(0.1) >> Sign(block=20),
     TopK(0.001),
     TopK(0.01) >> Int8(block=64),

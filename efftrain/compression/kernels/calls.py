@@ -180,6 +180,61 @@ def half_decode_add(codes: Bytes, bf16: bool, weight: float, out: Floats) -> Mis
     return None
 
 
+def ternary(
+    a: Floats, b: Floats | None, noise: Floats, block: int, left: Floats | None
+) -> tuple[Floats, Bytes] | Missing:
+    """Scales of ``a + b``, shape ``(ceil(N / block),)``, and its digits, shape ``(N,)``: 0, 1 for +, 2 for -.
+
+    Args:
+        a: Shape ``(N,)``.
+        b: Shape ``(N,)`` or ``None`` for zero.
+        noise: Shape ``(N,)``, in [0, 1).
+        block: Elements that share a scale.
+        left: Shape ``(N,)``, filled with what the digits do not say; may be ``None`` if ``b`` is.
+
+    Raises:
+        NonFiniteError: The sum holds inf or NaN; the message does not say where.
+    """
+    efc = library()
+    if efc is None:
+        return MISSING
+    scales, digits = np.empty(-(-a.size // block), np.float32), np.empty(a.size, np.uint8)
+    outputs = (_at(scales), _at(digits), _at(left))
+    _finite(efc.efc_ternary_f32(_at(a), _at(b), _at(noise), _long(a.size), _long(block), *outputs))
+    return scales, digits
+
+
+def pack_3(digits: Bytes) -> Bytes | Missing:
+    """Five digits of base 3 in each byte, the first one the least significant."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    packed = np.empty(-(-digits.size // 5), np.uint8)
+    efc.efc_pack_3_u8(_at(digits), _long(digits.size), _at(packed))
+    return packed
+
+
+def unpack_3(packed: Bytes) -> Bytes | Missing:
+    """Inverse of ``pack_3``, five digits for each byte."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    digits = np.empty(5 * packed.size, np.uint8)
+    efc.efc_unpack_3_u8(_at(packed), _long(packed.size), _at(digits))
+    return digits
+
+
+def at_least(x: Floats, threshold: float, room: int) -> Places | Missing | None:
+    """Places of all magnitudes of at least ``threshold``, ascending; ``None`` if they are more than ``room``."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    places = np.empty(room, np.int64)
+    efc.efc_at_least_f32.restype = ctypes.c_int64
+    found = efc.efc_at_least_f32(_at(x), _long(x.size), ctypes.c_float(threshold), _at(places), _long(room))
+    return places[:found] if found <= room else None
+
+
 class MinifloatFormat(ctypes.Structure):
     """A number format of few bits; ``efc.h`` says what its fields are."""
 

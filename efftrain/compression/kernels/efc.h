@@ -344,4 +344,55 @@ EFC_API int32_t efc_minifloat_f32(const float *restrict a, const float *restrict
 EFC_API int32_t efc_lookup_f32(const uint8_t *restrict packed, int64_t n, int32_t bits, const float *restrict table,
                                const float *restrict scales, int64_t block, const float *weight, float *restrict out);
 
+/**
+ * Ternary digits of the sum of two tensors, given the random numbers, and what they do not say.
+ *
+ *   x = a + b,  scale = max|x|,  digit = noise < |x / scale| ? (x < 0 ? 2 : 1) : 0,
+ *   left = x - (digit == 1 ? scale : digit == 2 ? -scale : 0)
+ *
+ * @param[in]  a       [n]
+ * @param[in]  b       [n], or NULL: x = a
+ * @param[in]  noise   [n], in [0, 1)
+ * @param[in]  n       >= 0
+ * @param[in]  block   elements that share a scale, >= 1
+ * @param[out] scales  [ceil(n / block)]
+ * @param[out] digits  [n]
+ * @param[out] left    [n]; may be NULL if b is
+ * @return EFC_OK or EFC_NON_FINITE
+ */
+EFC_API int32_t efc_ternary_f32(const float *restrict a, const float *restrict b, const float *restrict noise,
+                                int64_t n, int64_t block, float *restrict scales, uint8_t *restrict digits,
+                                float *restrict left);
+
+/**
+ * Five digits of base 3 in each byte, the first one the least significant.
+ *
+ * @param[in]  digits  [n], 0 to 2
+ * @param[in]  n       >= 0
+ * @param[out] packed  [ceil(n / 5)]; digits behind the last one are 0
+ */
+EFC_API void efc_pack_3_u8(const uint8_t *restrict digits, int64_t n, uint8_t *restrict packed);
+
+/**
+ * Inverse of efc_pack_3_u8.
+ *
+ * @param[in]  packed     [num_bytes]; a byte above 242 gives 3 for its last digit
+ * @param[in]  num_bytes  >= 0
+ * @param[out] digits     [5 * num_bytes]
+ */
+EFC_API void efc_unpack_3_u8(const uint8_t *restrict packed, int64_t num_bytes, uint8_t *restrict digits);
+
+/**
+ * Find the elements of at least some magnitude.
+ *
+ * @param[in]  x          [n]
+ * @param[in]  n          >= 0
+ * @param[in]  threshold  >= 0
+ * @param[out] places     [room], ascending
+ * @param[in]  room       >= 0
+ * @return how many there are, or room + 1 if they are more than room
+ */
+EFC_API int64_t efc_at_least_f32(const float *restrict x, int64_t n, float threshold, int64_t *restrict places,
+                                 int64_t room);
+
 #endif

@@ -13,6 +13,22 @@ static inline uint32_t largest_of(const uint8_t *codes, int64_t count, const flo
     return largest;
 }
 
+/* 1 if every product of table and scale is. */
+static int32_t all_finite(const float *table, int32_t bits, const float *scales, int64_t n, int64_t block)
+{
+    uint32_t largest = 0;
+    uint32_t largest_scale = 0;
+    for (int32_t i = 0; i < 1 << bits; i++) {
+        const uint32_t magnitude = efc_magnitude(table[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    for (int64_t i = 0; i * block < n; i++) {
+        const uint32_t magnitude = efc_magnitude(scales[i]);
+        largest_scale = magnitude > largest_scale ? magnitude : largest_scale;
+    }
+    return efc_magnitude(efc_as_float(largest) * efc_as_float(largest_scale)) < EFC_INFINITY;
+}
+
 static inline void put(const uint8_t *codes, int64_t count, const float *table, float scale, const float *weight,
                        float *out)
 {
@@ -32,8 +48,8 @@ int32_t efc_lookup_f32(const uint8_t *restrict packed, int64_t n, int32_t bits, 
                        const float *restrict scales, int64_t block, const float *weight, float *restrict out)
 {
     uint8_t strip[STRIP];
-    /* The first turn only looks, so that nothing is added of what is malformed. */
-    for (int32_t turn = 0; turn < 2; turn++) {
+    /* The first turn only looks, so that nothing is added of what is malformed. Most often no code can be. */
+    for (int32_t turn = all_finite(table, bits, scales, n, block); turn < 2; turn++) {
         for (int64_t first = 0; first < n; first += STRIP) {
             const int64_t end = n - first < STRIP ? n : first + STRIP;
             const uint8_t *codes = packed + first * bits / 8;
