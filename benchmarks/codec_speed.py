@@ -34,6 +34,7 @@ CODECS = (
     "IntN(2)",
     "Fp8('e4m3')",
     "Mx('e4m3')",
+    "Mx('e3m2')",
     "Mx('e2m1')",
     "Mx('int8')",
     "Ternary",
@@ -44,6 +45,8 @@ CODECS = (
     "TopK(0.001) >> Int8(block=64)",
     "RandomK(0.01)",
     "Threshold(0.01)",
+    "LowRank(2)",
+    "LowRank(8)",
 )
 
 
