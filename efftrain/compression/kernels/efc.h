@@ -31,6 +31,17 @@ static inline uint32_t efc_magnitude(float x)
 }
 #define EFC_INFINITY 0x7f800000u
 
+/** The largest efc_magnitude of n elements; 0 of none. */
+static inline uint32_t efc_largest_magnitude(const float *x, int64_t n)
+{
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t magnitude = efc_magnitude(x[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
 static inline float efc_as_float(uint32_t bits)
 {
     float x;

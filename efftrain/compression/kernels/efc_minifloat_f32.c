@@ -25,11 +25,7 @@ int32_t efc_minifloat_f32(const float *restrict a, const float *restrict b, int6
             }
             x = rest;
         }
-        uint32_t largest = 0;
-        for (int64_t i = 0; i < count; i++) {
-            const uint32_t magnitude = efc_magnitude(x[i]);
-            largest = magnitude > largest ? magnitude : largest;
-        }
+        const uint32_t largest = efc_largest_magnitude(x, count);
         if (largest >= EFC_INFINITY) {
             return EFC_NON_FINITE;
         }

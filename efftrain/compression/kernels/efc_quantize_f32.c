@@ -12,16 +12,6 @@ static inline int32_t round_half_even(float x)
     return bits - ROUND_BITS;
 }
 
-static inline uint32_t largest_magnitude(const float *x, int64_t n)
-{
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t magnitude = efc_magnitude(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest;
-}
-
 int32_t efc_quantize_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t block, int32_t levels,
                          float largest_scale, float *restrict scales, int8_t *restrict q, float *restrict left)
 {
@@ -37,7 +27,7 @@ int32_t efc_quantize_f32(const float *restrict a, const float *restrict b, int64
             }
             x = rest;
         }
-        const uint32_t largest = largest_magnitude(x, count);
+        const uint32_t largest = efc_largest_magnitude(x, count);
         if (largest >= EFC_INFINITY) {
             return EFC_NON_FINITE;
         }
