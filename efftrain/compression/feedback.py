@@ -141,6 +141,13 @@ class Feedback:
         for name in list(self._staged):
             self._unstage(name)
 
+    def settle(self, ok: bool) -> None:
+        """``commit`` a step that counts, ``rollback`` one that is skipped."""
+        if ok:
+            self.commit()
+        else:
+            self.rollback()
+
     def norm(self) -> float:
         """Euclidean norm over all residuals: how much is still waiting to be sent.
 

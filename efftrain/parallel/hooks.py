@@ -55,7 +55,7 @@ class CompressedHook:
         if not self._link.healthy:
             bucket.buffer().fill_(float("nan"))
         if bucket.is_last():
-            _settle(self._feedback, ok=self._link.healthy)
+            self._feedback.settle(self._link.healthy)
             self._link.healthy = True
             self._num_steps += 1
         done: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -121,7 +121,7 @@ class CompressedReduceScatter:
 
         A step that is not ended is kept when the next one begins.
         """
-        _settle(self._feedback, ok=ok and self._healthy)
+        self._feedback.settle(ok and self._healthy)
         self._healthy = True
         self._num_steps += 1
         self._done.clear()
@@ -234,10 +234,3 @@ def run(steps: Steps) -> None:
             pending = steps.send(pending.wait())
         except StopIteration:
             return
-
-
-def _settle(feedback: Feedback, *, ok: bool) -> None:
-    if ok:
-        feedback.commit()
-    else:
-        feedback.rollback()

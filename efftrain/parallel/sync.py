@@ -165,7 +165,8 @@ class GradSync:
         """Start what has not started, wait for all, and leave the mean of all ranks in ``.grad``.
 
         Returns:
-            False, on all ranks, after a gradient with inf or NaN on some rank; zeros were sent in its place.
+            False after a gradient with inf or NaN on some rank; zeros were sent in its place. All ranks know, but with
+            nodes: there those in charge of that part of the bucket.
         """
         while self._num_started < len(self._buckets):
             self._start_next()
@@ -181,10 +182,7 @@ class GradSync:
 
     def settle(self, ok: bool) -> None:
         """Keep the residuals of this step, or go back to those before it."""
-        if ok:
-            self._feedback.commit()
-        else:
-            self._feedback.rollback()
+        self._feedback.settle(ok)
         self._link.healthy = True
         self._num_steps += 1
 

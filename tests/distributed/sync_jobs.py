@@ -10,6 +10,7 @@ from efftrain.compression import Feedback, parse_codec
 from efftrain.errors import EfftrainError
 from efftrain.parallel import Plan, mesh
 from efftrain.parallel.collectives import ALGORITHMS, Link, Piece, hierarchical, low_rank
+from efftrain.parallel.hooks import run as drive
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.training import OptimizerConfig
 from tests.distributed.jobs import NUMBERS, batch, in_group, model_of, run
@@ -32,16 +33,6 @@ EVERY_CODEC = (
     "LowRank(2)",
 )
 SHAPES = ((6, 5), (7,), (1,), (8, 3, 3))
-
-
-def drive(steps: Any) -> None:
-    """Run one exchange to its end."""
-    pending = next(steps)
-    while True:
-        try:
-            pending = steps.send(pending.wait())
-        except StopIteration:
-            return
 
 
 @in_group
