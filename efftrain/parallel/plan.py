@@ -50,9 +50,10 @@ class Plan:
             ConfigError: With the remedy.
         """
         if self.data is not None and self.data != world_size:
+            launcher = "torchrun --nproc-per-node" if self.backend == "torch" else "horovodrun --gloo -np"
             raise ConfigError(
                 f"the plan wants {self.data} data-parallel processes, {world_size} were started; "
-                f"start with torchrun --nproc-per-node {self.data} or set parallel.data={world_size}"
+                f"start with {launcher} {self.data} or set parallel.data={world_size}"
             )
 
     def apply(
