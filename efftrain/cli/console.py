@@ -1,6 +1,7 @@
 """What all verbs share on screen: one JSON object on stdout, everything for people on stderr."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,12 @@ class Advance(Protocol):
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """``done`` of ``total`` steps are finished; ``text`` says how it stands."""
+
+
+def launched_rank() -> int | None:
+    """This process's number as torchrun or horovodrun gave it; ``None`` without a launcher."""
+    rank = os.environ.get("HOROVOD_RANK") or os.environ.get("RANK")
+    return int(rank) if rank else None
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import efftrain
+from efftrain.cli.console import launched_rank
 from efftrain.cli.demo import demo_command
 from efftrain.cli.doctor import doctor_command
 from efftrain.cli.profile import profile_command
@@ -70,6 +71,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(message: str) -> NoReturn:
-    rank = os.environ.get("HOROVOD_RANK") or os.environ.get("RANK")
-    print(f"efftrain: {f'rank {rank}: ' if rank else ''}{' '.join(message.split())}", file=sys.stderr)
+    rank = launched_rank()
+    print(f"efftrain: {'' if rank is None else f'rank {rank}: '}{' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(1) from None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from efftrain.cli.console import JsonOption, print_json, progress, say
+from efftrain.cli.console import JsonOption, launched_rank, print_json, progress, say
 from efftrain.units import format_bytes, format_seconds
 
 
@@ -23,14 +23,12 @@ def train_command(
 
     Under a launcher: torchrun --nproc-per-node 2 parallel/train.py RECIPE
     """
-    import os
-
     from efftrain.config import load_recipe
     from efftrain.parallel import ClusterRecipe, train
     from efftrain.training import StepResult
 
     settings = load_recipe(ClusterRecipe, recipe, overrides or ())
-    if (os.environ.get("HOROVOD_RANK") or os.environ.get("RANK", "0")) != "0":
+    if launched_rank():
         train(settings, out=out, resume=resume)
         return
     with progress(f"train {settings.name}") as advance:
