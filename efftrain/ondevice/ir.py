@@ -6,7 +6,7 @@ whole training step in integers, forward, loss, backward and updates, in the ord
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -50,8 +50,11 @@ class Op:
     """Unique in its graph, and safe to print; made of the user's own names, so never pasted into C as it is."""
 
     def _named(self, attributes: tuple[str, ...]) -> tuple[str, ...]:
-        values = (getattr(self, attribute) for attribute in attributes)
-        return tuple(value for value in values if value is not None)
+        names: list[str] = []
+        for attribute in attributes:
+            value = getattr(self, attribute)
+            names += () if value is None else (value,) if isinstance(value, str) else value
+        return tuple(names)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -66,10 +69,15 @@ class Op:
 
 # --- what the front end gives -----------------------------------------------------------------------------------------
 
+Activation = Literal["none", "relu", "relu6"]
+"""What a convolution or an addition applies to its own output."""
+Function = Literal["relu", "relu6", "sigmoid", "hard_sigmoid", "hard_swish"]
+"""What is applied element by element by an op of its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatOp(Op):
-    """An operator of the user's model, one tensor in and one out."""
+    """An operator of the user's model."""
 
     READS: ClassVar[tuple[str, ...]] = ("x",)
     WRITES: ClassVar[tuple[str, ...]] = ("y",)
@@ -82,13 +90,65 @@ class FloatOp(Op):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conv(FloatOp):
-    """Dense convolution; the weight constant is ``(out, kernel_h, kernel_w, in)``."""
+    """Convolution; the weight constant is ``(out, kernel_h, kernel_w, in / groups)``.
+
+    In a canonical graph ``groups`` is 1, or the number of input and of output channels: a depthwise convolution.
+    """
 
     weight: str
     bias: str | None
     stride: tuple[int, int]
     padding: tuple[int, int]
-    relu: bool = False
+    """Rows above and below, columns left and right; zeros."""
+    groups: int = 1
+    activation: Activation = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Add(FloatOp):
+    """Sum of two tensors of one shape."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x", "z")
+    z: str
+    activation: Activation = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiply(FloatOp):
+    """Product of two tensors: ``z`` has the shape of ``x``, or is 1 x 1 x channels (squeeze-and-excite)."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x", "z")
+    z: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concat(FloatOp):
+    """Tensors of one height and width side by side in channels; ``x`` is the first, ``others`` follow in order."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x", "others")
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool(FloatOp):
+    """Largest or mean value of each window. An average counts the zeros of the padding, as torch does by default."""
+
+    kind: Literal["average", "max"]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalAverage(FloatOp):
+    """Mean over all pixels of each channel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apply(FloatOp):
+    """A function of one variable. ``canonicalize`` folds ReLU and ReLU6 into the Conv or Add before it where it can."""
+
+    function: Function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +160,12 @@ class Linear(FloatOp):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Relu(FloatOp):
-    """Maximum with zero. ``canonicalize`` folds it into what it follows."""
+class BatchNorm(FloatOp):
+    """``x * factor + offset`` per channel, two constants. ``canonicalize`` folds it into the Conv before it, or makes
+    it a depthwise convolution of width 1."""
+
+    factor: str
+    offset: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +173,9 @@ class Flatten(FloatOp):
     """Channels, height, width (torch's order) to a vector. ``canonicalize`` removes it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GlobalAverage(FloatOp):
-    """Mean over all pixels of each channel."""
-
-
 @dataclass(frozen=True, slots=True)
 class FloatGraph:
-    """A model in real numbers. The last op writes the logits."""
+    """A model in real numbers. The last op writes the output. Canonical: no Linear, BatchNorm or Flatten is left."""
 
     input: str
     output: str
@@ -246,10 +305,6 @@ def verify(graph: FloatGraph | StepGraph) -> None:
     assert len(set(names)) == len(names), f"ops share a name: {names}"
     written = {graph.input}
     for op in graph.ops:
-        for field in fields(op):
-            assert field.name not in op.READS + op.WRITES or getattr(op, field.name) in (None, *graph.tensors), (
-                f"{op.name}.{field.name} is no tensor of the graph"
-            )
         for name in op.reads:
             assert name in written, f"{op.name} reads {name} before it is written"
         for name in op.writes:
