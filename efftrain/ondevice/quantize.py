@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.nn import functional as F
 
 from efftrain.errors import CompileError, ConfigError
 from efftrain.ondevice.ir import (
@@ -27,6 +25,7 @@ from efftrain.ondevice.ir import (
     TensorType,
     verify,
 )
+from efftrain.ondevice.reference import run_float
 
 Ints = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
@@ -164,25 +163,6 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, 
             if name != graph.input:
                 ranges[name] = max(ranges.get(name, 1e-8), float(value.abs().max()))
     return ranges
-
-
-def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, torch.Tensor]:
-    """Every tensor of a canonical graph in fp32, ``(N, C, H, W)``."""
-    values = {graph.input: torch.from_numpy(np.ascontiguousarray(batch))}
-    with torch.no_grad():
-        for op in graph.ops:
-            x = values[op.x]
-            match op:
-                case Conv():
-                    weight = torch.from_numpy(np.ascontiguousarray(graph.constants[op.weight].transpose(0, 3, 1, 2)))
-                    bias = None if op.bias is None else torch.from_numpy(graph.constants[op.bias])
-                    y = F.conv2d(x, weight, bias, op.stride, op.padding)
-                    values[op.y] = F.relu(y) if op.relu else y
-                case GlobalAverage():
-                    values[op.y] = x.mean((2, 3), keepdim=True)
-                case _:
-                    raise AssertionError(f"{op} is not canonical")
-    return values
 
 
 def quantize(graph: FloatGraph, ranges: Mapping[str, float], learning_rate: float) -> Quantized:
