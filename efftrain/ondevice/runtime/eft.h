@@ -2,10 +2,11 @@
  * The kernels of a device program: training a small CNN with integers only.
  *
  * This header is the contract; docs/formats/arithmetic.md is the specification of every result, to the bit. C99, no heap, no stdio,
- * no global state, no recursion, no floating point. Every buffer comes from the caller, and no two of one call may overlap.
+ * no global state, no recursion, no floating point. Every buffer comes from the caller. Two of one call may overlap only where a
+ * kernel says so.
  *
- * Activations are int8 in [pixels][channels] order (channel last) with a zero point that is -128 after a ReLU and 0 otherwise:
- * the quantized value is stored - zero_point. Gradients are int16 with |q| < 2^15 and stand for q * 2^exponent * sigma, where sigma
+ * Activations are int8 in [pixels][channels] order (channel last) with a zero point that is -128 or 0: the quantized value is
+ * stored - zero_point. Gradients are int16 with |q| < 2^15 and stand for q * 2^exponent * sigma, where sigma
  * is a constant of the compiler and the exponent one int32 a tensor. The bits of a gradient are the bit length of its largest |q|.
  */
 #ifndef EFT_H
@@ -23,7 +24,10 @@
 /** Largest |bias|. With at most 33,156 terms a sum, an int32 accumulator cannot overflow. */
 #define EFT_BIAS_LIMIT 1073741824
 
-/** A dense convolution. A linear layer is one whose kernel covers its whole input. */
+/**
+ * A convolution: dense, or depthwise with in_c = out_c and one filter a channel. A linear layer is a dense one whose kernel covers
+ * its whole input.
+ */
 typedef struct {
     int32_t in_h, in_w, in_c;
     int32_t out_h, out_w, out_c;
@@ -32,7 +36,21 @@ typedef struct {
     int32_t pad_h, pad_w; /**< Rows above and columns to the left; what lies beyond the input counts as zero */
 } eft_conv_shape;
 
-/** The weights of one layer in two runs: input channels [0, trained_c) live in RAM and learn, the others stay in flash. */
+/**
+ * Which rows of the output a call computes, and where the rows of its input are.
+ *
+ * Rows are computed in ascending order. From the first write to output row r on, no input row before r * stride_h - pad_h is read
+ * any more, so row r may overlap such rows and what lies before them, but no other.
+ */
+typedef struct {
+    int32_t first, count; /**< Output rows [first, first + count); y points at row `first`, a mask at row 0 */
+    int32_t ring;         /**< Input row r lies at x + (r % ring) * in_w * in_c: in_h if the whole input is there */
+} eft_rows;
+
+/**
+ * The weights of one layer in two runs: input channels [0, trained_c) live in RAM and learn, the others stay in flash.
+ * A depthwise layer has no dimension out_c: [kernel_h][kernel_w][trained_c] and [kernel_h][kernel_w][in_c - trained_c].
+ */
 typedef struct {
     const int8_t *trained; /**< [out_c][kernel_h][kernel_w][trained_c], in [-127, 127]; not read if trained_c is 0 */
     const int8_t *frozen;  /**< [out_c][kernel_h][kernel_w][in_c - trained_c]; not read if trained_c is in_c */
@@ -48,25 +66,57 @@ typedef struct {
 /** How accumulators become activations. */
 typedef struct {
     eft_factors factors;  /**< Per output channel; shifts in [1, 62] */
-    int32_t zero_point;   /**< -128 after a ReLU, else 0 */
-    int32_t pass_minimum; /**< Smallest stored value that passes a gradient: -127 after a ReLU, else -128 */
+    int32_t zero_point;   /**< -128 or 0 */
+    int32_t minimum;      /**< Smallest stored value: zero_point after a ReLU, else -128 */
+    int32_t pass_minimum; /**< Smallest value, clamped or not, that passes a gradient: minimum + 1 after a ReLU, else -128 */
 } eft_requantize;
 
 /**
- * Convolution with bias, requantization and, with a zero point of -128, ReLU.
+ * Convolution with bias, requantization and ReLU.
  *
- *   y[p][o] = clamp(rsh(bias[o] + sum w[o][k][i] * (x[..][i] - x_zero_point), factor[o]) + zero_point, -128, 127)
+ *   v       = rsh(bias[o] + sum w[o][k][i] * (x[..][i] - x_zero_point), factor[o]) + zero_point
+ *   y[p][o] = clamp(v, minimum, 127);  mask bit = pass_minimum <= v <= 127
  *
- * @param[in]  x             Input, [in_h * in_w][in_c]
+ * @param[in]  x             Input, rows of [in_w][in_c]
  * @param[in]  shape         kernel_h * kernel_w * in_c <= 33,156
  * @param[in]  x_zero_point  -128 or 0
  * @param[in]  bias          Per output channel, |bias| <= EFT_BIAS_LIMIT
- * @param[out] y             [out_h * out_w][out_c]
- * @param[out] mask          One bit an element of y, 1 where a gradient passes; bit i is bit (i & 7) of byte (i >> 3).
- *                           (out_h * out_w * out_c + 7) / 8 bytes, or NULL if no gradient will be asked for
+ * @param[out] y             [rows.count * out_w][out_c]
+ * @param[out] mask          One bit an element of the whole output, 1 where a gradient passes; bit i is bit (i & 7) of byte
+ *                           (i >> 3). Only the bits of the computed rows change. NULL if no gradient will be asked for
  */
 void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
-                 const int32_t *bias, const eft_requantize *out, int8_t *y, uint8_t *mask);
+                 const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask);
+
+/** The same with one filter a channel: sum w[k][c] * (x[..][c] - x_zero_point). in_c = out_c. */
+void eft_depthwise_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
+                      const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask);
+
+/** Constants of eft_add_s8. */
+typedef struct {
+    int32_t x_zero_point, x_multiplier; /**< Multipliers in [0, 2^21) */
+    int32_t z_zero_point, z_multiplier;
+    int32_t shift; /**< In [1, 30] */
+    int32_t zero_point, minimum, pass_minimum;
+} eft_sum;
+
+/**
+ * Sum of two tensors.
+ *
+ *   v    = rsh((x[i] - x_zero_point) * x_multiplier + (z[i] - z_zero_point) * z_multiplier, shift) + zero_point
+ *   y[i] = clamp(v, minimum, 127);  mask bit = pass_minimum <= v <= 127
+ *
+ * @param[in]  count  Elements
+ * @param[out] y      May be x, or z, or lie at a lower address than what it overlaps
+ * @param[out] mask   (count + 7) / 8 bytes, or NULL
+ */
+void eft_add_s8(const int8_t *x, const int8_t *z, const eft_sum *sum, int32_t count, int8_t *y, uint8_t *mask);
+
+/** y[i] = table[x[i] + 128]. y may be x, or lie at a lower address. */
+void eft_table_s8(const int8_t *x, const int8_t *table, int32_t count, int8_t *y);
+
+/** Largest of each window; what lies beyond the input is never largest. in_c = out_c; overlap as said at eft_rows. */
+void eft_max_pool_s8(const int8_t *x, const eft_conv_shape *shape, const eft_rows *rows, int8_t *y);
 
 /**
  * The last layer: the same sums as eft_conv_s8, scaled to logits in units of ln(2) / 256 and clamped to int16.
@@ -118,6 +168,10 @@ typedef struct {
  * Gradient of a convolution with respect to its input, with the weights as they are now.
  * Its exponent is exponent(g) - (operand_bits - g_bits) + shift.
  *
+ * Rows of gx are computed in ascending order. From the first write to row r on, no row of g before
+ * ceil((r + pad_h - kernel_h + 1) / stride_h) is read any more, so row r may overlap such rows and what lies before them, but no
+ * other.
+ *
  * @param[in] g_bits   What the producer of g returned, in [0, 15]
  * @param[in] x_mask   Mask of the layer's input, or NULL if all of it passes
  * @param     scratch  int32, [in_c]
@@ -126,12 +180,55 @@ typedef struct {
 int32_t eft_conv_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
                                 const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx, int32_t *scratch);
 
+/** The same for a depthwise convolution; operand_bits is min(15, 24 - ceil(log2(kernel_h * kernel_w))). */
+int32_t eft_depthwise_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
+                                     const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx, int32_t *scratch);
+
+/**
+ * Gradient of eft_max_pool_s8: each g goes to the first position of its window (rows, then columns) that holds the largest value.
+ * Overlap of gx with g as at eft_conv_input_grad_s16.
+ *
+ *   gx = clamp(rsh(sum of what arrives, shift), -32767, 32767), 0 where the mask of x is 0. The exponent grows by shift.
+ *
+ * @param[in] shift  ceil(log2(most windows that a position is in))
+ * @return    The bits of gx
+ */
+int32_t eft_max_pool_grad_s16(const int16_t *g, const int8_t *x, const eft_conv_shape *shape, int32_t shift,
+                              const uint8_t *x_mask, int16_t *gx);
+
+/**
+ * Gradient of eft_table_s8: gx[i] = clamp(rsh(g[i] * slope[x[i] + 128], 15), -32767, 32767), 0 where the mask of x is 0.
+ *
+ * @param[in]  slope  int16, [256]
+ * @param[out] gx     May be g
+ * @return     The bits of gx
+ */
+int32_t eft_table_grad_s16(const int16_t *g, const int8_t *x, const int16_t *slope, int32_t count, const uint8_t *x_mask,
+                           int16_t *gx);
+
 /** A gradient tensor as the update kernels take it. */
 typedef struct {
     const int16_t *g;
     int32_t bits;
     int32_t exponent;
 } eft_gradient;
+
+/**
+ * Sum of the two gradients that reach one tensor. b counts in units of multiplier * 2^-shift of a's.
+ *
+ *   top(a) = a.exponent + a.bits, top(b) = b.exponent + b.bits + 31 - shift; a gradient of 0 bits has none and adds nothing
+ *   E      = largest top - 14; a.exponent if there is none
+ *   g      = clamp(rsh(a, E - a.exponent) + rsh(b * multiplier, E - b.exponent + shift), -32767, 32767), 0 where the mask is 0
+ *
+ * @param[in]  b          NULL if there is only one gradient, which then only passes the mask: g = a, E = a.exponent
+ * @param[in]  multiplier 0 or in [2^30, 2^31)
+ * @param[in]  mask       Of the tensor, or NULL if all of it passes
+ * @param[out] g          May be a->g or b->g
+ * @param[out] exponent   E
+ * @return     The bits of g
+ */
+int32_t eft_gradient_sum_s16(const eft_gradient *a, const eft_gradient *b, int32_t multiplier, int32_t shift, int32_t count,
+                             const uint8_t *mask, int16_t *g, int32_t *exponent);
 
 /**
  * One step of SGD on the trained weights of a convolution: weight gradient and update in one pass, 16-bit master weights.
@@ -158,6 +255,14 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                    const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
                                    uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
+
+/** The two kinds of step on a depthwise layer: [kernel_h][kernel_w][trained_c]. */
+void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                    const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, int8_t *trained,
+                                    int8_t *residual, int32_t trained_c, int32_t *scratch);
+void eft_depthwise_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                        const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                        uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
 
 /** The random key of a training step. */
 uint32_t eft_step_key(uint32_t seed, uint32_t step);

@@ -13,12 +13,7 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
                 eft_conv_weight_sums(x, x_zero_point, gradient->g, cut, shape, o, ky, kx, trained_c, scratch);
                 for (int32_t i = 0; i < trained_c; i++) {
                     const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
-                    const int64_t old = (int64_t)trained[index] * 256 + residual[index];
-                    /* The ends leave room for a residual in [-128, 127] beside a weight in [-127, 127]. */
-                    const int32_t master = (int32_t)eft_clamp64(old - ((step + 128) >> 8), -32640, 32639);
-                    const int32_t weight = (master + 128) >> 8;
-                    trained[index] = (int8_t)weight;
-                    residual[index] = (int8_t)(master - weight * 256);
+                    eft_move_master(trained + index, residual + index, step);
                     index++;
                 }
             }

@@ -15,9 +15,7 @@ void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const 
                 eft_conv_weight_sums(x, x_zero_point, gradient->g, cut, shape, o, ky, kx, trained_c, scratch);
                 for (int32_t i = 0; i < trained_c; i++) {
                     const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
-                    const int64_t dither = (int64_t)(eft_hash32(key ^ (first + (uint32_t)i)) >> 16);
-                    const int64_t weight = (int64_t)trained[index] - ((step + dither) >> 16);
-                    trained[index] = (int8_t)eft_clamp64(weight, -127, 127);
+                    eft_move_stochastic(trained + index, step, key, first + (uint32_t)i);
                     index++;
                 }
             }

@@ -101,9 +101,15 @@ static inline int32_t eft_cut(int32_t bits, int32_t pixels)
     return excess > 0 ? excess : 0;
 }
 
-/** The sum of one output element, without its bias. */
-static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int32_t x_zero_point, const eft_weights *weights,
-                                   int32_t oy, int32_t ox, int32_t o)
+/** Row of the input, where it lies in a ring. */
+static inline const int8_t *eft_row(const int8_t *x, const eft_conv_shape *s, int32_t ring, int32_t row)
+{
+    return x + (row % ring) * s->in_w * s->in_c;
+}
+
+/** The sum of one output element of a dense layer, without its bias. */
+static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int32_t ring, int32_t x_zero_point,
+                                   const eft_weights *weights, int32_t oy, int32_t ox, int32_t o)
 {
     const int32_t trained_c = weights->trained_c;
     const int32_t frozen_c = s->in_c - trained_c;
@@ -118,7 +124,7 @@ static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int
         if (iy < 0 || iy >= s->in_h || first >= end) {
             continue;
         }
-        const int8_t *pixel = x + (iy * s->in_w + left + first) * s->in_c;
+        const int8_t *pixel = eft_row(x, s, ring, iy) + (left + first) * s->in_c;
         const int32_t tap = (o * s->kernel_h + ky) * s->kernel_w + first;
         if (frozen_c == 0) {
             /* All weights lie together, and so do all inputs of a row of the kernel. */
@@ -134,6 +140,46 @@ static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int
         }
     }
     return sum;
+}
+
+/**
+ * Of the output rows (or columns) whose windows hold one input row: the first, ceil((row - kernel + 1) / stride), and the one
+ * after the last. row counts from the first row of the padding.
+ */
+static inline int32_t eft_first_output(int32_t row, int32_t kernel, int32_t stride)
+{
+    return row < kernel ? 0 : (row - kernel) / stride + 1;
+}
+
+static inline int32_t eft_end_output(int32_t row, int32_t stride, int32_t outputs)
+{
+    const int32_t end = row / stride + 1;
+    return end < outputs ? end : outputs;
+}
+
+/** Set bit index of a mask to whether a gradient passes; the other bits stay. */
+static inline void eft_set_bit(uint8_t *mask, int32_t index, int passes)
+{
+    const uint32_t bit = 1U << (index & 7);
+    mask[index >> 3] = (uint8_t)(passes ? mask[index >> 3] | bit : mask[index >> 3] & ~bit);
+}
+
+/** From the sum of element index, which is one of channel o: the stored value, and its bit of the mask. */
+static inline int8_t eft_requantized(int32_t sum, const eft_requantize *out, int32_t o, uint8_t *mask, int32_t index)
+{
+    const int64_t value = eft_rsh((int64_t)sum * out->factors.multiplier[o], out->factors.shift[o]) + out->zero_point;
+    if (mask != NULL) {
+        eft_set_bit(mask, index, value >= out->pass_minimum && value <= 127);
+    }
+    return (int8_t)eft_clamp64(value, out->minimum, 127);
+}
+
+/** Weight of a depthwise layer. */
+static inline int32_t eft_depthwise_weight(const eft_weights *weights, int32_t channels, int32_t tap, int32_t c)
+{
+    const int32_t frozen_c = channels - weights->trained_c;
+    return c < weights->trained_c ? weights->trained[tap * weights->trained_c + c]
+                                  : weights->frozen[tap * frozen_c + c - weights->trained_c];
 }
 
 /** scratch[i] = sum over pixels of gradient * input, for output channel o and one tap of the kernel. */
@@ -161,6 +207,51 @@ static inline void eft_conv_weight_sums(const int8_t *x, int32_t x_zero_point, c
             }
         }
     }
+}
+
+/** scratch[c] = sum over pixels of gradient * input, for one tap of a depthwise kernel. */
+static inline void eft_depthwise_weight_sums(const int8_t *x, int32_t x_zero_point, const int16_t *g, int32_t cut,
+                                             const eft_conv_shape *s, int32_t ky, int32_t kx, int32_t trained_c,
+                                             int32_t *scratch)
+{
+    for (int32_t c = 0; c < trained_c; c++) {
+        scratch[c] = 0;
+    }
+    for (int32_t oy = 0; oy < s->out_h; oy++) {
+        const int32_t iy = oy * s->stride_h - s->pad_h + ky;
+        if (iy < 0 || iy >= s->in_h) {
+            continue;
+        }
+        for (int32_t ox = 0; ox < s->out_w; ox++) {
+            const int32_t ix = ox * s->stride_w - s->pad_w + kx;
+            if (ix < 0 || ix >= s->in_w) {
+                continue;
+            }
+            const int16_t *value = g + (oy * s->out_w + ox) * s->out_c;
+            const int8_t *pixel = x + (iy * s->in_w + ix) * s->in_c;
+            for (int32_t c = 0; c < trained_c; c++) {
+                scratch[c] += eft_rsh32(value[c], cut) * ((int32_t)pixel[c] - x_zero_point);
+            }
+        }
+    }
+}
+
+/** A step of a master weight 256 * trained + residual. */
+static inline void eft_move_master(int8_t *trained, int8_t *residual, int64_t step)
+{
+    const int64_t old = (int64_t)*trained * 256 + *residual;
+    /* The ends leave room for a residual in [-128, 127] beside a weight in [-127, 127]. */
+    const int32_t master = (int32_t)eft_clamp64(old - ((step + 128) >> 8), -32640, 32639);
+    const int32_t weight = (master + 128) >> 8;
+    *trained = (int8_t)weight;
+    *residual = (int8_t)(master - weight * 256);
+}
+
+/** A step of an int8 weight, rounded up as often as its fraction says. */
+static inline void eft_move_stochastic(int8_t *trained, int64_t step, uint32_t key, uint32_t index)
+{
+    const int64_t dither = (int64_t)(eft_hash32(key ^ index) >> 16);
+    *trained = (int8_t)eft_clamp64((int64_t)*trained - ((step + dither) >> 16), -127, 127);
 }
 
 #endif

@@ -1,0 +1,277 @@
+"""What the tests of the C kernels share: the structures of eft.h, random layers, and the sums in plain integers."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efftrain.ondevice.backends.toolchain import build, host_toolchain
+from efftrain.ondevice.emit.project import runtime_sources
+
+Array = npt.NDArray[np.int64]
+I32 = ctypes.c_int32
+SHAPE_FIELDS = ("in_h", "in_w", "in_c", "out_h", "out_w", "out_c", "kernel_h", "kernel_w")
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, I32) for name in (*SHAPE_FIELDS, "stride_h", "stride_w", "pad_h", "pad_w")]
+
+    in_h: int
+    in_w: int
+    in_c: int
+    out_h: int
+    out_w: int
+    out_c: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("first", I32), ("count", I32), ("ring", I32)]
+
+
+class Weights(ctypes.Structure):
+    _fields_ = [("trained", ctypes.c_void_p), ("frozen", ctypes.c_void_p), ("trained_c", I32)]
+
+
+class Factors(ctypes.Structure):
+    _fields_ = [("multiplier", ctypes.c_void_p), ("shift", ctypes.c_void_p)]
+
+
+class Requantize(ctypes.Structure):
+    _fields_ = [("factors", Factors), ("zero_point", I32), ("minimum", I32), ("pass_minimum", I32)]
+
+    zero_point: int
+    minimum: int
+    pass_minimum: int
+
+
+class Sum(ctypes.Structure):
+    _fields_ = [
+        (name, I32)
+        for name in (
+            *("x_zero_point", "x_multiplier", "z_zero_point", "z_multiplier"),
+            *("shift", "zero_point", "minimum", "pass_minimum"),
+        )
+    ]
+
+
+class InputGrad(ctypes.Structure):
+    _fields_ = [("channel_scale", ctypes.c_void_p), ("operand_bits", I32), ("shift", I32)]
+
+    shift: int
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = [("g", ctypes.c_void_p), ("bits", I32), ("exponent", I32)]
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(host_toolchain(), runtime_sources(), "libeft.so")))
+
+
+def at(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+# --- arithmetic.md, section 1 -----------------------------------------------------------------------------------------
+
+
+def rsh(value: Array, shift: int | Array) -> Array:
+    v, s = np.broadcast_arrays(np.asarray(value, np.int64), np.asarray(shift, np.int64))
+    right = np.clip(s, 1, 62)
+    rounded = (v + (np.int64(1) << (right - 1))) >> right
+    grown = np.clip(v, -(1 << 38), 1 << 38) * (np.int64(1) << np.clip(-s, 0, 24))
+    return np.where(s > 62, 0, np.where(s > 0, rounded, grown))
+
+
+def ceil_log2(value: int) -> int:
+    return (value - 1).bit_length()
+
+
+def hash32(value: Array) -> Array:
+    x, low = np.atleast_1d(np.asarray(value)).astype(np.uint64), np.uint64(0xFFFFFFFF)
+    x = (x ^ x >> np.uint64(16)) * np.uint64(0x7FEB352D) & low
+    x = (x ^ x >> np.uint64(15)) * np.uint64(0x846CA68B) & low
+    return (x ^ x >> np.uint64(16)).astype(np.int64).reshape(np.shape(value))
+
+
+def step_key(seed: int, step: int) -> int:
+    return int(hash32(np.array((seed + step * 0x9E3779B9) & 0xFFFFFFFF)))
+
+
+def bits_of(mask: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(mask, count=count, bitorder="little").astype(bool)
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """A place of the kernel on a place of the input, for one place of the output."""
+
+    oy: int
+    ox: int
+    ky: int
+    kx: int
+    iy: int
+    ix: int
+
+
+class Case:
+    """One convolution, dense or depthwise, with random contents; extremes are drawn often."""
+
+    def __init__(
+        self, depthwise: bool, sizes: tuple[int, ...], trained: float, zero: int, extreme: int, seed: int
+    ) -> None:
+        out_h, out_w, in_c, out_c, kh, kw, sh, sw, ph, pw, more_h, more_w = sizes
+        ph, pw = min(ph, kh - 1), min(pw, kw - 1)
+        in_h = max(1, kh - 2 * ph, (out_h - 1) * sh + kh - 2 * ph + min(more_h, sh - 1))
+        in_w = max(1, kw - 2 * pw, (out_w - 1) * sw + kw - 2 * pw + min(more_w, sw - 1))
+        out_h, out_w = (in_h + 2 * ph - kh) // sh + 1, (in_w + 2 * pw - kw) // sw + 1
+        out_c = in_c if depthwise else out_c
+        self.depthwise = depthwise
+        self.s = Shape(in_h, in_w, in_c, out_h, out_w, out_c, kh, kw, sh, sw, ph, pw)
+        self.rng = rng = np.random.default_rng(seed)
+        self.zero = zero
+        self.x = self.fill((in_h, in_w, in_c), -128, 127, extreme).astype(np.int8)
+        filters = (kh, kw, in_c) if depthwise else (out_c, kh, kw, in_c)
+        self.w = self.fill(filters, -127, 127, extreme).astype(np.int8)
+        self.g = self.fill((out_h, out_w, out_c), -32767, 32767, extreme).astype(np.int16)
+        self.g >>= rng.integers(0, 15) if extreme != 1 else 0
+        self.bits = int(np.abs(self.g.astype(np.int64)).max()).bit_length()
+        self.trained_c = round(trained * in_c)
+        self.trained = np.ascontiguousarray(self.w[..., : self.trained_c])
+        self.frozen = np.ascontiguousarray(self.w[..., self.trained_c :])
+        self.multiplier = rng.integers(1 << 30, 1 << 31, out_c).astype(np.int32)
+        self.shift = rng.integers(28, 45, out_c).astype(np.int16)
+        self.factors = Factors(at(self.multiplier), at(self.shift))
+        self.weights = Weights(at(self.trained), at(self.frozen), self.trained_c)
+        self.mask = rng.integers(0, 256, (in_h * in_w * in_c + 7) // 8).astype(np.uint8)
+
+    def fill(self, shape: tuple[int, ...], low: int, high: int, extreme: int) -> Array:
+        if extreme == 1:
+            return self.rng.choice(np.array([low, high]), shape)
+        return self.rng.integers(low, high + 1, shape)
+
+    def whole(self) -> Rows:
+        return Rows(0, self.s.out_h, self.s.in_h)
+
+    def products(self) -> Iterator[Product]:
+        """All that lie inside."""
+        s = self.s
+        for oy in range(s.out_h):
+            for ky in range(s.kernel_h):
+                iy = oy * s.stride_h - s.pad_h + ky
+                for ox in range(s.out_w) if 0 <= iy < s.in_h else ():
+                    for kx in range(s.kernel_w):
+                        ix = ox * s.stride_w - s.pad_w + kx
+                        if 0 <= ix < s.in_w:
+                            yield Product(oy, ox, ky, kx, iy, ix)
+
+    def sums(self) -> Array:
+        """Of the forward pass, without bias."""
+        s, q, w = self.s, self.x.astype(np.int64) - self.zero, self.w.astype(np.int64)
+        sums = np.zeros((s.out_h, s.out_w, s.out_c), np.int64)
+        for p in self.products():
+            if self.depthwise:
+                sums[p.oy, p.ox] += w[p.ky, p.kx] * q[p.iy, p.ix]
+            else:
+                sums[p.oy, p.ox] += w[:, p.ky, p.kx] @ q[p.iy, p.ix]
+        return sums
+
+    def input_sums(self, h: Array) -> Array:
+        """Of the gradient with respect to the input, from scaled gradients of the output."""
+        w = self.w.astype(np.int64)
+        sums = np.zeros(self.x.shape, np.int64)
+        for p in self.products():
+            if self.depthwise:
+                sums[p.iy, p.ix] += h[p.oy, p.ox] * w[p.ky, p.kx]
+            else:
+                sums[p.iy, p.ix] += h[p.oy, p.ox] @ w[:, p.ky, p.kx]
+        assert np.abs(sums).max() < 1 << 31
+        return sums
+
+    def weight_sums(self) -> tuple[Array, Array, int]:
+        """Of the gradients with respect to the trained weights and the biases, and the cut."""
+        s, q = self.s, self.x.astype(np.int64) - self.zero
+        cut = max(0, self.bits - (23 - ceil_log2(s.out_h * s.out_w)))
+        g = rsh(self.g.astype(np.int64), cut)
+        sums = np.zeros(self.w.shape, np.int64)
+        for p in self.products():
+            if self.depthwise:
+                sums[p.ky, p.kx] += g[p.oy, p.ox] * q[p.iy, p.ix]
+            else:
+                sums[:, p.ky, p.kx] += np.outer(g[p.oy, p.ox], q[p.iy, p.ix])
+        assert np.abs(sums).max() < 1 << 31
+        return sums[..., : self.trained_c], g.sum((0, 1)), cut
+
+    def passed(self, values: Array, mask: bool) -> Array:
+        """Values of the input's shape, 0 where its mask is."""
+        kept = bits_of(self.mask, values.size).reshape(values.shape)
+        return np.where(kept, values, 0) if mask else values
+
+    # --- tight overlap ------------------------------------------------------------------------------------------------
+
+    def output_start(self, row_bytes: int, x_row_bytes: int) -> int:
+        """Largest address of a forward output, relative to its input, that the contract allows."""
+        s = self.s
+        free = [(r, max(0, r * s.stride_h - s.pad_h)) for r in range(s.out_h)]
+        return min(row * x_row_bytes - (r + 1) * row_bytes for r, row in free if row < s.in_h)
+
+    def gradient_start(self, row_bytes: int, g_row_bytes: int) -> int:
+        """Largest address of an input gradient, relative to the output's, that the contract allows."""
+        s = self.s
+        first = [(r, max(0, -(-(r + s.pad_h - s.kernel_h + 1) // s.stride_h))) for r in range(s.in_h)]
+        return min(row * g_row_bytes - (r + 1) * row_bytes for r, row in first if row < s.out_h)
+
+
+def place(source: np.ndarray, size: int, start: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two buffers in one piece of memory.
+
+    Args:
+        source: Its copy is the first.
+        size: Elements of the second, of the same type.
+        start: Where the second starts, relative to the first, in elements.
+        shift: Moves both, to addresses of any alignment.
+
+    Returns:
+        All the memory, with random elements around, the first buffer and the second.
+    """
+    margin = 8
+    low = min(0, start)
+    high = max(source.size, start + size)
+    memory = np.random.default_rng(1).integers(-100, 100, high - low + 2 * margin).astype(source.dtype)
+    first = memory[margin - low + shift :][: source.size]
+    first[:] = source.ravel()
+    return memory, first, memory[margin - low + shift + start :][:size]
+
+
+_SMALL = st.tuples(
+    *(st.integers(1, high) for high in (4, 5, 9, 5, 4, 4, 3, 3)), *(st.integers(0, high) for high in (3, 3, 2, 2))
+)
+# Few positions and many channels, so that blocks of any size are filled, and left half full.
+_WIDE = st.tuples(
+    *(st.integers(1, high) for high in (3, 5, 70, 70, 3, 3, 2, 2)), *(st.integers(0, high) for high in (1, 1, 1, 1))
+)
+_POINTWISE = st.tuples(*(st.integers(1, high) for high in (3, 6, 140, 140)), *(st.just(v) for v in [1] * 4 + [0] * 4))
+_SHARES = st.sampled_from([0.0, 0.3, 0.5, 1.0])
+_REST = (_SHARES, st.sampled_from([-128, 0]), st.integers(0, 3), st.integers(0, 2**32 - 1))
+DENSE = st.builds(Case, st.just(False), st.one_of(_SMALL, _WIDE, _POINTWISE), *_REST)
+DEPTHWISE = st.builds(Case, st.just(True), st.one_of(_SMALL, _WIDE), *_REST)
+ANY_CASE = st.one_of(DENSE, DEPTHWISE)
+
+
+def cases(strategy: st.SearchStrategy[Case] = ANY_CASE) -> Callable[[Callable[[Case], None]], Callable[[], None]]:
+    return lambda test: settings(max_examples=150, deadline=None)(given(strategy)(test))

@@ -1,0 +1,230 @@
+"""The backward kernels and the updates in C against slow references, on shapes that nobody chose."""
+
+import ctypes
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.property.kernel_cases import (
+    ANY_CASE,
+    DEPTHWISE,
+    Array,
+    Case,
+    Gradient,
+    InputGrad,
+    at,
+    bits_of,
+    cases,
+    ceil_log2,
+    hash32,
+    place,
+    rsh,
+    runtime,
+    step_key,
+)
+
+
+def bit_length(values: Array) -> int:
+    return int(np.abs(values).max()).bit_length()
+
+
+class InputGradient:
+    """A convolution's constants, and what its input gradient must be."""
+
+    def __init__(self, c: Case) -> None:
+        s, rng = c.s, c.rng
+        self.case = c
+        self.scale = rng.integers(1, 32768, s.out_c).astype(np.int16)
+        self.scale[rng.integers(0, s.out_c)] = 32767  # always there
+        terms = s.kernel_h * s.kernel_w * (1 if c.depthwise else s.out_c)
+        operand_bits = min(15, 24 - ceil_log2(terms))
+        self.constants = InputGrad(at(self.scale), operand_bits, int(rng.integers(-3, 14)))
+        self.use_mask = bool(rng.integers(0, 2))
+        h = rsh(c.g.astype(np.int64) * self.scale, 15 - (operand_bits - c.bits))
+        assert np.abs(h).max() <= min(1 << operand_bits, 32767)
+        values = np.clip(rsh(c.input_sums(h), self.constants.shift), -32767, 32767)
+        self.want = c.passed(values, self.use_mask)
+
+    def compute(self, g: np.ndarray, gx: np.ndarray) -> int:
+        c = self.case
+        scratch = np.full(c.s.in_c + 2, -7, np.int32)
+        kernel = runtime().eft_depthwise_input_grad_s16 if c.depthwise else runtime().eft_conv_input_grad_s16
+        bits = kernel(
+            at(g), c.bits, ctypes.byref(c.s), ctypes.byref(c.weights), ctypes.byref(self.constants),
+            at(c.mask) if self.use_mask else None, at(gx), at(scratch[1:]),
+        )  # fmt: skip
+        assert scratch[0] == -7, "more scratch was used than the contract says"
+        assert scratch[-1] == -7, "more scratch was used than the contract says"
+        return int(bits)
+
+
+@cases()
+def test_input_gradients(c: Case) -> None:
+    gradient, gx = InputGradient(c), np.zeros(c.x.shape, np.int16)
+    bits = gradient.compute(c.g, gx)
+    assert np.array_equal(gx, gradient.want)
+    assert bits == bit_length(gradient.want)
+
+
+class PoolGradient:
+    """What the gradient of a max pool must be: the first position with the largest value takes all."""
+
+    def __init__(self, c: Case) -> None:
+        s, rng = c.s, c.rng
+        self.case = c
+        if rng.integers(0, 2):
+            c.x[:] = c.x >> 6  # few values, so that equals are the rule
+        self.shift = ceil_log2(-(-s.kernel_h // s.stride_h)) + ceil_log2(-(-s.kernel_w // s.stride_w))
+        self.use_mask = bool(rng.integers(0, 2))
+        best: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+        for p in c.products():
+            for k in range(s.in_c):
+                value = int(c.x[p.iy, p.ix, k])
+                if (p.oy, p.ox, k) not in best or value > best[p.oy, p.ox, k][0]:
+                    best[p.oy, p.ox, k] = (value, p.iy, p.ix)
+        sums = np.zeros(c.x.shape, np.int64)
+        for (oy, ox, k), (_, iy, ix) in best.items():
+            sums[iy, ix, k] += c.g[oy, ox, k]
+        self.want = c.passed(np.clip(rsh(sums, self.shift), -32767, 32767), self.use_mask)
+
+    def compute(self, g: np.ndarray, gx: np.ndarray) -> int:
+        c = self.case
+        mask = at(c.mask) if self.use_mask else None
+        return int(
+            runtime().eft_max_pool_grad_s16(at(g), at(c.x), ctypes.byref(c.s), self.shift, mask, at(gx)),
+        )
+
+
+@cases(DEPTHWISE)
+def test_max_pool_gradient(c: Case) -> None:
+    gradient, gx = PoolGradient(c), np.zeros(c.x.shape, np.int16)
+    bits = gradient.compute(c.g, gx)
+    assert np.array_equal(gx, gradient.want)
+    assert bits == bit_length(gradient.want)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_CASE, st.booleans(), st.integers(0, 3), st.integers(0, 3))
+def test_an_input_gradient_may_lie_over_the_rows_before_those_it_needs(
+    c: Case, pool: bool, shift: int, slack: int
+) -> None:
+    gradient = PoolGradient(c) if pool and c.depthwise else InputGradient(c)
+    start = c.gradient_start(c.s.in_w * c.s.in_c, c.s.out_w * c.s.out_c) - slack
+    memory, g, gx = place(c.g, c.x.size, start, shift)
+    before = memory.copy()
+    bits = gradient.compute(g, gx)
+    assert np.array_equal(gx, gradient.want.ravel())
+    assert bits == bit_length(gradient.want)
+    gx[:] = 0
+    before[(gx.ctypes.data - memory.ctypes.data) // 2 :][: gx.size] = 0
+    assert np.array_equal(memory, before), "something outside the gradient was written"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+def test_table_gradient(count: int, seed: int, use_mask: bool, in_place: bool) -> None:
+    rng = np.random.default_rng(seed)
+    g, slope = (rng.integers(-32768, 32768, size).astype(np.int16) for size in (count, 256))
+    g = np.maximum(g, -32767).astype(np.int16)
+    x = rng.integers(-128, 128, count).astype(np.int8)
+    mask = rng.integers(0, 256, (count + 7) // 8).astype(np.uint8)
+    want = np.clip(rsh(g.astype(np.int64) * slope[x.astype(np.int64) + 128], 15), -32767, 32767)
+    want = np.where(bits_of(mask, count), want, 0) if use_mask else want
+    gx = g if in_place else np.zeros(count, np.int16)
+    bits = runtime().eft_table_grad_s16(at(g), at(x), at(slope), count, at(mask) if use_mask else None, at(gx))
+    assert np.array_equal(gx, want)
+    assert bits == bit_length(want)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 15), st.integers(0, 15), st.integers(-60, 20),
+    st.integers(-40, 40), st.integers(0, 62), st.sampled_from(["a", "b", "new"]), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_gradient_sum(
+    count: int, seed: int, bits_a: int, bits_b: int, exponent: int, apart: int, shift: int, into: str, both: bool,
+    use_mask: bool,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    a, b = (
+        np.clip(rng.integers(-(1 << bits), (1 << bits) + 1, count), 1 - (1 << bits), (1 << bits) - 1).astype(np.int16)
+        for bits in (bits_a, bits_b)
+    )
+    bits_a, bits_b = bit_length(a.astype(np.int64)), bit_length(b.astype(np.int64))
+    mask = rng.integers(0, 256, (count + 7) // 8).astype(np.uint8)
+    multiplier = 0 if rng.integers(0, 10) == 0 else int(rng.integers(1 << 30, 1 << 31))
+    exponent_b = exponent + apart
+    tops = [exponent + bits_a] if bits_a else []
+    if both:
+        tops += [exponent_b + bits_b + 31 - shift] if bits_b else []
+        e = max(tops) - 14 if tops else exponent
+        want = rsh(a.astype(np.int64), e - exponent)
+        want = want + rsh(b.astype(np.int64) * multiplier, e - exponent_b + shift)
+        want = np.clip(want, -32767, 32767)
+    else:
+        e, want = exponent, a.astype(np.int64)
+    want = np.where(bits_of(mask, count), want, 0) if use_mask else want
+    first, second = Gradient(at(a), bits_a, exponent), Gradient(at(b), bits_b, exponent_b)
+    g = {"a": a, "b": b, "new": np.zeros(count, np.int16)}[into]
+    found = ctypes.c_int32()
+    bits = runtime().eft_gradient_sum_s16(
+        ctypes.byref(first), ctypes.byref(second) if both else None, multiplier, shift, count,
+        at(mask) if use_mask else None, at(g), ctypes.byref(found),
+    )  # fmt: skip
+    assert np.array_equal(g, want)
+    assert bits == bit_length(want)
+    assert found.value == e
+
+
+EXPONENTS = st.integers(-60, 20)
+
+
+class Update:
+    """What both kinds of update of trained weights take."""
+
+    def __init__(self, c: Case, exponent: int, lr_shift: int) -> None:
+        sums, _, cut = c.weight_sums()
+        shift = c.shift.astype(np.int64) - (exponent + cut) - 16 + lr_shift
+        multiplier = c.multiplier.astype(np.int64)
+        if c.depthwise:
+            self.steps = rsh(sums * multiplier[: c.trained_c], shift[: c.trained_c])
+        else:
+            self.steps = rsh(sums * multiplier[:, None, None, None], shift[:, None, None, None])
+        self.gradient = Gradient(at(c.g), c.bits, exponent)
+        self.scratch = np.full(c.trained_c + 1, -7, np.int32)
+        self.arguments = (
+            at(c.x), c.zero, ctypes.byref(self.gradient), ctypes.byref(c.s), ctypes.byref(c.factors), lr_shift,
+        )  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANY_CASE, EXPONENTS, st.integers(0, 31))
+def test_master_update(c: Case, exponent: int, lr_shift: int) -> None:
+    update = Update(c, exponent, lr_shift)
+    trained, residual = c.trained.copy(), c.rng.integers(-128, 128, c.trained.shape).astype(np.int8)
+    master = np.clip(256 * trained.astype(np.int64) + residual - ((update.steps + 128) >> 8), -32640, 32639)
+    kernel = runtime().eft_depthwise_update_master_s8 if c.depthwise else runtime().eft_conv_update_master_s8
+    kernel(*update.arguments, at(trained), at(residual), c.trained_c, at(update.scratch))
+    assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
+    assert (trained != -128).all()
+    assert update.scratch[-1] == -7
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANY_CASE, EXPONENTS, st.integers(0, 31))
+def test_stochastic_update(c: Case, exponent: int, lr_shift: int) -> None:
+    update = Update(c, exponent, lr_shift)
+    trained, before = c.trained.copy(), c.trained.astype(np.int64)
+    seed, step, first = (int(v) for v in c.rng.integers(0, 2**32, 3))
+    runtime().eft_step_key.restype = ctypes.c_uint32
+    key = runtime().eft_step_key(ctypes.c_uint32(seed), ctypes.c_uint32(step))
+    assert key == step_key(seed, step)
+    kernel = runtime().eft_depthwise_update_stochastic_s8 if c.depthwise else runtime().eft_conv_update_stochastic_s8
+    kernel(
+        *update.arguments, ctypes.c_uint32(key), ctypes.c_uint32(first), at(trained), c.trained_c, at(update.scratch)
+    )
+    index = (first + np.arange(c.w.size).reshape(c.w.shape)[..., : c.trained_c]) & 0xFFFFFFFF
+    want = np.clip(before - ((update.steps + (hash32(key ^ index) >> 16)) >> 16), -127, 127)
+    assert np.array_equal(trained, want)
+    assert update.scratch[-1] == -7
