@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efftrain.ondevice.ir import Activation, Add, Apply, Concat, Conv, FloatGraph, Function, GlobalAverage, Multiply, Pool
+from efftrain.ondevice.ir import (
+    Activation,
+    Add,
+    Apply,
+    Concat,
+    Conv,
+    FloatGraph,
+    Function,
+    GlobalAverage,
+    Multiply,
+    Pool,
+)
 
 
 def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Tensor]:
@@ -42,17 +53,18 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
                 case GlobalAverage():
                     values[op.y] = x.mean((2, 3), keepdim=True)
                 case Apply():
-                    values[op.y] = _apply(x, op.function)
+                    values[op.y] = apply_function(op.function, x)
                 case _:
                     raise AssertionError(f"{op} is not canonical")
     return values
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:
-    return x if activation == "none" else _apply(x, activation)
+    return x if activation == "none" else apply_function(activation, x)
 
 
-def _apply(x: Tensor, function: Function) -> Tensor:
+def apply_function(function: Function, x: Tensor) -> Tensor:
+    """A function of one variable, element by element."""
     match function:
         case "relu":
             return F.relu(x)

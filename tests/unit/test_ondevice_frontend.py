@@ -1,35 +1,78 @@
-"""What the front end takes, and how it refuses the rest."""
+"""What the front end takes, that it keeps the function, and how it refuses the rest.
+
+Parity: every graph, run in fp32 by ``run_float``, gives what PyTorch gives for the module itself, up to the rounding of
+other orders of summation and of folded batch norms: 1e-4 of the largest output.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efftrain.errors import CompileError
+from efftrain.models import build_model
+from efftrain.models.pretrained import Pretrained
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice.frontend import read_module
-from efftrain.ondevice.ir import Conv, GlobalAverage
-from efftrain.ondevice.quantize import run_float
+from efftrain.ondevice.ir import (
+    Add,
+    Apply,
+    Concat,
+    Conv,
+    FloatGraph,
+    GlobalAverage,
+    Multiply,
+    Pool,
+)
+from efftrain.ondevice.reference import run_float
 
 EXAMPLE_1D = torch.zeros(1, 6, 128)
 EXAMPLE_2D = torch.zeros(1, 3, 12, 10)
 
 
-def assert_same_function(model: nn.Module, example: Tensor) -> None:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Statistics and factors of batch norms as training might leave them; fresh ones are all 0 and 1."""
+    rng = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for value, low, high in ((module.running_mean, -1.0, 1.0), (module.running_var, 0.5, 2.0)):
+                if value is not None:
+                    value.uniform_(low, high, generator=rng)
+            with torch.no_grad():
+                if module.affine:
+                    module.weight.uniform_(-1.5, 1.5, generator=rng)
+                    module.bias.uniform_(-1.0, 1.0, generator=rng)
+    return model
+
+
+def assert_same_function(model: nn.Module, example: Tensor, batch_size: int = 3) -> FloatGraph:
     graph = read_module(model, example)
-    x = torch.randn(4, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    batch = x if x.ndim == 4 else x[:, :, None, :]
-    ours = run_float(graph, batch.numpy())[graph.output].flatten(1)
+    x = torch.randn(batch_size, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    channels = x.shape[1]
+    batch = x.reshape(batch_size, channels, *((1, 1) if x.ndim == 2 else (1, -1) if x.ndim == 3 else x.shape[2:]))
+    ours = run_float(graph, batch.numpy().copy())[graph.output].flatten(1)
     with torch.no_grad():
-        theirs = model.eval()(x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        theirs = model.eval()(x.clone()).flatten(1)
+    assert torch.isfinite(theirs).all()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, float(theirs.abs().max())))
+    for op in graph.ops:
+        assert isinstance(op, Conv | Add | Multiply | Concat | Pool | GlobalAverage | Apply), op
+    read = {name for op in graph.ops for name in op.reads} | {graph.output}
+    assert read >= set(graph.tensors) - {graph.input}, "a tensor that nobody reads"
+    used = {name for op in graph.ops if isinstance(op, Conv) for name in (op.weight, op.bias) if name}
+    assert used == set(graph.constants)
+    return graph
 
 
 def test_watch_cnn_is_read_layer_by_layer() -> None:
     graph = read_module(WatchCNN(), EXAMPLE_1D)
     assert [op.name for op in graph.ops] == ["conv1", "conv2", "conv3", "pool", "head"]
-    assert [op.relu for op in graph.ops if isinstance(op, Conv)] == [True, True, True, False]
+    assert [op.activation for op in graph.ops if isinstance(op, Conv)] == ["relu", "relu", "relu", "none"]
     assert isinstance(graph.ops[3], GlobalAverage)
     assert sum(constant.size for constant in graph.constants.values()) == 8471
     assert_same_function(WatchCNN(), EXAMPLE_1D)
@@ -67,6 +110,160 @@ def test_other_forms_give_the_same_function(model: nn.Module) -> None:
     assert_same_function(model, EXAMPLE_2D)
 
 
+# --- any small model --------------------------------------------------------------------------------------------------
+
+Step = Callable[[list[Tensor]], Tensor]
+FUNCTIONS: dict[str, Callable[[bool], Callable[[Tensor], Tensor]]] = {
+    "relu": lambda inplace: lambda x: F.relu(x, inplace),
+    "relu6": lambda inplace: lambda x: F.relu6(x, inplace),
+    "hardswish": lambda inplace: lambda x: F.hardswish(x, inplace),
+    "hardsigmoid": lambda inplace: lambda x: F.hardsigmoid(x, inplace),
+    "sigmoid": lambda inplace: torch.sigmoid_ if inplace else torch.sigmoid,
+    "clamp": lambda inplace: lambda x: x.clamp_(0, 6) if inplace else x.clamp(min=0),
+}
+
+
+class Squeeze(nn.Module):
+    """Squeeze-and-excite, its two layers once linear and once convolutions."""
+
+    def __init__(self, channels: int, linear: bool, two_d: bool) -> None:
+        super().__init__()
+        conv = nn.Conv2d if two_d else nn.Conv1d
+        self.linear = linear
+        self.down: nn.Module = nn.Linear(channels, 2) if linear else conv(channels, 2, 1)
+        self.up: nn.Module = nn.Linear(2, channels) if linear else conv(2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = tuple(range(2, x.ndim))
+        small = x.mean(dims, keepdim=not self.linear)
+        gate = torch.sigmoid(self.up(F.relu(self.down(small))))
+        gate = gate.view(x.shape[0], x.shape[1], *[1] * len(dims)) if self.linear else gate
+        return gate * x if self.linear else x * gate
+
+
+class Random(nn.Module):
+    """Steps that each read the results so far, the last of them first, and add one."""
+
+    def __init__(self, parts: list[nn.Module], steps: list[Step], end: nn.Module) -> None:
+        super().__init__()
+        self.parts, self.steps, self.end = nn.ModuleList(parts), steps, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = [x]
+        for step in self.steps:
+            results.append(step(results))
+        logits: Tensor = self.end(results[-1])
+        return logits
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """A model of up to nine operators over a signal or an image, and its example."""
+    two_d = draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    size = draw(st.tuples(st.integers(5, 11), st.integers(5, 11)))
+    size = size if two_d else (1, size[1] * 2)
+    conv, norm = (nn.Conv2d, nn.BatchNorm2d) if two_d else (nn.Conv1d, nn.BatchNorm1d)
+    shapes = [(draw(st.integers(1, 4)), *size)]
+    parts: list[nn.Module] = []
+    steps: list[Step] = []
+
+    def add_module(module: nn.Module) -> None:
+        parts.append(module)
+        steps.append(lambda results: module(results[-1]))
+
+    def measure() -> None:
+        model = Random(parts, steps, nn.Identity()).eval()
+        example = torch.zeros(1, *(shapes[0] if two_d else (shapes[0][0], shapes[0][2])))
+        with torch.no_grad():
+            after = model(example).shape[1:]
+        shapes.append(tuple(after) if two_d else (after[0], 1, after[1]))
+
+    kinds = (
+        "conv",
+        "conv",
+        "depthwise",
+        "norm",
+        "function",
+        "function",
+        "pool",
+        "add",
+        "mul",
+        "cat",
+        "squeeze",
+        "drop",
+    )
+    for kind in draw(st.lists(st.sampled_from((*kinds, "pad")), min_size=1, max_size=9)):
+        channels, height, width = shapes[-1]
+        smallest = min(height, width) if two_d else width
+        if kind in ("conv", "depthwise", "pad"):
+            kernel = draw(st.integers(1, min(4, smallest)))
+            stride, padding, bias = draw(st.integers(1, 2)), draw(st.integers(0, kernel // 2)), draw(st.booleans())
+            groups = channels if kind == "depthwise" else 1
+            out = channels if kind == "depthwise" else draw(st.integers(1, 5))
+            layer = conv(channels, out, kernel, stride, padding, groups=groups, bias=bias)
+            border = nn.ZeroPad2d((1, 1, 2, 2)) if two_d else nn.ConstantPad1d(2, 0.0)
+            add_module(nn.Sequential(border, layer) if kind == "pad" else layer)
+        elif kind == "norm":
+            add_module(norm(channels, affine=draw(st.booleans())))
+        elif kind == "function":
+            function = FUNCTIONS[draw(st.sampled_from(sorted(FUNCTIONS)))](draw(st.booleans()))
+            steps.append(lambda results, function=function: function(results[-1]))  # type: ignore[misc]
+        elif kind == "pool":
+            kernel, average = draw(st.integers(1, min(3, smallest))), draw(st.booleans())
+            stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel // 2))
+            pools = (nn.MaxPool2d, nn.AvgPool2d) if two_d else (nn.MaxPool1d, nn.AvgPool1d)
+            add_module(pools[average](kernel, stride, padding))
+        elif kind in ("add", "mul"):
+            alike = [i for i, shape in enumerate(shapes) if shape == shapes[-1]]
+            i, add, inplace = draw(st.sampled_from(alike)), kind == "add", draw(st.booleans())
+            operators = (Tensor.mul_, Tensor.add_) if inplace else (Tensor.mul, Tensor.add)
+            operator = operators[add]
+            steps.append(lambda results, i=i, operator=operator: operator(results[-1], results[i]))  # type: ignore[misc]
+        elif kind == "cat":
+            alike = [i for i, shape in enumerate(shapes) if shape[1:] == shapes[-1][1:]]
+            chosen = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
+            steps.append(lambda results, chosen=chosen: torch.cat([results[-1], *(results[i] for i in chosen)], 1))  # type: ignore[misc]
+        elif kind == "squeeze":
+            add_module(Squeeze(channels, draw(st.booleans()), two_d))
+        else:
+            add_module(nn.Sequential(nn.Dropout(), nn.Identity()))
+        measure()
+    channels, height, width = shapes[-1]
+    features = channels * height * width
+    over_all = nn.AdaptiveAvgPool2d(1) if two_d else nn.AdaptiveAvgPool1d(1)
+    cover = nn.Conv2d(channels, 3, (height, width)) if two_d else nn.Conv1d(channels, 3, width)
+    ends: list[nn.Module] = [
+        nn.Sequential(over_all, nn.Flatten(), nn.Linear(channels, 3)),
+        nn.Sequential(nn.Flatten(), nn.ReLU6(), nn.Linear(features, 4, bias=False), nn.BatchNorm1d(4)),
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(features), nn.Linear(features, 2), nn.ReLU(), nn.Linear(2, 3)),
+        nn.Sequential(cover, nn.Flatten()),
+    ]
+    end = draw(st.sampled_from(range(len(ends))))
+    model = randomize(Random(parts, steps, ends[end]), draw(st.integers(0, 1000)))
+    return model, torch.zeros(1, *(shapes[0] if two_d else (shapes[0][0], shapes[0][2])))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(models())
+def test_any_model_of_these_operators_keeps_its_function(drawn: tuple[nn.Module, Tensor]) -> None:
+    assert_same_function(*drawn)
+
+
+ZOO = ("watch-cnn", "fashion-cnn")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_shipped_models_keep_their_function(name: str) -> None:
+    torch.manual_seed(1)
+    model = build_model(name)
+    assert isinstance(model, Pretrained)
+    assert_same_function(randomize(model), model.example_input(), batch_size=2)
+
+
+# --- what becomes of single operators ---------------------------------------------------------------------------------
+
+
 class Tail(nn.Module):
     """A convolution, one more operation, and a head."""
 
@@ -82,21 +279,174 @@ class Tail(nn.Module):
         return logits
 
 
+def kinds(between: object) -> list[str]:
+    """What ``between`` becomes: the ops before the average and the head."""
+    graph = assert_same_function(randomize(Tail(between)), EXAMPLE_1D)
+    assert [type(op) for op in graph.ops[-2:]] == [GlobalAverage, Conv]
+    return [
+        op.activation if isinstance(op, Conv | Add) else op.function if isinstance(op, Apply) else type(op).__name__
+        for op in graph.ops[:-2]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        (F.relu, ["relu"]),
+        (nn.ReLU6(), ["relu6"]),
+        (nn.Hardtanh(0.0, 6.0), ["relu6"]),
+        (lambda x: x.clamp(0, 6), ["relu6"]),
+        (lambda x: x.clamp_min(0), ["relu"]),
+        (lambda x: F.relu(F.relu6(x)), ["relu6"]),
+        (lambda x: F.relu6(F.relu(x)), ["relu6"]),
+        (nn.BatchNorm1d(4), ["none"]),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.ReLU()), ["relu"]),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), ["relu", "none"]),
+        (nn.Sigmoid(), ["none", "sigmoid"]),
+        (nn.Hardswish(), ["none", "hard_swish"]),
+        (lambda x: x + F.relu(x), ["none", "relu", "none"]),
+        (lambda x: F.relu(x + x), ["none", "relu"]),
+        (lambda x: torch.cat([x], 1), ["none"]),
+        (lambda x: x.unsqueeze(2).squeeze(2).contiguous().float(), ["none"]),
+        (nn.AvgPool1d(4), ["none", "Pool"]),
+        (nn.MaxPool1d(2, ceil_mode=True), ["none", "Pool"]),
+        (nn.AdaptiveAvgPool1d(31), ["none", "Pool"]),
+        (nn.AvgPool1d(124), ["none"]),
+        (nn.MaxPool1d(1), ["none"]),
+        (nn.MaxPool1d(5, stride=2, padding=2), ["none", "Pool"]),
+    ],
+)
+def test_what_operators_become(between: object, expected: list[str]) -> None:
+    assert kinds(between) == expected
+
+
+class Residual(nn.Module):
+    """ReLU folds into the addition, not into the convolution whose output the addition reads too."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.conv2, self.norm2 = nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False), nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, 2)
+        self.early = early
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.norm1(self.conv1(x)) if self.early else self.conv1(x)
+        x = self.norm2(self.conv2(F.relu(before)))
+        x = F.relu(x + (before if self.early else self.norm1(before)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_what_has_another_reader_is_not_folded() -> None:
+    graph = assert_same_function(randomize(Residual(early=True)), EXAMPLE_2D)
+    found = [(op.name, getattr(op, "activation", "")) for op in graph.ops[:-2]]
+    assert found == [("conv1", "none"), ("relu", ""), ("conv2", "none"), ("add", "relu")]
+    assert [op.groups for op in graph.ops if isinstance(op, Conv)] == [1, 3, 1]
+    graph = assert_same_function(randomize(Residual(early=False)), EXAMPLE_2D)
+    assert [op.name for op in graph.ops[:-2]] == ["conv1", "relu", "conv2", "norm1", "add"]
+    norm = graph.ops[3]
+    assert isinstance(norm, Conv)
+    assert norm.groups == 3
+    assert graph.constants[norm.weight].shape == (3, 1, 1, 1)
+
+
+class Dead(nn.Module):
+    """An auxiliary head that nobody reads, and a change in place of what was read before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.auxiliary, self.head = nn.Conv1d(6, 4, 3), nn.Linear(4, 9), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = x.view(x.shape)
+        self.auxiliary(x.mean(2))
+        z = x.clone()
+        y += x.sigmoid()
+        x.relu_()
+        logits: Tensor = self.head((y + z).mean(2))
+        return logits
+
+
+def test_what_nobody_reads_is_left_out() -> None:
+    graph = assert_same_function(Dead(), EXAMPLE_1D)
+    assert [op.name for op in graph.ops] == ["conv", "sigmoid", "add", "add#2", "mean#2", "head"]
+    assert [op.activation for op in graph.ops if isinstance(op, Add)] == ["relu", "none"]
+    assert set(graph.constants) == {"conv.weight", "conv.bias", "head.weight", "head.bias"}
+
+
+def test_padding_joins_the_convolutions_that_read_it() -> None:
+    layers = nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d((2, 2, 0, 0)), nn.Conv2d(3, 2, 3, padding=1))
+    model = nn.Sequential(layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    graph = assert_same_function(model, EXAMPLE_2D)
+    assert isinstance(graph.ops[0], Conv)
+    assert graph.ops[0].padding == (2, 4)
+
+
+def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
+    model = nn.Sequential()
+    for name in ("relu#2", "input", "relu", 'x"); system("'):
+        model.add_module(name, nn.Conv1d(6, 6, 1))
+    model.add_module("act", nn.Sigmoid())
+    model.add_module("end", nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 2)))
+    assert_same_function(model, EXAMPLE_1D)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Tail(torch.sigmoid), ["aten.sigmoid", "test_ondevice_frontend.py:", "Supported: conv1d"]),
-        (Tail(F.gelu), ["aten.gelu", "Supported"]),
-        (Tail(lambda x: x + 1), ["aten.add", "Supported"]),
-        (Tail(F.relu, channels=6, groups=2), ["groups=2", "module conv", "Supported"]),
-        (Tail(F.relu, dilation=2), ["dilated", "module conv"]),
-        (Tail(nn.AdaptiveAvgPool1d(2)), ["pooling to", "only to 1"]),
-        (nn.Sequential(nn.Flatten(), nn.Linear(768, 3), nn.Softmax(1)), ["aten.softmax", "module 2"]),
-        (nn.Sequential(nn.Flatten(), nn.Linear(768, 3), nn.ReLU()), ["must end in a linear layer"]),
+        (Tail(F.gelu), ["aten.gelu", "test_ondevice_frontend.py:", "Use ReLU, ReLU6", "Supported: conv1d"]),
+        (Tail(lambda x: x + 1), ["aten.add", "with a number", "Put scale and offset", "Supported"]),
+        (Tail(lambda x: 2 * x), ["aten.mul", "with a number"]),
+        (Tail(lambda x: x + x.mean(2, keepdim=True)), ["aten.add", "(1, 4, 124) and (1, 4, 1)", "one shape"]),
+        (Tail(lambda x: torch.add(x, x, alpha=2)), ["alpha=2"]),
+        (Tail(lambda x: x * x.mean(1, keepdim=True)), ["aten.mean", "over [1]", "dim=(2,)"]),
+        (Tail(lambda x: x * x[:, :1]), ["aten.slice", "one convolution for each part"]),
+        (Tail(lambda x: torch.cat([x, x], 2)), ["aten.cat", "over dimension 2", "over channels"]),
+        (Tail(lambda x: x.transpose(1, 2).relu().transpose(1, 2)), ["aten.transpose", "keep that order"]),
+        (Tail(lambda x: x.view(4, 124).view(1, 4, 124)), ["aten.view", "a change of the batch"]),
+        (Tail(lambda x: x.view(1, 2, 248).view(1, 4, 124)), ["aten.view", "from (1, 4, 124) to (1, 2, 248)"]),
+        (Tail(lambda x: x.clamp(-1, 1)), ["aten.clamp", "to [-1, 1]", "Use ReLU6"]),
+        (Tail(lambda x: x.detach()), ["aten.detach", "update scheme"]),
+        (Tail(lambda x: x.double().float()), ["aten.to", "float64", "float32"]),
+        (Tail(nn.LeakyReLU()), ["aten.leaky_relu", "module between", "Use ReLU"]),
+        (Tail(nn.GroupNorm(2, 4)), ["aten.group_norm", "Use BatchNorm"]),
+        (Tail(nn.BatchNorm1d(4, track_running_stats=False)), ["aten.batch_norm", "without running statistics"]),
+        (Tail(F.relu, channels=6, groups=2), ["groups=2", "module conv", "Use groups=1, or a depthwise", "Supported"]),
+        (Tail(F.relu, channels=12, groups=6), ["groups=6 (6 channels in, 12 out)", "depthwise"]),
+        (Tail(F.relu, dilation=2), ["conv1d", "with dilation", "module conv", "dilation=1"]),
+        (Tail(F.relu, padding_mode="circular", padding=1), ["aten.pad", "mode 'circular'", "Pad with zeros"]),
+        (
+            Tail(nn.ConstantPad1d((1, 2), 0.0)),
+            ["padding at", "1 left and 2 right", "not symmetric", "padding= argument"],
+        ),
+        (Tail(nn.ConstantPad1d(1, 0.0)), ["padding at", "read by mean", "Pad right before a convolution"]),
+        (Tail(nn.ConstantPad1d(1, 0.5)), ["aten.pad", "with value 0.5", "Pad with zeros"]),
+        (Tail(nn.ConstantPad1d(-1, 0.0)), ["aten.pad", "by (-1, -1", "by 0 or more"]),
+        (Tail(nn.AdaptiveAvgPool1d(3)), ["aten.adaptive_avg_pool1d", "from (124,) to (3,)", "pooling to 1"]),
+        (Tail(nn.AvgPool1d(3, ceil_mode=True)), ["aten.avg_pool1d", "ceil_mode", "(1, 41) to (1, 42)"]),
+        (Tail(nn.AvgPool1d(3, padding=1, count_include_pad=False)), ["count_include_pad=False"]),
+        (Tail(nn.MaxPool1d(3, dilation=2)), ["aten.max_pool1d", "with dilation"]),
+        (Tail(lambda x: F.max_pool1d(x, 2, return_indices=True)[0]), ["max_pool1d_with_indices", "without indices"]),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(768, 3), nn.Softmax(1)),
+            ["aten.softmax", "module 2", "return the logits"],
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(768, 3), nn.ReLU()), ["must end in a linear layer", "conv with relu"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 1)), ["one output"]),
-        (nn.Sequential(nn.Conv1d(6, 4, 5)), ["must end in a linear layer"]),
+        (nn.Sequential(nn.Conv1d(6, 4, 5)), ["must end in a linear layer", "conv of 1 x 124 x 4"]),
+        (nn.Sequential(nn.Conv1d(6, 4, 5), nn.AdaptiveAvgPool1d(1)), ["must end in a linear layer", "globalaverage"]),
+        (nn.Flatten(), ["must end in a linear layer"]),
         (nn.Sequential(nn.Linear(128, 3), nn.Flatten(), nn.Linear(18, 3)), ["linear", "Flatten it first"]),
-        (nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(768, 3)), ["relu", "does not follow"]),
+        (nn.Sequential(nn.Conv1d(6, 4, 4, padding="same")), ["padding='same' and an even kernel", "in numbers"]),
+        (
+            nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768), nn.ReLU(), nn.Linear(768, 2)),
+            ["before flatten", "batch norm"],
+        ),
     ],
 )
 def test_a_refusal_names_operator_place_and_remedy(model: nn.Module, words: list[str]) -> None:
@@ -124,6 +474,77 @@ class Branch(nn.Module):
 def test_weight_sharing_is_refused(shared: bool, words: str) -> None:
     with pytest.raises(CompileError, match=words):
         read_module(Branch(shared), EXAMPLE_1D)
+
+
+class Wrong(nn.Module):
+    """One thing at a time that a forward may do and a device program cannot."""
+
+    scale: Tensor
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.conv = nn.Conv1d(6, 4, 3, padding=1)
+        self.again = nn.Conv1d(6, 4, 3, padding=1)
+        self.again.bias = self.conv.bias
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("scale", torch.ones(1, 4, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        y: Tensor = self.conv(x)
+        match self.what:
+            case "tied":
+                y = y + self.again(x)
+            case "computed":
+                y = F.conv1d(x, self.conv.weight.abs())
+            case "buffer":
+                y = y * self.scale
+            case "literal":
+                y = y + torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+        logits: Tensor = self.head(y.mean(2))
+        return (logits, y) if self.what == "two" else y if self.what == "map" else logits
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("tied", r"module again\) shares its parameters"),
+        ("computed", "aten.abs.*Supported"),
+        ("buffer", "aten.mul.*a parameter or a constant"),
+        ("literal", "operator aten.* at .*test_ondevice_frontend.py:.* not supported"),
+        ("two", "returns 2 tensors"),
+        ("map", "must end in a linear layer"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused(what: str, words: str) -> None:
+    with pytest.raises(CompileError, match=words):
+        read_module(Wrong(what), EXAMPLE_1D)
+
+
+class Stale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(6, 4, 3), nn.Linear(504, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        flat = x.flatten(1)
+        x.relu_()
+        logits: Tensor = self.head(flat)
+        return logits
+
+
+def test_a_view_that_was_changed_through_its_base_is_refused() -> None:
+    with pytest.raises(CompileError, match=r"linear at .*reads a view of a tensor that .* changed in place.*inplace="):
+        read_module(Stale(), EXAMPLE_1D)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.zeros(6, 128)[0], torch.zeros(0, 6, 128), torch.zeros(1, 1, 1, 6, 128), None]
+)
+def test_an_example_of_another_shape_is_refused(example: Tensor) -> None:
+    with pytest.raises(CompileError, match="the example must be a tensor of shape"):
+        read_module(WatchCNN(), example)
 
 
 class DataDependent(nn.Module):
