@@ -1,25 +1,24 @@
 """What the tests of the C kernels share: the structures of eft.h, random layers, and the sums in plain integers."""
 
-import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efftrain.ondevice.backends.toolchain import build, host_toolchain
-from efftrain.ondevice.emit.project import runtime_sources
+from efftrain.ondevice.backends.kernels import BoardKernels, HostKernels, KernelMachine, Struct
 
 Array = npt.NDArray[np.int64]
-I32 = ctypes.c_int32
-SHAPE_FIELDS = ("in_h", "in_w", "in_c", "out_h", "out_w", "out_c", "kernel_h", "kernel_w")
 
 
-class Shape(ctypes.Structure):
-    _fields_ = [(name, I32) for name in (*SHAPE_FIELDS, "stride_h", "stride_w", "pad_h", "pad_w")]
+@dataclass(frozen=True)
+class Shape:
+    """eft_conv_shape"""
 
     in_h: int
     in_w: int
@@ -34,54 +33,18 @@ class Shape(ctypes.Structure):
     pad_h: int
     pad_w: int
 
-
-class Rows(ctypes.Structure):
-    _fields_ = [("first", I32), ("count", I32), ("ring", I32)]
-
-
-class Weights(ctypes.Structure):
-    _fields_ = [("trained", ctypes.c_void_p), ("frozen", ctypes.c_void_p), ("trained_c", I32)]
-
-
-class Factors(ctypes.Structure):
-    _fields_ = [("multiplier", ctypes.c_void_p), ("shift", ctypes.c_void_p)]
-
-
-class Requantize(ctypes.Structure):
-    _fields_ = [("factors", Factors), ("zero_point", I32), ("minimum", I32), ("pass_minimum", I32)]
-
-    zero_point: int
-    minimum: int
-    pass_minimum: int
-
-
-class Sum(ctypes.Structure):
-    _fields_ = [
-        (name, I32)
-        for name in (
-            *("x_zero_point", "x_multiplier", "z_zero_point", "z_multiplier"),
-            *("shift", "zero_point", "minimum", "pass_minimum"),
-        )
-    ]
-
-
-class InputGrad(ctypes.Structure):
-    _fields_ = [("channel_scale", ctypes.c_void_p), ("operand_bits", I32), ("shift", I32)]
-
-    shift: int
-
-
-class Gradient(ctypes.Structure):
-    _fields_ = [("g", ctypes.c_void_p), ("bits", I32), ("exponent", I32)]
+    @property
+    def struct(self) -> Struct:
+        return Struct(*astuple(self))
 
 
 @cache
-def runtime() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(host_toolchain(), runtime_sources(), "libeft.so")))
-
-
-def at(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+def machine_of(name: str) -> KernelMachine:
+    """``host`` or a processor, perhaps with a compiler behind it: ``cortex-m7 zig``."""
+    cpu, _, kind = name.partition(" ")
+    if cpu == "host":
+        return HostKernels()
+    return BoardKernels(cpu, "zig" if kind == "zig" else "auto")
 
 
 # --- arithmetic.md, section 1 -----------------------------------------------------------------------------------------
@@ -156,8 +119,8 @@ class Case:
         self.frozen = np.ascontiguousarray(self.w[..., self.trained_c :])
         self.multiplier = rng.integers(1 << 30, 1 << 31, out_c).astype(np.int32)
         self.shift = rng.integers(28, 45, out_c).astype(np.int16)
-        self.factors = Factors(at(self.multiplier), at(self.shift))
-        self.weights = Weights(at(self.trained), at(self.frozen), self.trained_c)
+        self.factors = Struct(self.multiplier, self.shift)
+        self.weights = Struct(self.trained, self.frozen, self.trained_c)
         self.mask = rng.integers(0, 256, (in_h * in_w * in_c + 7) // 8).astype(np.uint8)
 
     def fill(self, shape: tuple[int, ...], low: int, high: int, extreme: int) -> Array:
@@ -165,8 +128,9 @@ class Case:
             return self.rng.choice(np.array([low, high]), shape)
         return self.rng.integers(low, high + 1, shape)
 
-    def whole(self) -> Rows:
-        return Rows(0, self.s.out_h, self.s.in_h)
+    def whole(self) -> Struct:
+        """eft_rows of a call for everything."""
+        return Struct(0, self.s.out_h, self.s.in_h)
 
     def products(self) -> Iterator[Product]:
         """All that lie inside."""
@@ -273,5 +237,32 @@ DEPTHWISE = st.builds(Case, st.just(True), st.one_of(_SMALL, _WIDE), *_REST)
 ANY_CASE = st.one_of(DENSE, DEPTHWISE)
 
 
-def cases(strategy: st.SearchStrategy[Case] = ANY_CASE) -> Callable[[Callable[[Case], None]], Callable[[], None]]:
-    return lambda test: settings(max_examples=150, deadline=None)(given(strategy)(test))
+# The plain C of the host is what the others must equal. Cortex-M0+ has no SIMD instructions and no unaligned access.
+_MACHINES = [
+    pytest.param("host", 1.0, id="host"),
+    pytest.param("host", 60.0, id="host-long", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    *(
+        pytest.param(name, 0.25, id=name, marks=pytest.mark.firmware)
+        for name in ("cortex-m7", "cortex-m0plus", "cortex-m7 zig")
+    ),
+]
+
+
+def cases(*strategies: st.SearchStrategy[Any], examples: int = 150) -> Callable[[Callable[..., None]], Any]:
+    """Make a test of a function of a machine and what the strategies draw."""
+
+    def wrap(body: Callable[..., None]) -> Any:
+        @pytest.mark.parametrize(("name", "share"), _MACHINES)
+        def test(name: str, share: float) -> None:
+            machine = machine_of(name)
+
+            def check(drawn: tuple[Any, ...]) -> None:
+                body(machine, *drawn)
+
+            check.__name__ = "_".join([body.__name__, *name.replace("-", " ").split()])
+            settings(max_examples=round(examples * share), deadline=None)(given(st.tuples(*strategies))(check))()
+
+        test.__name__, test.__doc__ = body.__name__, body.__doc__
+        return test
+
+    return wrap

@@ -1,26 +1,20 @@
 """The backward kernels and the updates in C against slow references, on shapes that nobody chose."""
 
-import ctypes
-
 import numpy as np
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efftrain.ondevice.backends.kernels import KernelMachine, Struct
 from tests.property.kernel_cases import (
     ANY_CASE,
     DEPTHWISE,
     Array,
     Case,
-    Gradient,
-    InputGrad,
-    at,
     bits_of,
     cases,
     ceil_log2,
     hash32,
     place,
     rsh,
-    runtime,
     step_key,
 )
 
@@ -39,30 +33,31 @@ class InputGradient:
         self.scale[rng.integers(0, s.out_c)] = 32767  # always there
         terms = s.kernel_h * s.kernel_w * (1 if c.depthwise else s.out_c)
         operand_bits = min(15, 24 - ceil_log2(terms))
-        self.constants = InputGrad(at(self.scale), operand_bits, int(rng.integers(-3, 14)))
+        self.shift = int(rng.integers(-3, 14))
+        self.constants = Struct(self.scale, operand_bits, self.shift)
         self.use_mask = bool(rng.integers(0, 2))
         h = rsh(c.g.astype(np.int64) * self.scale, 15 - (operand_bits - c.bits))
         assert np.abs(h).max() <= min(1 << operand_bits, 32767)
-        values = np.clip(rsh(c.input_sums(h), self.constants.shift), -32767, 32767)
+        values = np.clip(rsh(c.input_sums(h), self.shift), -32767, 32767)
         self.want = c.passed(values, self.use_mask)
 
-    def compute(self, g: np.ndarray, gx: np.ndarray) -> int:
+    def compute(self, m: KernelMachine, g: np.ndarray, gx: np.ndarray) -> int:
         c = self.case
         scratch = np.full(c.s.in_c + 2, -7, np.int32)
-        kernel = runtime().eft_depthwise_input_grad_s16 if c.depthwise else runtime().eft_conv_input_grad_s16
-        bits = kernel(
-            at(g), c.bits, ctypes.byref(c.s), ctypes.byref(c.weights), ctypes.byref(self.constants),
-            at(c.mask) if self.use_mask else None, at(gx), at(scratch[1:]),
+        bits = m.call(
+            "eft_depthwise_input_grad_s16" if c.depthwise else "eft_conv_input_grad_s16",
+            g, c.bits, c.s.struct, c.weights, self.constants,
+            c.mask if self.use_mask else None, gx, scratch[1:],
         )  # fmt: skip
         assert scratch[0] == -7, "more scratch was used than the contract says"
         assert scratch[-1] == -7, "more scratch was used than the contract says"
         return int(bits)
 
 
-@cases()
-def test_input_gradients(c: Case) -> None:
+@cases(ANY_CASE)
+def test_input_gradients(m: KernelMachine, c: Case) -> None:
     gradient, gx = InputGradient(c), np.zeros(c.x.shape, np.int16)
-    bits = gradient.compute(c.g, gx)
+    bits = gradient.compute(m, c.g, gx)
     assert np.array_equal(gx, gradient.want)
     assert bits == bit_length(gradient.want)
 
@@ -88,32 +83,31 @@ class PoolGradient:
             sums[iy, ix, k] += c.g[oy, ox, k]
         self.want = c.passed(np.clip(rsh(sums, self.shift), -32767, 32767), self.use_mask)
 
-    def compute(self, g: np.ndarray, gx: np.ndarray) -> int:
+    def compute(self, m: KernelMachine, g: np.ndarray, gx: np.ndarray) -> int:
         c = self.case
-        mask = at(c.mask) if self.use_mask else None
+        mask = c.mask if self.use_mask else None
         return int(
-            runtime().eft_max_pool_grad_s16(at(g), at(c.x), ctypes.byref(c.s), self.shift, mask, at(gx)),
+            m.call("eft_max_pool_grad_s16", g, c.x, c.s.struct, self.shift, mask, gx),
         )
 
 
 @cases(DEPTHWISE)
-def test_max_pool_gradient(c: Case) -> None:
+def test_max_pool_gradient(m: KernelMachine, c: Case) -> None:
     gradient, gx = PoolGradient(c), np.zeros(c.x.shape, np.int16)
-    bits = gradient.compute(c.g, gx)
+    bits = gradient.compute(m, c.g, gx)
     assert np.array_equal(gx, gradient.want)
     assert bits == bit_length(gradient.want)
 
 
-@settings(max_examples=300, deadline=None)
-@given(ANY_CASE, st.booleans(), st.integers(0, 3), st.integers(0, 3))
+@cases(ANY_CASE, st.booleans(), st.integers(0, 3), st.integers(0, 3), examples=300)
 def test_an_input_gradient_may_lie_over_the_rows_before_those_it_needs(
-    c: Case, pool: bool, shift: int, slack: int
+    m: KernelMachine, c: Case, pool: bool, shift: int, slack: int
 ) -> None:
     gradient = PoolGradient(c) if pool and c.depthwise else InputGradient(c)
     start = c.gradient_start(c.s.in_w * c.s.in_c, c.s.out_w * c.s.out_c) - slack
     memory, g, gx = place(c.g, c.x.size, start, shift)
     before = memory.copy()
-    bits = gradient.compute(g, gx)
+    bits = gradient.compute(m, g, gx)
     assert np.array_equal(gx, gradient.want.ravel())
     assert bits == bit_length(gradient.want)
     gx[:] = 0
@@ -121,9 +115,8 @@ def test_an_input_gradient_may_lie_over_the_rows_before_those_it_needs(
     assert np.array_equal(memory, before), "something outside the gradient was written"
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
-def test_table_gradient(count: int, seed: int, use_mask: bool, in_place: bool) -> None:
+@cases(st.integers(1, 70), st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), examples=200)
+def test_table_gradient(m: KernelMachine, count: int, seed: int, use_mask: bool, in_place: bool) -> None:
     rng = np.random.default_rng(seed)
     g, slope = (rng.integers(-32768, 32768, size).astype(np.int16) for size in (count, 256))
     g = np.maximum(g, -32767).astype(np.int16)
@@ -132,19 +125,19 @@ def test_table_gradient(count: int, seed: int, use_mask: bool, in_place: bool) -
     want = np.clip(rsh(g.astype(np.int64) * slope[x.astype(np.int64) + 128], 15), -32767, 32767)
     want = np.where(bits_of(mask, count), want, 0) if use_mask else want
     gx = g if in_place else np.zeros(count, np.int16)
-    bits = runtime().eft_table_grad_s16(at(g), at(x), at(slope), count, at(mask) if use_mask else None, at(gx))
+    bits = m.call("eft_table_grad_s16", g, x, slope, count, mask if use_mask else None, gx)
     assert np.array_equal(gx, want)
     assert bits == bit_length(want)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
+@cases(
     st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 15), st.integers(0, 15), st.integers(-60, 20),
     st.integers(-40, 40), st.integers(0, 62), st.sampled_from(["a", "b", "new"]), st.booleans(), st.booleans(),
+    examples=300,
 )  # fmt: skip
 def test_gradient_sum(
-    count: int, seed: int, bits_a: int, bits_b: int, exponent: int, apart: int, shift: int, into: str, both: bool,
-    use_mask: bool,
+    m: KernelMachine, count: int, seed: int, bits_a: int, bits_b: int, exponent: int, apart: int, shift: int,
+    into: str, both: bool, use_mask: bool,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     a, b = (
@@ -165,16 +158,15 @@ def test_gradient_sum(
     else:
         e, want = exponent, a.astype(np.int64)
     want = np.where(bits_of(mask, count), want, 0) if use_mask else want
-    first, second = Gradient(at(a), bits_a, exponent), Gradient(at(b), bits_b, exponent_b)
+    first, second = Struct(a, bits_a, exponent), Struct(b, bits_b, exponent_b)
     g = {"a": a, "b": b, "new": np.zeros(count, np.int16)}[into]
-    found = ctypes.c_int32()
-    bits = runtime().eft_gradient_sum_s16(
-        ctypes.byref(first), ctypes.byref(second) if both else None, multiplier, shift, count,
-        at(mask) if use_mask else None, at(g), ctypes.byref(found),
+    found = np.zeros(1, np.int32)
+    bits = m.call("eft_gradient_sum_s16", first, second if both else None, multiplier, shift, count,
+        mask if use_mask else None, g, found,
     )  # fmt: skip
     assert np.array_equal(g, want)
     assert bits == bit_length(want)
-    assert found.value == e
+    assert found[0] == e
 
 
 EXPONENTS = st.integers(-60, 20)
@@ -191,39 +183,35 @@ class Update:
             self.steps = rsh(sums * multiplier[: c.trained_c], shift[: c.trained_c])
         else:
             self.steps = rsh(sums * multiplier[:, None, None, None], shift[:, None, None, None])
-        self.gradient = Gradient(at(c.g), c.bits, exponent)
+        self.gradient = Struct(c.g, c.bits, exponent)
         self.scratch = np.full(c.trained_c + 1, -7, np.int32)
         self.arguments = (
-            at(c.x), c.zero, ctypes.byref(self.gradient), ctypes.byref(c.s), ctypes.byref(c.factors), lr_shift,
+            c.x, c.zero, self.gradient, c.s.struct, c.factors, lr_shift,
         )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(ANY_CASE, EXPONENTS, st.integers(0, 31))
-def test_master_update(c: Case, exponent: int, lr_shift: int) -> None:
+@cases(ANY_CASE, EXPONENTS, st.integers(0, 31))
+def test_master_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) -> None:
     update = Update(c, exponent, lr_shift)
     trained, residual = c.trained.copy(), c.rng.integers(-128, 128, c.trained.shape).astype(np.int8)
     master = np.clip(256 * trained.astype(np.int64) + residual - ((update.steps + 128) >> 8), -32640, 32639)
-    kernel = runtime().eft_depthwise_update_master_s8 if c.depthwise else runtime().eft_conv_update_master_s8
-    kernel(*update.arguments, at(trained), at(residual), c.trained_c, at(update.scratch))
+    kernel = "eft_depthwise_update_master_s8" if c.depthwise else "eft_conv_update_master_s8"
+    m.call(kernel, *update.arguments, trained, residual, c.trained_c, update.scratch)
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
     assert (trained != -128).all()
     assert update.scratch[-1] == -7
 
 
-@settings(max_examples=150, deadline=None)
-@given(ANY_CASE, EXPONENTS, st.integers(0, 31))
-def test_stochastic_update(c: Case, exponent: int, lr_shift: int) -> None:
+@cases(ANY_CASE, EXPONENTS, st.integers(0, 31))
+def test_stochastic_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) -> None:
     update = Update(c, exponent, lr_shift)
     trained, before = c.trained.copy(), c.trained.astype(np.int64)
     seed, step, first = (int(v) for v in c.rng.integers(0, 2**32, 3))
-    runtime().eft_step_key.restype = ctypes.c_uint32
-    key = runtime().eft_step_key(ctypes.c_uint32(seed), ctypes.c_uint32(step))
+    key = m.call("eft_step_key", seed, step)
+    key &= 0xFFFFFFFF
     assert key == step_key(seed, step)
-    kernel = runtime().eft_depthwise_update_stochastic_s8 if c.depthwise else runtime().eft_conv_update_stochastic_s8
-    kernel(
-        *update.arguments, ctypes.c_uint32(key), ctypes.c_uint32(first), at(trained), c.trained_c, at(update.scratch)
-    )
+    kernel = "eft_depthwise_update_stochastic_s8" if c.depthwise else "eft_conv_update_stochastic_s8"
+    m.call(kernel, *update.arguments, key, first, trained, c.trained_c, update.scratch)
     index = (first + np.arange(c.w.size).reshape(c.w.shape)[..., : c.trained_c]) & 0xFFFFFFFF
     want = np.clip(before - ((update.steps + (hash32(key ^ index) >> 16)) >> 16), -127, 127)
     assert np.array_equal(trained, want)

@@ -1,33 +1,27 @@
 """The forward kernels, the loss and the bias update in C against slow references, on shapes that nobody chose."""
 
-import ctypes
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efftrain.ondevice.backends.kernels import KernelMachine, Struct
 from tests.property.kernel_cases import (
     ANY_CASE,
     DENSE,
     DEPTHWISE,
     Array,
     Case,
-    Gradient,
-    Requantize,
-    Rows,
-    Sum,
-    at,
     bits_of,
     cases,
+    machine_of,
     place,
     rsh,
-    runtime,
 )
 
-Compute = Callable[[Case, np.ndarray, Rows, np.ndarray], None]
-"""Case, input, rows, output."""
+Compute = Callable[[KernelMachine, Case, np.ndarray, Struct, np.ndarray], None]
+"""Machine, case, input, rows, output."""
 
 
 class Forward:
@@ -42,50 +36,53 @@ class Forward:
         relu = bool(rng.integers(0, 2))
         zero = int(rng.choice([-128, 0]))
         minimum = zero if relu else -128
-        self.out = Requantize(c.factors, zero, minimum, minimum + 1 if relu else -128)
+        passing = minimum + 1 if relu else -128
+        self.out = Struct(c.factors, zero, minimum, passing)
         sums = c.sums() + self.bias
         assert np.abs(sums).max() < 1 << 31
         v = rsh(sums * c.multiplier, c.shift.astype(np.int64)) + zero
         self.want = np.clip(v, minimum, 127)
-        self.passes = (v >= self.out.pass_minimum) & (v <= 127)
+        self.passes = (v >= passing) & (v <= 127)
         self.mask = rng.integers(0, 256, (v.size + 7) // 8).astype(np.uint8)
 
-    def compute(self, c: Case, x: np.ndarray, rows: Rows, y: np.ndarray, mask: np.ndarray | None = None) -> None:
-        function = runtime().eft_depthwise_s8 if c.depthwise else runtime().eft_conv_s8
-        function(
-            at(x), ctypes.byref(c.s), c.zero, ctypes.byref(c.weights), at(self.bias), ctypes.byref(self.out),
-            ctypes.byref(rows), at(y), None if mask is None else at(mask),
+    def compute(
+        self, m: KernelMachine, c: Case, x: np.ndarray, rows: Struct, y: np.ndarray, mask: np.ndarray | None = None
+    ) -> None:
+        m.call(
+            "eft_depthwise_s8" if c.depthwise else "eft_conv_s8",
+            x, c.s.struct, c.zero, c.weights, self.bias, self.out,
+            rows, y, mask,
         )  # fmt: skip
 
 
-@cases()
-def test_convolutions(c: Case) -> None:
+@cases(ANY_CASE)
+def test_convolutions(m: KernelMachine, c: Case) -> None:
     forward = Forward(c)
     y = np.zeros(forward.want.shape, np.int8)
-    forward.compute(c, c.x, c.whole(), y)
+    forward.compute(m, c, c.x, c.whole(), y)
     assert np.array_equal(y, forward.want)
     y[:], mask = 0, forward.mask.copy()
-    forward.compute(c, c.x, c.whole(), y, mask)
+    forward.compute(m, c, c.x, c.whole(), y, mask)
     assert np.array_equal(y, forward.want)
     assert np.array_equal(bits_of(mask, y.size), forward.passes.ravel())
     assert mask[-1] >> (y.size % 8 or 8) == forward.mask[-1] >> (y.size % 8 or 8)
 
 
-@cases()
-def test_only_the_bits_of_the_computed_rows_change(c: Case) -> None:
+@cases(ANY_CASE)
+def test_only_the_bits_of_the_computed_rows_change(m: KernelMachine, c: Case) -> None:
     forward = Forward(c)
     first = int(c.rng.integers(0, c.s.out_h))
     count = int(c.rng.integers(0, c.s.out_h - first + 1))
     y, mask = np.zeros((count, *forward.want.shape[1:]), np.int8), forward.mask.copy()
-    forward.compute(c, c.x, Rows(first, count, c.s.in_h), y, mask)
+    forward.compute(m, c, c.x, Struct(first, count, c.s.in_h), y, mask)
     assert np.array_equal(y, forward.want[first : first + count])
     want = bits_of(forward.mask, forward.want.size).reshape(forward.want.shape)
     want[first : first + count] = forward.passes[first : first + count]
     assert np.array_equal(bits_of(mask, want.size), want.ravel())
 
 
-def compute_pool(c: Case, x: np.ndarray, rows: Rows, y: np.ndarray) -> None:
-    runtime().eft_max_pool_s8(at(x), ctypes.byref(c.s), ctypes.byref(rows), at(y))
+def compute_pool(m: KernelMachine, c: Case, x: np.ndarray, rows: Struct, y: np.ndarray) -> None:
+    m.call("eft_max_pool_s8", x, c.s.struct, rows, y)
 
 
 def pooled(c: Case) -> Array:
@@ -103,15 +100,14 @@ def forward_of(c: Case, pool: bool) -> tuple[Compute, Array]:
 
 
 @cases(DEPTHWISE)
-def test_max_pool(c: Case) -> None:
+def test_max_pool(m: KernelMachine, c: Case) -> None:
     y = np.zeros((c.s.out_h, c.s.out_w, c.s.out_c), np.int8)
-    compute_pool(c, c.x, c.whole(), y)
+    compute_pool(m, c, c.x, c.whole(), y)
     assert np.array_equal(y, pooled(c))
 
 
-@settings(max_examples=300, deadline=None)
-@given(ANY_CASE, st.booleans(), st.integers(0, 20))
-def test_rows_through_a_ring_are_the_rows_of_the_whole(c: Case, pool: bool, more: int) -> None:
+@cases(ANY_CASE, st.booleans(), st.integers(0, 20), examples=300)
+def test_rows_through_a_ring_are_the_rows_of_the_whole(m: KernelMachine, c: Case, pool: bool, more: int) -> None:
     compute, want = forward_of(c, pool and c.depthwise)
     s, ring = c.s, min(c.s.in_h, c.s.kernel_h + more)
     kept = c.rng.integers(-128, 128, (ring, s.in_w, s.in_c)).astype(np.int8)
@@ -130,15 +126,14 @@ def test_rows_through_a_ring_are_the_rows_of_the_whole(c: Case, pool: bool, more
         while arrived < end(count):
             kept[arrived % ring] = c.x[arrived]
             arrived += 1
-        compute(c, kept, Rows(first, count, ring), y[first:])
+        compute(m, c, kept, Struct(first, count, ring), y[first:])
         first += count
     assert np.array_equal(y, want)
 
 
-@settings(max_examples=300, deadline=None)
-@given(ANY_CASE, st.booleans(), st.integers(0, 3), st.integers(0, 3), st.booleans())
+@cases(ANY_CASE, st.booleans(), st.integers(0, 3), st.integers(0, 3), st.booleans(), examples=300)
 def test_an_output_may_lie_over_the_input_rows_before_its_own(
-    c: Case, pool: bool, shift: int, slack: int, in_parts: bool
+    m: KernelMachine, c: Case, pool: bool, shift: int, slack: int, in_parts: bool
 ) -> None:
     compute, want = forward_of(c, pool and c.depthwise)
     row = c.s.out_w * c.s.out_c
@@ -147,9 +142,9 @@ def test_an_output_may_lie_over_the_input_rows_before_its_own(
     before = memory.copy()
     if in_parts:
         for r in range(c.s.out_h):
-            compute(c, x, Rows(r, 1, c.s.in_h), y[r * row :])
+            compute(m, c, x, Struct(r, 1, c.s.in_h), y[r * row :])
     else:
-        compute(c, x, c.whole(), y)
+        compute(m, c, x, c.whole(), y)
     assert np.array_equal(y, want.ravel())
     y[:] = 0
     before[(y.ctypes.data - memory.ctypes.data) :][: y.size] = 0
@@ -157,19 +152,22 @@ def test_an_output_may_lie_over_the_input_rows_before_its_own(
 
 
 @cases(DENSE)
-def test_head(c: Case) -> None:
+def test_head(m: KernelMachine, c: Case) -> None:
     logits = np.zeros(c.s.out_c, np.int16)
     bias = c.rng.integers(-(2**30), 2**30 + 1, c.s.out_c).astype(np.int32)
-    runtime().eft_head_s8(
-        at(c.x), ctypes.byref(c.s), c.zero, ctypes.byref(c.weights), at(bias), ctypes.byref(c.factors), at(logits)
-    )
+    m.call("eft_head_s8", c.x, c.s.struct, c.zero, c.weights, bias, c.factors, logits)
     v = rsh((c.sums()[0, 0] + bias) * c.multiplier, c.shift.astype(np.int64))
     assert np.array_equal(logits, np.clip(v, -32768, 32767))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 9), st.sampled_from([None, "x", "z", "x-", "z-"]))
-def test_add(count: int, seed: int, distance: int, over: str | None) -> None:
+@cases(
+    st.integers(1, 70),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 9),
+    st.sampled_from([None, "x", "z", "x-", "z-"]),
+    examples=300,
+)
+def test_add(m: KernelMachine, count: int, seed: int, distance: int, over: str | None) -> None:
     rng = np.random.default_rng(seed)
     zeros = rng.choice([-128, 0], 3).tolist()
     relu = bool(rng.integers(0, 2))
@@ -178,7 +176,7 @@ def test_add(count: int, seed: int, distance: int, over: str | None) -> None:
     limit = int(rng.choice([2**21, 2**12]))
     mx, mz = (int(m) for m in rng.integers(0, limit, 2))
     shift = int(rng.integers(1, 31))
-    constants = Sum(zeros[0], mx, zeros[1], mz, shift, zeros[2], minimum, passing)
+    constants = Struct(zeros[0], mx, zeros[1], mz, shift, zeros[2], minimum, passing)
     x, z = (rng.choice([-128, 127], count) if rng.integers(0, 4) == 0 else rng.integers(-128, 128, count) for _ in "xz")
     v = rsh((x - zeros[0]) * mx + (z - zeros[1]) * mz, shift) + zeros[2]
     x, z, y = x.astype(np.int8), z.astype(np.int8), np.zeros(count, np.int8)
@@ -186,58 +184,53 @@ def test_add(count: int, seed: int, distance: int, over: str | None) -> None:
         _, source, y = place(x if over[0] == "x" else z, count, -distance if over[-1] == "-" else 0, distance & 3)
         x, z = (source, z) if over[0] == "x" else (x, source)
     mask = rng.integers(0, 256, (count + 7) // 8).astype(np.uint8) if rng.integers(0, 2) else None
-    runtime().eft_add_s8(at(x), at(z), ctypes.byref(constants), count, at(y), None if mask is None else at(mask))
+    m.call("eft_add_s8", x, z, constants, count, y, mask)
     assert np.array_equal(y, np.clip(v, minimum, 127))
     if mask is not None:
         assert np.array_equal(bits_of(mask, count), (v >= passing) & (v <= 127))
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 9))
-def test_table(count: int, seed: int, distance: int) -> None:
+@cases(st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 9), examples=100)
+def test_table(m: KernelMachine, count: int, seed: int, distance: int) -> None:
     rng = np.random.default_rng(seed)
     x, table = (rng.integers(-128, 128, size).astype(np.int8) for size in (count, 256))
     _, source, y = place(x, count, -distance, distance & 3)
-    runtime().eft_table_s8(at(source), at(table), count, at(y))
+    m.call("eft_table_s8", source, table, count, y)
     assert np.array_equal(y, table[x.astype(np.int64) + 128])
 
 
-@settings(max_examples=120, deadline=None)
-@given(ANY_CASE, st.integers(-60, 20), st.integers(0, 31))
-def test_bias_update(c: Case, exponent: int, lr_shift: int) -> None:
+@cases(ANY_CASE, st.integers(-60, 20), st.integers(0, 31), examples=120)
+def test_bias_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) -> None:
     bias = c.rng.integers(-(2**30), 2**30 + 1, c.s.out_c).astype(np.int32)
     before = bias.astype(np.int64)
     _, sums, cut = c.weight_sums()
-    gradient = Gradient(at(c.g), c.bits, exponent)
-    runtime().eft_bias_update_s32(
-        ctypes.byref(gradient), c.s.out_h * c.s.out_w, c.s.out_c, ctypes.byref(c.factors), lr_shift, at(bias)
-    )
+    gradient = Struct(c.g, c.bits, exponent)
+    m.call("eft_bias_update_s32", gradient, c.s.out_h * c.s.out_w, c.s.out_c, c.factors, lr_shift, bias)
     t = rsh(sums * c.multiplier, c.shift.astype(np.int64) - (exponent + cut) - 16 + lr_shift)
     assert np.array_equal(bias, np.clip(before - ((t + 32768) >> 16), -(2**30), 2**30))
 
 
-@cases()
-def test_global_average_and_its_gradient(c: Case) -> None:
+@cases(ANY_CASE)
+def test_global_average_and_its_gradient(m: KernelMachine, c: Case) -> None:
     s, pixels = c.s, c.s.in_h * c.s.in_w
     y = np.zeros(s.in_c, np.int8)
     multiplier, shift = int(c.multiplier[0]), int(c.shift[0])
-    runtime().eft_global_average_s8(at(c.x), pixels, s.in_c, c.zero, multiplier, shift, at(y))
+    m.call("eft_global_average_s8", c.x, pixels, s.in_c, c.zero, multiplier, shift, y)
     sums = (c.x.astype(np.int64) - c.zero).sum((0, 1))
     assert np.array_equal(y, np.clip(rsh(sums * multiplier, shift) + c.zero, -128, 127))
     g, gx = c.rng.integers(-32767, 32768, s.in_c).astype(np.int16), np.zeros(c.x.shape, np.int16)
     mask = bool(c.rng.integers(0, 2))
-    bits = runtime().eft_global_average_grad_s16(at(g), pixels, s.in_c, at(c.mask) if mask else None, at(gx))
+    bits = m.call("eft_global_average_grad_s16", g, pixels, s.in_c, c.mask if mask else None, gx)
     want = c.passed(np.broadcast_to(g.astype(np.int64), gx.shape), mask)
     assert np.array_equal(gx, want)
     assert bits == int(np.abs(want).max()).bit_length()
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(-32768, 32767), min_size=2, max_size=300), st.data())
-def test_softmax_loss(logits: list[int], data: st.DataObject) -> None:
+@cases(st.lists(st.integers(-32768, 32767), min_size=2, max_size=300), st.data(), examples=200)
+def test_softmax_loss(m: KernelMachine, logits: list[int], data: st.DataObject) -> None:
     label = data.draw(st.integers(0, len(logits) - 1))
     z, g = np.array(logits, np.int16), np.zeros(len(logits), np.int16)
-    bits = runtime().eft_softmax_loss_s16(at(z), len(logits), label, at(g))
+    bits = m.call("eft_softmax_loss_s16", z, len(logits), label, g)
     powers = []
     for value in logits:
         d = max(logits) - value
@@ -251,15 +244,16 @@ def test_softmax_loss(logits: list[int], data: st.DataObject) -> None:
     real = np.exp2((np.array(logits) - max(logits)) / 256.0)
     bound = (1.5 * (len(logits) + 1) + 1) * 2.0**-16
     assert np.abs(np.array(p) / 32768 - real / real.sum()).max() <= bound
-    assert runtime().eft_argmax_s16(at(z), len(logits)) == int(np.argmax(z))
+    assert m.call("eft_argmax_s16", z, len(logits)) == int(np.argmax(z))
 
 
 def test_copy() -> None:
+    m = machine_of("host")
     source: npt.NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, 37).astype(np.uint8)
     for count in range(30):
         for start in range(4):
             target = np.zeros(37, np.uint8)
-            runtime().eft_copy(at(target[start:]), at(source[3:]), count)
+            m.call("eft_copy", target[start:], source[3:], count)
             assert np.array_equal(target[start : start + count], source[3 : 3 + count])
             assert not target[:start].any()
             assert not target[start + count :].any()
