@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from efftrain.data.watch import PEOPLE, Standardizer, load_watch
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Program, compile
-from efftrain.ondevice.quantize import ConvConstants
+from efftrain.ondevice.constants import ConvConstants
 
 SCHEMES = {"none": 0.04, "bias_only": 0.04, "last_layer": 0.04, "sparse": 0.04, "full": 0.02}
 """Learning rate of each, from fp32 alone."""

@@ -1,79 +1,178 @@
 """The backward pass, made at compile time: from the forward ops to one graph of a whole training step."""
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from efftrain.ondevice.constants import AddConstants, ConvConstants, Layers
 from efftrain.ondevice.ir import (
+    AddForward,
     AverageForward,
     AverageGrad,
     BiasUpdate,
     ConvForward,
     ConvInputGrad,
+    GradientSum,
     HeadForward,
+    MaxPoolForward,
+    MaxPoolGrad,
     SoftmaxLoss,
     StepGraph,
     StepOp,
+    TableForward,
+    TableGrad,
     TensorType,
     WeightUpdate,
     verify,
 )
+from efftrain.ondevice.quantize import Quantized, fix
 from efftrain.ondevice.scheme import Trained
 
 
-def differentiate(forward: StepGraph, trained: Mapping[str, Trained]) -> StepGraph:
+def differentiate(quantized: Quantized, trained: Mapping[str, Trained]) -> StepGraph:
     """Add loss, gradients of every tensor, and the updates of what is trained, in textbook order.
 
     The textbook order is all gradients first, from the loss to the input, then all updates; a mask is kept for every
-    convolution. The passes make it small.
+    ReLU. The passes make it small.
 
     Args:
-        forward: The prediction, from ``quantize``.
+        quantized: The prediction.
         trained: By layer name.
     """
-    tensors = dict(forward.tensors)
-    gradient_of = {forward.logits: "loss.grad"}
-    tensors["loss.grad"] = TensorType(tensors[forward.logits].shape, "s16", "gradient")
-    predict: list[StepOp] = []
-    masks: dict[str, str] = {}
-    for op in forward.ops:
-        if isinstance(op, ConvForward):
-            masks[op.y] = f"{op.y}.mask"
-            tensors[masks[op.y]] = TensorType(tensors[op.y].shape, "bit", "mask")
-            op = replace(op, mask=masks[op.y])
-        predict.append(op)
-    backward: list[StepOp] = [SoftmaxLoss(name="loss", logits=forward.logits, g="loss.grad")]
-    updates: list[StepOp] = []
-    for op in reversed(forward.ops):
+    return _Differentiation(quantized, trained).run()
+
+
+@dataclass
+class _Differentiation:
+    quantized: Quantized
+    trained: Mapping[str, Trained]
+    tensors: dict[str, TensorType] = field(default_factory=dict)
+    backward: list[StepOp] = field(default_factory=list)
+    updates: list[StepOp] = field(default_factory=list)
+    masks: dict[str, str] = field(default_factory=dict)
+    arrived: dict[str, list[str]] = field(default_factory=dict)
+    """Gradients of each tensor, one a reader, in the order of ``Quantized.gradient_units``."""
+
+    def run(self) -> StepGraph:
+        forward, layers = self.quantized.graph, self.quantized.layers
+        self.tensors = dict(forward.tensors)
+        self.readers = Counter(name for op in forward.ops for name in op.reads)
+        predict = [self._with_mask(op, layers) for op in forward.ops]
+        loss = self._gradient(forward.logits, "loss.grad")
+        self.arrived[forward.logits] = [loss]
+        self.backward.append(SoftmaxLoss(name="loss", logits=forward.logits, g=loss))
+        for op in reversed(forward.ops):
+            self._differentiate(op)
+        ops = (*predict, *self.backward, *self.updates)
+        used = {name for op in ops for name in (*op.reads, *op.writes)} | {forward.input}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
+        graph = StepGraph(forward.input, forward.logits, tensors, ops)
+        verify(graph)
+        return graph
+
+    def _with_mask(self, op: StepOp, layers: Layers) -> StepOp:
+        if isinstance(op, ConvForward | AddForward):
+            layer = layers[op.layer]
+            assert isinstance(layer, ConvConstants | AddConstants), f"{op.layer} has no activation"
+            if layer.masked:
+                mask = self.masks[op.y] = f"{op.y}.mask"
+                self.tensors[mask] = TensorType(self.tensors[op.y].shape, "bit", "mask")
+                return replace(op, mask=mask)
+        return op
+
+    def _differentiate(self, op: StepOp) -> None:
         match op:
-            case ConvForward(y=y) | HeadForward(logits=y) | AverageForward(y=y):
-                g = gradient_of[y]
+            case ConvForward(y=y) | HeadForward(logits=y):
+                g = self._settled(y)
+                self._update(op.name, op.layer, op.x, g)
+                if (gx := self._arriving(op.x)) is not None:
+                    scratch = self._scratch(f"{op.name}.input_grad", self.tensors[op.x].shape[2])
+                    mask = self._mask(op.x)
+                    name = f"{op.name}.input_grad"
+                    self.backward.append(
+                        ConvInputGrad(name=name, layer=op.layer, g=g, mask=mask, gx=gx, scratch=scratch)
+                    )
+            case AddForward():
+                g = self._settled(op.y)
+                for name in op.reads:
+                    if name != self.quantized.graph.input:
+                        self.arrived.setdefault(name, []).append(g)
+            case AverageForward() | MaxPoolForward() | TableForward():
+                g = self._settled(op.y)
+                if (gx := self._arriving(op.x)) is None:
+                    return
+                name, mask = f"{op.name}.input_grad", self._mask(op.x)
+                if isinstance(op, AverageForward):
+                    self.backward.append(AverageGrad(name=name, layer=op.layer, g=g, mask=mask, gx=gx))
+                elif isinstance(op, MaxPoolForward):
+                    self.backward.append(MaxPoolGrad(name=name, layer=op.layer, g=g, x=op.x, mask=mask, gx=gx))
+                else:
+                    self.backward.append(TableGrad(name=name, layer=op.layer, g=g, x=op.x, mask=mask, gx=gx))
             case _:
                 raise AssertionError(f"{op.name} is not a forward op")
-        if not isinstance(op, AverageForward):
-            learns = trained[op.layer]
-            if learns.bias:
-                updates.append(BiasUpdate(name=f"{op.name}.bias_update", layer=op.layer, g=g))
-            if learns.channels:
-                scratch = f"{op.name}.weight_update.scratch"
-                tensors[scratch] = TensorType((1, 1, learns.channels), "s32", "scratch")
-                updates.append(
-                    WeightUpdate(name=f"{op.name}.weight_update", layer=op.layer, x=op.x, g=g, scratch=scratch)
-                )
-        if op.x == forward.input:
-            continue
-        gx = gradient_of[op.x] = f"{op.x}.grad"
-        tensors[gx] = TensorType(tensors[op.x].shape, "s16", "gradient")
-        mask = masks.get(op.x)
-        if isinstance(op, AverageForward):
-            backward.append(AverageGrad(name=f"{op.name}.input_grad", layer=op.layer, g=g, mask=mask, gx=gx))
-        else:
-            scratch = f"{op.name}.input_grad.scratch"
-            tensors[scratch] = TensorType((1, 1, tensors[op.x].shape[2]), "s32", "scratch")
-            backward.append(
-                ConvInputGrad(name=f"{op.name}.input_grad", layer=op.layer, g=g, mask=mask, gx=gx, scratch=scratch)
+
+    def _settled(self, tensor: str) -> str:
+        """The one gradient of a tensor whose readers are all done, masked."""
+        first, *others = self.arrived[tensor]
+        mask = self.masks.get(tensor)
+        # A gradient that an addition passed on has not met this tensor's mask; one made for this tensor alone has.
+        own = first == f"{tensor}.grad" and not others
+        if own or (mask is None and not others):
+            return first
+        units = self.quantized.gradient_units[tensor]
+        if not others:
+            return self._sum(tensor, f"{tensor}.grad", first, None, mask, 1.0)
+        g = first
+        for index, other in enumerate(others):
+            last = index == len(others) - 1
+            name = f"{tensor}.grad" if last else f"{tensor}.grad.sum{index}"
+            g = self._sum(tensor, name, g, other, mask if last else None, units[index + 1] / units[0])
+        return g
+
+    def _sum(self, tensor: str, g: str, a: str, b: str | None, mask: str | None, ratio: float) -> str:
+        factors = fix(np.array([ratio]))
+        self._gradient(tensor, g)
+        self.backward.append(
+            GradientSum(
+                name=f"{g}.sum",
+                a=a,
+                b=b,
+                mask=mask,
+                g=g,
+                multiplier=int(factors.multiplier[0]) if b else 0,
+                shift=int(factors.shift[0]) if b else 0,
             )
-    used = {name for op in (*predict, *backward, *updates) for name in (*op.reads, *op.writes)} | {forward.input}
-    tensors = {name: tensor for name, tensor in tensors.items() if name in used}
-    graph = StepGraph(forward.input, forward.logits, tensors, (*predict, *backward, *updates))
-    verify(graph)
-    return graph
+        )
+        return g
+
+    def _arriving(self, tensor: str) -> str | None:
+        """The name of a new gradient of a tensor; ``None`` for the input, which needs none."""
+        if tensor == self.quantized.graph.input:
+            return None
+        arrived = self.arrived.setdefault(tensor, [])
+        name = f"{tensor}.grad" if self.readers[tensor] == 1 else f"{tensor}.grad.{len(arrived)}"
+        arrived.append(self._gradient(tensor, name))
+        return name
+
+    def _mask(self, tensor: str) -> str | None:
+        """The mask that a gradient meets where it is made: only if it is the only one of its tensor."""
+        return self.masks.get(tensor) if self.readers[tensor] == 1 else None
+
+    def _gradient(self, tensor: str, name: str) -> str:
+        self.tensors[name] = TensorType(self.tensors[tensor].shape, "s16", "gradient")
+        return name
+
+    def _scratch(self, op: str, elements: int) -> str:
+        name = f"{op}.scratch"
+        self.tensors[name] = TensorType((1, 1, elements), "s32", "scratch")
+        return name
+
+    def _update(self, name: str, layer: str, x: str, g: str) -> None:
+        learns = self.trained.get(layer, Trained())
+        if learns.bias:
+            self.updates.append(BiasUpdate(name=f"{name}.bias_update", layer=layer, g=g))
+        if learns.channels:
+            scratch = self._scratch(f"{name}.weight_update", learns.channels)
+            self.updates.append(WeightUpdate(name=f"{name}.weight_update", layer=layer, x=x, g=g, scratch=scratch))

@@ -196,13 +196,55 @@ class LayerOp(Op):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvForward(LayerOp):
-    """``eft_conv_s8``."""
+    """``eft_conv_s8`` or ``eft_depthwise_s8``."""
 
     READS: ClassVar[tuple[str, ...]] = ("x",)
     WRITES: ClassVar[tuple[str, ...]] = ("y", "mask")
     x: str
     y: str
-    mask: str | None
+    mask: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddForward(LayerOp):
+    """``eft_add_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x", "z")
+    WRITES: ClassVar[tuple[str, ...]] = ("y", "mask")
+    x: str
+    z: str
+    y: str
+    mask: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaxPoolForward(LayerOp):
+    """``eft_max_pool_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    x: str
+    y: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableForward(LayerOp):
+    """``eft_table_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    x: str
+    y: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageForward(LayerOp):
+    """``eft_global_average_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    x: str
+    y: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,14 +257,27 @@ class HeadForward(LayerOp):
     logits: str
 
 
+RowOp = ConvForward | AddForward | MaxPoolForward
+"""What can be computed row by row."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AverageForward(LayerOp):
-    """``eft_global_average_s8``."""
+class RowStream(Op):
+    """Ops that run interleaved, a row at a time, so that of what lies between them only a few rows exist.
+
+    The tensors between them are rings: their height is the number of rows that are kept, row r is at r modulo that.
+    """
 
     READS: ClassVar[tuple[str, ...]] = ("x",)
-    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y", "rings", "masks")
     x: str
     y: str
+    rings: tuple[str, ...]
+    masks: tuple[str, ...]
+    ops: tuple[RowOp, ...]
+    """In an order in which they could run whole."""
+    schedule: tuple[int, ...]
+    """Which op computes its next row, for every row of all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +303,7 @@ class AverageGrad(LayerOp):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvInputGrad(LayerOp):
-    """``eft_conv_input_grad_s16``."""
+    """``eft_conv_input_grad_s16`` or ``eft_depthwise_input_grad_s16``."""
 
     READS: ClassVar[tuple[str, ...]] = ("g", "mask")
     WRITES: ClassVar[tuple[str, ...]] = ("gx", "scratch")
@@ -259,8 +314,47 @@ class ConvInputGrad(LayerOp):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MaxPoolGrad(LayerOp):
+    """``eft_max_pool_grad_s16``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g", "x", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("gx",)
+    g: str
+    x: str
+    mask: str | None
+    gx: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableGrad(LayerOp):
+    """``eft_table_grad_s16``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g", "x", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("gx",)
+    g: str
+    x: str
+    mask: str | None
+    gx: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSum(Op):
+    """``eft_gradient_sum_s16``: what reaches a tensor that several ops read, or one gradient through a mask."""
+
+    READS: ClassVar[tuple[str, ...]] = ("a", "b", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("g",)
+    a: str
+    b: str | None
+    mask: str | None
+    g: str
+    multiplier: int = 0
+    shift: int = 0
+    """One unit of ``b`` is ``multiplier * 2^-shift`` units of ``a``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUpdate(LayerOp):
-    """``eft_conv_update_master_s8`` or ``eft_conv_update_stochastic_s8``: gradient and update, no gradient buffer."""
+    """``eft_conv_update_master_s8`` and its like: gradient and update, no gradient buffer."""
 
     READS: ClassVar[tuple[str, ...]] = ("x", "g")
     WRITES: ClassVar[tuple[str, ...]] = ("scratch",)
@@ -277,8 +371,18 @@ class BiasUpdate(LayerOp):
     g: str
 
 
+ForwardOp = RowOp | TableForward | AverageForward | HeadForward
 StepOp = (
-    ConvForward | HeadForward | AverageForward | SoftmaxLoss | AverageGrad | ConvInputGrad | WeightUpdate | BiasUpdate
+    ForwardOp
+    | RowStream
+    | SoftmaxLoss
+    | AverageGrad
+    | ConvInputGrad
+    | MaxPoolGrad
+    | TableGrad
+    | GradientSum
+    | WeightUpdate
+    | BiasUpdate
 )
 
 
@@ -290,6 +394,11 @@ class StepGraph:
     logits: str
     tensors: Mapping[str, TensorType]
     ops: tuple[StepOp, ...]
+
+    @property
+    def num_predict(self) -> int:
+        """How many of the ops are the prediction."""
+        return 1 + next(i for i, op in enumerate(self.ops) if isinstance(op, HeadForward))
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------
@@ -324,11 +433,18 @@ def _verify_step(graph: StepGraph) -> None:
             case ConvForward() | HeadForward():
                 late = updated_weights | updated_biases
                 assert op.layer not in late, f"{op.name} would see parameters of the next step"
+            case RowStream():
+                assert not updated_weights | updated_biases, f"{op.name} would see parameters of the next step"
+                _verify_stream(graph, op)
             case ConvInputGrad():
                 assert op.layer not in updated_weights, f"{op.name} would see weights of the next step"
                 _same_shape(graph, op.gx, op.mask)
-            case AverageGrad():
+            case AverageGrad() | MaxPoolGrad() | TableGrad():
                 _same_shape(graph, op.gx, op.mask)
+            case GradientSum():
+                _same_shape(graph, op.g, op.mask)
+                _same_shape(graph, op.g, op.a)
+                _same_shape(graph, op.g, op.b)
             case WeightUpdate():
                 assert op.layer not in updated_weights, f"{op.name} updates weights a second time"
                 updated_weights.add(op.layer)
@@ -342,6 +458,18 @@ def _verify_step(graph: StepGraph) -> None:
         assert tensor.dtype == wanted, f"{name} is a {tensor.role} of type {tensor.dtype}, not {wanted}"
 
 
-def _same_shape(graph: StepGraph, gradient: str, mask: str | None) -> None:
-    if mask is not None:
-        assert graph.tensors[gradient].shape == graph.tensors[mask].shape, f"{mask} does not fit {gradient}"
+def _verify_stream(graph: StepGraph, stream: RowStream) -> None:
+    """Nothing but the last tensor leaves the stream, and the ops inside read what is there."""
+    inside = {stream.x}
+    for op in stream.ops:
+        assert set(op.reads) <= inside, f"{op.name} reads what {stream.name} does not have"
+        inside.add(op.y)
+    assert set(stream.rings) == {op.y for op in stream.ops[:-1]}, f"{stream.name} does not name its rings"
+    assert stream.y == stream.ops[-1].y, f"{stream.name} does not name its result"
+    readers = {op.name for op in graph.ops if not set(op.reads).isdisjoint(stream.rings)}
+    assert not readers, f"{readers} read rows inside {stream.name} that are gone"
+
+
+def _same_shape(graph: StepGraph, gradient: str, other: str | None) -> None:
+    if other is not None:
+        assert graph.tensors[gradient].shape == graph.tensors[other].shape, f"{other} does not fit {gradient}"

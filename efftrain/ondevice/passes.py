@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from efftrain.errors import ConfigError
+from efftrain.ondevice.constants import Layers
 from efftrain.ondevice.ir import (
+    AddForward,
     BiasUpdate,
     ConvForward,
     ConvInputGrad,
@@ -18,18 +20,19 @@ from efftrain.ondevice.ir import (
     WeightUpdate,
     verify,
 )
+from efftrain.ondevice.streams import stream_rows
 
-Pass = Callable[[StepGraph], StepGraph]
+Pass = Callable[[StepGraph, Layers], StepGraph]
 
 
-def remove_dead_code(graph: StepGraph) -> StepGraph:
+def remove_dead_code(graph: StepGraph, layers: Layers) -> StepGraph:
     """Drop gradients that no update needs and masks that no gradient needs."""
     needed = {graph.logits}
     kept: list[StepOp] = []
     for op in reversed(graph.ops):
         if not isinstance(op, WeightUpdate | BiasUpdate) and needed.isdisjoint(op.writes):
             continue
-        if isinstance(op, ConvForward) and op.mask not in needed:
+        if isinstance(op, ConvForward | AddForward) and op.mask not in needed:
             op = replace(op, mask=None)
         needed.update(op.reads)
         kept.append(op)
@@ -37,7 +40,7 @@ def remove_dead_code(graph: StepGraph) -> StepGraph:
     return _with_ops(graph, kept)
 
 
-def update_at_once(graph: StepGraph) -> StepGraph:
+def update_at_once(graph: StepGraph, layers: Layers) -> StepGraph:
     """Run an update as soon as nothing needs the old weights any more, so that its gradient and input die early."""
     updates = {op.name: op for op in graph.ops if isinstance(op, WeightUpdate | BiasUpdate)}
     others = [op for op in graph.ops if op.name not in updates]
@@ -56,21 +59,26 @@ def update_at_once(graph: StepGraph) -> StepGraph:
 PASSES: Mapping[str, Pass] = {
     "remove_dead_code": remove_dead_code,
     "update_at_once": update_at_once,
+    "stream_rows": stream_rows,
 }
 
 
-def run_passes(graph: StepGraph, switched_off: Sequence[str] = ()) -> StepGraph:
+OVERLAP = "overlap"
+"""No rewrite: the memory planner lets an output lie over an input that dies with it."""
+
+
+def run_passes(graph: StepGraph, layers: Layers, switched_off: Sequence[str] = ()) -> StepGraph:
     """Run every pass that is not switched off, and the verifier after each.
 
     Raises:
         ConfigError: There is no pass of that name.
     """
     for name in switched_off:
-        if name not in PASSES:
-            raise ConfigError(f"pass {name!r} is not known; known are {', '.join(PASSES)}")
+        if name not in (*PASSES, OVERLAP):
+            raise ConfigError(f"pass {name!r} is not known; known are {', '.join((*PASSES, OVERLAP))}")
     for name, rewrite in PASSES.items():
         if name not in switched_off:
-            graph = rewrite(graph)
+            graph = rewrite(graph, layers)
             verify(graph)
     return graph
 

@@ -14,7 +14,9 @@ from efftrain.ondevice.backends.board import BoardEngine, CpuName, Firmware, bui
 from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
-from efftrain.ondevice.emit.c_source import CSource, check_identifier, emit_c
+from efftrain.ondevice.constants import ConvConstants, Layers
+from efftrain.ondevice.emit.c_source import CSource, emit_c
+from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.project import write_project
 from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.ir import (
@@ -22,12 +24,13 @@ from efftrain.ondevice.ir import (
     ConvInputGrad,
     FloatGraph,
     HeadForward,
+    RowStream,
     StepGraph,
     WeightUpdate,
 )
 from efftrain.ondevice.memory import Arena, MemoryPlan
-from efftrain.ondevice.passes import run_passes
-from efftrain.ondevice.quantize import ConvConstants, Layers, calibrate, quantize
+from efftrain.ondevice.passes import OVERLAP, run_passes
+from efftrain.ondevice.quantize import calibrate, quantize
 from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
 from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
 from efftrain.ondevice.target import Board
@@ -220,13 +223,13 @@ def compile(
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example)
     quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate)
-    convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants)]
+    convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
-    graph = run_passes(differentiate(quantized.graph, trained), switch_off)
+    graph = run_passes(differentiate(quantized, trained), quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding)
     initial = initial_state(layout, quantized.layers)
-    arena = memory.plan_arena(graph)
-    code = emit_c(name, graph, quantized.layers, layout, arena, rounding, layout.unpack(initial))
+    arena = memory.plan_arena(graph, quantized.layers, overlap=OVERLAP not in switch_off)
+    code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial))
     plan = _plan(graph, quantized.layers, layout, arena, target, CODE_BYTES + code.constant_bytes)
     _check_budget(plan, target, code.constant_bytes)
     return Program(
@@ -251,17 +254,18 @@ def _plan(
     graph: StepGraph, layers: Layers, layout: StateLayout, arena: Arena, board: Board, flash_bytes: int
 ) -> MemoryPlan:
     forward = backward = 0
-    for op in graph.ops:
+    ops = [inner for op in graph.ops for inner in (op.ops if isinstance(op, RowStream) else (op,))]
+    for op in ops:
         layer = layers.get(getattr(op, "layer", ""))
         if not isinstance(layer, ConvConstants):
             continue
         match op:
             case ConvForward() | HeadForward():
-                forward += layer.shape.macs
+                forward += layer.macs
             case ConvInputGrad():
-                backward += layer.shape.macs
+                backward += layer.macs
             case WeightUpdate():
-                backward += layer.shape.macs // layer.shape.in_c * graph.tensors[op.scratch].num_elements
+                backward += layer.macs // layer.shape.in_c * graph.tensors[op.scratch].num_elements
             case _:
                 pass
     return MemoryPlan(

@@ -11,120 +11,52 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from efftrain.errors import CompileError, ConfigError
+from efftrain.ondevice.constants import (
+    BIAS_LIMIT,
+    MASTER_HIGH,
+    MASTER_LOW,
+    AddConstants,
+    ConvConstants,
+    ConvShape,
+    Factors,
+    Ints,
+    LayerConstants,
+    Layers,
+    MaxPoolConstants,
+    Number,
+    PoolConstants,
+    Reals,
+    TableConstants,
+    ceil_log2,
+)
 from efftrain.ondevice.ir import (
+    Add,
+    AddForward,
+    Apply,
     AverageForward,
     Conv,
     ConvForward,
     FloatGraph,
+    FloatOp,
+    ForwardOp,
     GlobalAverage,
     HeadForward,
+    MaxPoolForward,
+    Pool,
     StepGraph,
-    StepOp,
+    TableForward,
     TensorType,
     verify,
 )
-from efftrain.ondevice.reference import run_float
+from efftrain.ondevice.reference import apply_function, run_float
 
-Ints = npt.NDArray[np.int64]
-Reals = npt.NDArray[np.float64]
-
-BIAS_LIMIT = 1 << 30
-MASTER_LOW, MASTER_HIGH = -32640, 32639
 LOGIT_UNIT = 256 * math.log2(math.e)
 """Logits are counted in ln(2) / 256, so that a power of two is a table of 256 entries and a shift."""
 _WEIGHT_TOP, _HEAD_TOP = 127, 64
 _MAX_PIXELS, _MAX_GRADIENT_TERMS = 1 << 22, 1 << 23
-
-
-@dataclass(frozen=True, slots=True)
-class ConvShape:
-    """The fields of ``eft_conv_shape``, in its order."""
-
-    in_h: int
-    in_w: int
-    in_c: int
-    out_h: int
-    out_w: int
-    out_c: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-
-    @property
-    def pixels(self) -> int:
-        """Output positions."""
-        return self.out_h * self.out_w
-
-    @property
-    def taps(self) -> int:
-        """Positions of the kernel."""
-        return self.kernel_h * self.kernel_w
-
-    @property
-    def macs(self) -> int:
-        """Products of one forward pass; those that fall on padding are counted."""
-        return self.pixels * self.taps * self.in_c * self.out_c
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """``multiplier * 2^-shift`` per channel, ``eft_factors``."""
-
-    multiplier: Ints
-    shift: Ints
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ConvConstants:
-    """One layer with weights. Shapes: O output channels, H x W kernel, I input channels."""
-
-    name: str
-    shape: ConvShape
-    is_head: bool
-    has_bias: bool
-    master: Ints
-    """Initial weights times 256, ``(O, H, W, I)``, in [MASTER_LOW, MASTER_HIGH]."""
-    bias: Ints
-    """Initial biases, ``(O,)``."""
-    out: Factors
-    x_zero_point: int
-    y_zero_point: int
-    channel_scale: Ints
-    operand_bits: int
-    grad_shift: int
-    weight_rate: Factors
-    bias_rate: Factors
-    first_index: int
-    """Position of the first weight among all weights of the model."""
-    x_scale: float
-    weight_scale: Reals
-    sigma: float
-    """Real value of one unit of the gradient of this layer's output at exponent 0."""
-
-    @property
-    def weight(self) -> Ints:
-        """Initial int8 weights, ``(O, H, W, I)``."""
-        return (self.master + 128) >> 8
-
-
-@dataclass(frozen=True, slots=True)
-class PoolConstants:
-    """One global average."""
-
-    name: str
-    pixels: int
-    channels: int
-    zero_point: int
-    multiplier: int
-    shift: int
-
-
-Layers = Mapping[str, ConvConstants | PoolConstants]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +66,9 @@ class Quantized:
     graph: StepGraph
     layers: Layers
     input_scale: float
+    gradient_units: Mapping[str, tuple[float, ...]]
+    """For every tensor what one unit of each gradient that reaches it stands for at exponent 0, in the order of its
+    readers from the last op to the first."""
 
 
 def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, float]:
@@ -158,7 +93,9 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, 
     if not np.isfinite(samples).all():
         raise ConfigError("calibration data holds inf or NaN")
     ranges = {graph.input: max(float(np.quantile(np.abs(samples), 0.9995)), 1e-8)}
-    for batch in np.array_split(samples, max(1, len(samples) // 256)):
+    largest = max(tensor.num_elements for tensor in graph.tensors.values())
+    batch_size = max(1, min(256, (1 << 24) // largest))
+    for batch in np.array_split(samples, -(-len(samples) // batch_size)):
         for name, value in run_float(graph, batch).items():
             if name != graph.input:
                 ranges[name] = max(ranges.get(name, 1e-8), float(value.abs().max()))
@@ -179,101 +116,15 @@ def quantize(graph: FloatGraph, ranges: Mapping[str, float], learning_rate: floa
     """
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ConfigError(f"the learning rate is {learning_rate}; it must be positive")
+    numbers = _numbers(graph, ranges)
     tensors = {graph.input: TensorType(graph.tensors[graph.input].shape, "s8", "input")}
-    scales, zero_points = {graph.input: ranges[graph.input] / 127}, {graph.input: 0}
-    ops: list[StepOp] = []
     for op in graph.ops:
         shape = graph.tensors[op.y].shape
-        if isinstance(op, Conv) and op.y == graph.output:
-            tensors[op.y] = TensorType(shape, "s16", "logits")
-            ops.append(HeadForward(name=op.name, layer=op.name, x=op.x, logits=op.y))
-            continue
-        tensors[op.y] = TensorType(shape, "s8")
-        if isinstance(op, Conv):
-            zero_points[op.y] = -128 if op.relu else 0
-            ops.append(ConvForward(name=op.name, layer=op.name, x=op.x, y=op.y, mask=None))
-        else:
-            zero_points[op.y] = zero_points[op.x]
-            ops.append(AverageForward(name=op.name, layer=op.name, x=op.x, y=op.y))
-        scales[op.y] = ranges[op.y] / (255 if zero_points[op.y] else 127)
-    layers: dict[str, ConvConstants | PoolConstants] = {}
-    sigma = 1.0
-    first_index = sum(graph.constants[op.weight].size for op in graph.ops if isinstance(op, Conv))
-    for op in reversed(graph.ops):
-        if isinstance(op, Conv):
-            first_index -= graph.constants[op.weight].size
-            layer = _conv(graph, op, scales, zero_points, sigma, learning_rate, first_index)
-            layers[op.name] = layer
-            sigma *= float(layer.weight_scale.max())
-        else:
-            in_h, in_w, channels = graph.tensors[op.x].shape
-            pixels = in_h * in_w
-            if pixels > _MAX_PIXELS:
-                raise CompileError(
-                    f"{op.name} at {op.source} averages {pixels} positions; at most {_MAX_PIXELS} are supported"
-                )
-            factors = _forward_factors(np.array([scales[op.x] / (pixels * scales[op.y])]), op.name)
-            layers[op.name] = PoolConstants(
-                op.name, pixels, channels, zero_points[op.x], int(factors.multiplier[0]), int(factors.shift[0])
-            )
-            sigma /= pixels
-    result = StepGraph(graph.input, graph.output, tensors, tuple(ops))
+        tensors[op.y] = TensorType(shape, "s16", "logits") if op.y == graph.output else TensorType(shape, "s8")
+    result = StepGraph(graph.input, graph.output, tensors, tuple(_forward(graph, op) for op in graph.ops))
     verify(result)
-    return Quantized(result, dict(reversed(layers.items())), scales[graph.input])
-
-
-def _conv(
-    graph: FloatGraph,
-    op: Conv,
-    scales: Mapping[str, float],
-    zero_points: Mapping[str, int],
-    sigma: float,
-    learning_rate: float,
-    first_index: int,
-) -> ConvConstants:
-    is_head = op.y == graph.output
-    weight = graph.constants[op.weight].astype(np.float64)
-    bias = np.zeros(len(weight)) if op.bias is None else graph.constants[op.bias].astype(np.float64)
-    in_shape, out_shape = graph.tensors[op.x].shape, graph.tensors[op.y].shape
-    shape = ConvShape(*in_shape, *out_shape, weight.shape[1], weight.shape[2], *op.stride, *op.padding)
-    if shape.pixels > _MAX_PIXELS or shape.out_c * shape.taps > _MAX_GRADIENT_TERMS:
-        raise CompileError(
-            f"layer {op.name} at {op.source} has {shape.pixels} output positions and {shape.out_c * shape.taps} "
-            f"gradient "
-            f"terms an input; at most {_MAX_PIXELS} and {_MAX_GRADIENT_TERMS} are supported"
-        )
-    x_scale = scales[op.x]
-    largest = np.abs(weight).reshape(len(weight), -1).max(1)
-    # A dead channel would have a scale of zero: its bias would not fit and its learning rate would be infinite.
-    floor = np.maximum(max(largest.max() / 127 * 2.0**-14, 1e-12), np.abs(bias) / (x_scale * (BIAS_LIMIT >> 2)))
-    scale = np.maximum(largest / (_HEAD_TOP if is_head else _WEIGHT_TOP), floor)
-    master = np.clip(_round(256 * weight / scale[:, None, None, None]), MASTER_LOW, MASTER_HIGH)
-    bias_scale = x_scale * scale
-    channel_scale = _round(32767 * scale / scale.max())
-    initial = np.abs((master + 128) >> 8)
-    bound = (initial * (channel_scale / 32767)[:, None, None, None]).sum((0, 1, 2)).max()
-    operand_bits = min(15, 24 - ceil_log2(shape.out_c * shape.taps))
-    ratio = LOGIT_UNIT * bias_scale if is_head else bias_scale / scales[op.y]
-    return ConvConstants(
-        name=op.name,
-        shape=shape,
-        is_head=is_head,
-        has_bias=op.bias is not None,
-        master=master,
-        bias=np.clip(_round(bias / bias_scale), -BIAS_LIMIT, BIAS_LIMIT),
-        out=_forward_factors(ratio, op.name),
-        x_zero_point=zero_points[op.x],
-        y_zero_point=0 if is_head else zero_points[op.y],
-        channel_scale=channel_scale,
-        operand_bits=operand_bits,
-        grad_shift=math.ceil(math.log2(max(float(bound), 1.0))) + operand_bits - 15,
-        weight_rate=fix(learning_rate * sigma * x_scale / scale),
-        bias_rate=fix(learning_rate * sigma / bias_scale),
-        first_index=first_index,
-        x_scale=x_scale,
-        weight_scale=scale,
-        sigma=sigma,
-    )
+    layers, units = _constants(graph, numbers, learning_rate)
+    return Quantized(result, layers, numbers[graph.input].scale, units)
 
 
 def fix(ratios: Reals) -> Factors:
@@ -286,9 +137,238 @@ def fix(ratios: Reals) -> Factors:
     return Factors(multiplier, shift)
 
 
-def ceil_log2(value: int) -> int:
-    """Smallest k with 2^k >= value >= 1."""
-    return (value - 1).bit_length()
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(graph: FloatGraph, ranges: Mapping[str, float]) -> dict[str, Number]:
+    numbers = {graph.input: Number(ranges[graph.input] / 127, 0)}
+    for op in graph.ops:
+        zero_point = -128 if _not_negative(op, numbers) else 0
+        number = Number(ranges[op.y] / (127 - zero_point), zero_point)
+        numbers[op.y] = numbers[op.x] if isinstance(op, Pool) and op.kind == "max" else number
+    return numbers
+
+
+def _not_negative(op: FloatOp, numbers: Mapping[str, Number]) -> bool:
+    match op:
+        case Conv(activation="none"):
+            return False
+        case Conv():
+            return True
+        case Add(activation="none"):
+            return all(numbers[name].zero_point for name in op.reads)
+        case Add():
+            return True
+        case Apply():
+            return op.function != "hard_swish"
+        case _:
+            return numbers[op.x].zero_point != 0
+
+
+def _forward(graph: FloatGraph, op: FloatOp) -> ForwardOp:
+    match op:
+        case Conv() if op.y == graph.output:
+            return HeadForward(name=op.name, layer=op.name, x=op.x, logits=op.y)
+        case Conv() | Pool(kind="average"):
+            return ConvForward(name=op.name, layer=op.name, x=op.x, y=op.y)
+        case Add():
+            return AddForward(name=op.name, layer=op.name, x=op.x, z=op.z, y=op.y)
+        case Pool():
+            return MaxPoolForward(name=op.name, layer=op.name, x=op.x, y=op.y)
+        case Apply():
+            return TableForward(name=op.name, layer=op.name, x=op.x, y=op.y)
+        case GlobalAverage():
+            return AverageForward(name=op.name, layer=op.name, x=op.x, y=op.y)
+        case _:
+            raise CompileError(
+                f"{type(op).__name__.lower()} at {op.source} can be read but not trained in integers yet; "
+                "leave it out of a model for a device"
+            )
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+def _constants(
+    graph: FloatGraph, numbers: Mapping[str, Number], learning_rate: float
+) -> tuple[Layers, dict[str, tuple[float, ...]]]:
+    layers: dict[str, LayerConstants] = {}
+    units: dict[str, list[float]] = {name: [] for name in graph.tensors}
+    units[graph.output] = [1.0]
+    first_index = sum(graph.constants[op.weight].size for op in graph.ops if isinstance(op, Conv))
+    for op in reversed(graph.ops):
+        # Gradients that nothing needs have no unit; any will do.
+        sigma = units[op.y][0] if units[op.y] else 1.0
+        x, y = numbers[op.x], numbers[op.y]
+        match op:
+            case Conv():
+                first_index -= graph.constants[op.weight].size
+                conv = _conv(graph, op, x, y, sigma, learning_rate, first_index)
+                layers[op.name] = conv
+                units[op.x].append(sigma * float(conv.weight_scale.max()))
+            case Pool(kind="average"):
+                conv = _average_pool(graph, op, x, y, sigma)
+                layers[op.name] = conv
+                units[op.x].append(sigma * float(conv.weight_scale.max()))
+            case Pool():
+                shape = _shape(graph, op, op.kernel, op.stride, op.padding)
+                windows = math.prod(-(-k // s) for k, s in zip(op.kernel, op.stride, strict=True))
+                layers[op.name] = MaxPoolConstants(op.name, shape, ceil_log2(windows), x.zero_point)
+                units[op.x].append(sigma)
+            case Add():
+                layers[op.name] = _add(op, x, numbers[op.z], y)
+                units[op.x].append(sigma)
+                units[op.z].append(sigma)
+            case Apply():
+                layers[op.name] = _table(op, x, y)
+                units[op.x].append(2 * sigma)
+            case GlobalAverage():
+                layers[op.name] = _global_average(graph, op, x, y)
+                units[op.x].append(sigma / (graph.tensors[op.x].num_elements // graph.tensors[op.x].shape[2]))
+            case _:
+                raise AssertionError(f"{op.name} passed _forward")
+    return dict(reversed(layers.items())), {name: tuple(values) for name, values in units.items()}
+
+
+def _conv(
+    graph: FloatGraph, op: Conv, x: Number, y: Number, sigma: float, learning_rate: float, first_index: int
+) -> ConvConstants:
+    weight = graph.constants[op.weight].astype(np.float64)
+    bias = np.zeros(len(weight)) if op.bias is None else graph.constants[op.bias].astype(np.float64)
+    return _layer(
+        graph,
+        op,
+        weight,
+        bias,
+        op.stride,
+        op.padding,
+        x,
+        y,
+        sigma,
+        learning_rate,
+        first_index,
+        depthwise=op.groups > 1,
+        has_bias=op.bias is not None,
+        masked=op.activation != "none",
+    )
+
+
+def _average_pool(graph: FloatGraph, op: Pool, x: Number, y: Number, sigma: float) -> ConvConstants:
+    """Equal weights are exact in int8: all are 127."""
+    channels = graph.tensors[op.x].shape[2]
+    weight = np.full((channels, *op.kernel, 1), 1 / math.prod(op.kernel))
+    bias = np.zeros(channels)
+    return _layer(graph, op, weight, bias, op.stride, op.padding, x, y, sigma, 1.0, 0, depthwise=True, has_bias=False)
+
+
+def _layer(
+    graph: FloatGraph,
+    op: FloatOp,
+    weight: Reals,
+    bias: Reals,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    x: Number,
+    y: Number,
+    sigma: float,
+    learning_rate: float,
+    first_index: int,
+    *,
+    depthwise: bool,
+    has_bias: bool,
+    masked: bool = False,
+) -> ConvConstants:
+    is_head = op.y == graph.output
+    shape = _shape(graph, op, (weight.shape[1], weight.shape[2]), stride, padding)
+    terms = shape.taps * (1 if depthwise else shape.out_c)
+    if shape.pixels > _MAX_PIXELS or terms > _MAX_GRADIENT_TERMS:
+        raise CompileError(
+            f"layer {op.name} at {op.source} has {shape.pixels} output positions and {terms} gradient terms an input; "
+            f"at most {_MAX_PIXELS} and {_MAX_GRADIENT_TERMS} are supported"
+        )
+    largest = np.abs(weight).reshape(len(weight), -1).max(1)
+    # A dead channel would have a scale of zero: its bias would not fit and its learning rate would be infinite.
+    floor = np.maximum(max(largest.max() / 127 * 2.0**-14, 1e-12), np.abs(bias) / (x.scale * (BIAS_LIMIT >> 2)))
+    scale = np.maximum(largest / (_HEAD_TOP if is_head else _WEIGHT_TOP), floor)
+    master = np.clip(_round(256 * weight / scale[:, None, None, None]), MASTER_LOW, MASTER_HIGH)
+    bias_scale = x.scale * scale
+    channel_scale = _round(32767 * scale / scale.max())
+    initial = np.abs((master + 128) >> 8) * (channel_scale / 32767)[:, None, None, None]
+    bound = initial.sum((1, 2, 3)).max() if depthwise else initial.sum((0, 1, 2)).max()
+    operand_bits = min(15, 24 - ceil_log2(terms))
+    ratio = LOGIT_UNIT * bias_scale if is_head else bias_scale / y.scale
+    return ConvConstants(
+        name=op.name,
+        shape=shape,
+        depthwise=depthwise,
+        is_head=is_head,
+        has_bias=has_bias,
+        trainable=isinstance(op, Conv),
+        master=np.ascontiguousarray(master.transpose(3, 1, 2, 0)) if depthwise else master,
+        bias=np.clip(_round(bias / bias_scale), -BIAS_LIMIT, BIAS_LIMIT),
+        out=_forward_factors(ratio, op.name),
+        x_zero_point=x.zero_point,
+        y_zero_point=0 if is_head else y.zero_point,
+        minimum=y.zero_point if masked else -128,
+        masked=masked,
+        channel_scale=channel_scale,
+        operand_bits=operand_bits,
+        grad_shift=math.ceil(math.log2(max(float(bound), 1.0))) + operand_bits - 15,
+        weight_rate=fix(learning_rate * sigma * x.scale / scale),
+        bias_rate=fix(learning_rate * sigma / bias_scale),
+        first_index=first_index,
+        x_scale=x.scale,
+        weight_scale=scale,
+        sigma=sigma,
+    )
+
+
+def _add(op: Add, x: Number, z: Number, y: Number) -> AddConstants:
+    ratios = np.array([x.scale / y.scale, z.scale / y.scale])
+    shift = 20 - math.floor(math.log2(ratios.max()))
+    if not 1 <= shift <= 30:
+        raise CompileError(f"addition {op.name} at {op.source}: its inputs and its output differ in scale by {ratios}")
+    multipliers = np.minimum(_round(ratios * 2.0**shift), (1 << 21) - 1)
+    return AddConstants(
+        name=op.name,
+        x_zero_point=x.zero_point,
+        x_multiplier=int(multipliers[0]),
+        z_zero_point=z.zero_point,
+        z_multiplier=int(multipliers[1]),
+        shift=shift,
+        zero_point=y.zero_point,
+        minimum=-128 if op.activation == "none" else y.zero_point,
+        masked=op.activation != "none",
+    )
+
+
+def _global_average(graph: FloatGraph, op: GlobalAverage, x: Number, y: Number) -> PoolConstants:
+    in_h, in_w, channels = graph.tensors[op.x].shape
+    pixels = in_h * in_w
+    if pixels > _MAX_PIXELS:
+        raise CompileError(f"{op.name} at {op.source} averages {pixels} positions; at most {_MAX_PIXELS} are supported")
+    factors = _forward_factors(np.array([x.scale / (pixels * y.scale)]), op.name)
+    return PoolConstants(op.name, pixels, channels, x.zero_point, int(factors.multiplier[0]), int(factors.shift[0]))
+
+
+def _table(op: Apply, x: Number, y: Number) -> TableConstants:
+    real = torch.from_numpy((np.arange(-128, 128) - x.zero_point) * x.scale).requires_grad_()
+    value = apply_function(op.function, real)
+    (slope,) = torch.autograd.grad(value.sum(), real)
+    table = _round(value.detach().numpy() / y.scale) + y.zero_point
+    return TableConstants(
+        op.name,
+        x.zero_point,
+        y.zero_point,
+        np.clip(table, -128, 127),
+        np.clip(_round(slope.numpy() * 2.0**14), -32767, 32767),
+    )
+
+
+def _shape(
+    graph: FloatGraph, op: FloatOp, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> ConvShape:
+    return ConvShape(*graph.tensors[op.x].shape, *graph.tensors[op.y].shape, *kernel, *stride, *padding)
 
 
 def _forward_factors(ratios: Reals, name: str) -> Factors:

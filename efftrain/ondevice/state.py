@@ -1,7 +1,8 @@
 """The trained state: what learns, in one canonical byte layout that every back end shares.
 
 Layout, little-endian, without gaps: the step counter (uint32), then the biases of the layers whose biases are trained
-(int32), then the trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels), then, with
+(int32), then the trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels, O = 1 if it is
+depthwise), then, with
 16-bit master weights, their residuals in the same order and shape (int8). Layers are in forward order.
 """
 
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from efftrain.ondevice.quantize import BIAS_LIMIT, ConvConstants, Layers
+from efftrain.ondevice.constants import BIAS_LIMIT, ConvConstants, Layers, layer_of
 from efftrain.ondevice.scheme import Trained
 
 Rounding = Literal["master", "stochastic"]
@@ -87,14 +88,13 @@ class StateLayout:
 def lay_out(layers: Layers, trained: Mapping[str, Trained], rounding: Rounding) -> StateLayout:
     """The layout for a scheme."""
     wanted: list[tuple[Part, str, tuple[int, ...]]] = [("step", "", (1,))]
-    convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants)]
+    convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     wanted += [("bias", c.name, (c.shape.out_c,)) for c in convs if trained[c.name].bias]
     parts: tuple[Part, ...] = ("weight", "residual") if rounding == "master" else ("weight",)
     for part in parts:
         for conv in convs:
             if channels := trained[conv.name].channels:
-                s = conv.shape
-                wanted.append((part, conv.name, (s.out_c, s.kernel_h, s.kernel_w, channels)))
+                wanted.append((part, conv.name, (*conv.master.shape[:3], channels)))
     entries: list[StateEntry] = []
     offset = 0
     for part, name, shape in wanted:
@@ -109,8 +109,7 @@ def initial_state(layout: StateLayout, layers: Layers) -> bytes:
     for entry in layout.entries:
         if entry.part == "step":
             continue
-        conv = layers[entry.layer]
-        assert isinstance(conv, ConvConstants), f"{entry.layer} has no weights"
+        conv = layer_of(layers, entry.layer, ConvConstants)
         if entry.part == "bias":
             arrays[entry.part, entry.layer] = conv.bias
             continue

@@ -20,7 +20,7 @@ from torch import nn
 
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, Program, compile
-from efftrain.ondevice.emit.c_source import safe
+from efftrain.ondevice.emit.names import safe
 
 pytestmark = pytest.mark.firmware
 

@@ -10,29 +10,40 @@ import numpy as np
 import numpy.typing as npt
 
 from efftrain.ondevice.backends.engine import Engine, Samples
-from efftrain.ondevice.ir import (
-    AverageForward,
-    AverageGrad,
-    BiasUpdate,
-    ConvForward,
-    ConvInputGrad,
-    HeadForward,
-    SoftmaxLoss,
-    StepGraph,
-    StepOp,
-    WeightUpdate,
-)
-from efftrain.ondevice.quantize import (
+from efftrain.ondevice.constants import (
     BIAS_LIMIT,
     MASTER_HIGH,
     MASTER_LOW,
+    AddConstants,
     ConvConstants,
     ConvShape,
     Factors,
     Ints,
     Layers,
+    MaxPoolConstants,
     PoolConstants,
+    TableConstants,
     ceil_log2,
+    layer_of,
+)
+from efftrain.ondevice.ir import (
+    AddForward,
+    AverageForward,
+    AverageGrad,
+    BiasUpdate,
+    ConvForward,
+    ConvInputGrad,
+    GradientSum,
+    HeadForward,
+    MaxPoolForward,
+    MaxPoolGrad,
+    RowStream,
+    SoftmaxLoss,
+    StepGraph,
+    StepOp,
+    TableForward,
+    TableGrad,
+    WeightUpdate,
 )
 from efftrain.ondevice.state import Rounding, StateLayout
 
@@ -41,7 +52,7 @@ _POWERS = np.array([int(65536 * 2.0 ** (-f / 256) + 0.5) for f in range(256)], n
 
 
 class Simulator(Engine):
-    """Runs a ``StepGraph`` op by op.
+    """Runs a ``StepGraph`` op by op, each one whole: rows and places in memory are not its business.
 
     Args:
         graph: The step, after the passes.
@@ -58,15 +69,15 @@ class Simulator(Engine):
         super().__init__(graph.tensors[graph.input].shape, graph.tensors[graph.logits].num_elements, layout.num_bytes)
         self._graph, self._layers, self._layout, self._rounding = graph, layers, layout, rounding
         self._seed = seed & 0xFFFFFFFF
-        self._gather = {
-            layer.name: _gather_index(layer.shape) for layer in layers.values() if isinstance(layer, ConvConstants)
-        }
-        self._weights = {layer.name: layer.weight for layer in layers.values() if isinstance(layer, ConvConstants)}
-        self._biases = {layer.name: layer.bias for layer in layers.values() if isinstance(layer, ConvConstants)}
+        convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants)]
+        pools = [layer for layer in layers.values() if isinstance(layer, MaxPoolConstants)]
+        self._gather = {layer.name: _gather_index(layer.shape) for layer in convs}
+        self._gather |= {pool.name: _gather_index(pool.shape) for pool in pools}
+        self._weights = {layer.name: layer.weight for layer in convs}
+        self._biases = {layer.name: layer.bias for layer in convs}
         self._arrays: dict[Any, Ints] = {}
         self.values: dict[str, Ints] = {}
-        """Every tensor of the last step, by name: activations as stored plus 128 after a ReLU, that is as "
-        "quantized values."""
+        """Every tensor of the last step, by name: activations as quantized values, ``(pixels, channels)``."""
         self.exponents: dict[str, int] = {}
         """Exponent of every gradient of the last step."""
         self._bits: dict[str, int] = {}
@@ -102,78 +113,145 @@ class Simulator(Engine):
     def _run(self, x: Samples, label: int | None) -> None:
         self.values = {self._graph.input: x.reshape(-1, x.shape[-1]).astype(np.int64)}
         self.exponents, self._bits = {}, {}
-        for op in self._graph.ops:
-            if label is None and not isinstance(op, ConvForward | HeadForward | AverageForward):
-                break
-            self._op(op, label)
+        ops = self._graph.ops if label is not None else self._graph.ops[: self._graph.num_predict]
+        for op in ops:
+            if isinstance(op, RowStream):
+                for inner in op.ops:
+                    self._op(inner, label)
+            else:
+                self._op(op, label)
 
     def _op(self, op: StepOp, label: int | None) -> None:
         values = self.values
         match op:
             case ConvForward():
-                layer = self._conv(op.layer)
+                layer = layer_of(self._layers, op.layer, ConvConstants)
                 value = rsh(self._sums(layer, values[op.x]) * layer.out.multiplier, layer.out.shift)
-                low, high = (0, 255) if layer.y_zero_point else (-128, 127)
-                values[op.y] = np.clip(value, low, high)
-                if op.mask:
-                    passes = (value > 0 if layer.y_zero_point else value >= low) & (value <= high)
-                    values[op.mask] = passes.astype(np.int64)
+                self._store(op, value, layer.y_zero_point, layer.minimum)
+            case AddForward():
+                add = layer_of(self._layers, op.layer, AddConstants)
+                total = _fits(values[op.x] * add.x_multiplier + values[op.z] * add.z_multiplier)
+                self._store(op, rsh(total, np.int64(add.shift)), add.zero_point, add.minimum)
+            case MaxPoolForward():
+                pool = layer_of(self._layers, op.layer, MaxPoolConstants)
+                values[op.y] = self._windows(pool, values[op.x]).max(1)
+            case TableForward():
+                table = layer_of(self._layers, op.layer, TableConstants)
+                values[op.y] = table.table[values[op.x] + table.x_zero_point + 128] - table.zero_point
+            case AverageForward():
+                average = layer_of(self._layers, op.layer, PoolConstants)
+                low, high = (0, 255) if average.zero_point else (-128, 127)
+                sums = _fits(values[op.x].sum(0, keepdims=True))
+                values[op.y] = np.clip(rsh(sums * average.multiplier, np.int64(average.shift)), low, high)
             case HeadForward():
-                layer = self._conv(op.layer)
+                layer = layer_of(self._layers, op.layer, ConvConstants)
                 value = rsh(self._sums(layer, values[op.x]) * layer.out.multiplier, layer.out.shift)
                 values[op.logits] = np.clip(value, -32768, 32767).ravel()
-            case AverageForward():
-                pool = self._pool(op.layer)
-                low, high = (0, 255) if pool.zero_point else (-128, 127)
-                sums = _fits(values[op.x].sum(0, keepdims=True))
-                values[op.y] = np.clip(rsh(sums * pool.multiplier, np.int64(pool.shift)), low, high)
             case SoftmaxLoss():
                 assert label is not None, "a loss needs a label"
-                self._set_gradient(op.g, _softmax_loss(values[op.logits], label)[None], -15)
+                self._set_gradient(op.g, _softmax_loss(values[op.logits], label)[None], -15, None)
             case AverageGrad():
-                pool = self._pool(op.layer)
-                g = np.broadcast_to(values[op.g], (pool.pixels, pool.channels))
-                self._set_gradient(op.gx, np.where(values[op.mask] == 1, g, 0) if op.mask else g, self.exponents[op.g])
+                average = layer_of(self._layers, op.layer, PoolConstants)
+                g = np.broadcast_to(values[op.g], (average.pixels, average.channels))
+                self._set_gradient(op.gx, g, self.exponents[op.g], op.mask)
             case ConvInputGrad():
                 self._input_grad(op)
+            case MaxPoolGrad():
+                self._max_pool_grad(op)
+            case TableGrad():
+                table = layer_of(self._layers, op.layer, TableConstants)
+                slope = table.slope[values[op.x] + table.x_zero_point + 128]
+                g = np.clip(rsh(values[op.g] * slope, np.int64(15)), -32767, 32767)
+                self._set_gradient(op.gx, g, self.exponents[op.g], op.mask)
+            case GradientSum():
+                self._gradient_sum(op)
             case WeightUpdate():
                 self._update_weights(op)
             case BiasUpdate():
-                layer = self._conv(op.layer)
+                layer = layer_of(self._layers, op.layer, ConvConstants)
                 g, shift = self._cut(op.g, layer, layer.bias_rate)
                 step = rsh(_fits(g.sum(0)) * layer.bias_rate.multiplier, shift)
                 bias = np.clip(self._biases[op.layer] - ((step + 32768) >> 16), -BIAS_LIMIT, BIAS_LIMIT)
                 self._biases[op.layer] = self._arrays["bias", op.layer] = bias
+            case RowStream():
+                raise AssertionError("a stream inside a stream")
+
+    def _store(self, op: ConvForward | AddForward, value: Ints, zero_point: int, minimum: int) -> None:
+        """Clamp as quantized values, and keep where a gradient passes."""
+        low, high = minimum - zero_point, 127 - zero_point
+        self.values[op.y] = np.clip(value, low, high)
+        if op.mask:
+            self.values[op.mask] = ((value > low) & (value <= high)).astype(np.int64)
 
     def _sums(self, layer: ConvConstants, x: Ints) -> Ints:
         columns = self._columns(layer, x)
-        weights = self._weights[layer.name].reshape(layer.shape.out_c, -1)
-        return _fits(_exact_matmul(columns.reshape(len(columns), -1), weights.T) + self._biases[layer.name])
+        weights, bias = self._weights[layer.name], self._biases[layer.name]
+        if layer.depthwise:
+            return _fits((columns * weights.reshape(layer.shape.taps, -1)).sum(1) + bias)
+        return _fits(_exact_matmul(columns.reshape(len(columns), -1), weights.reshape(len(weights), -1).T) + bias)
 
     def _columns(self, layer: ConvConstants, x: Ints) -> Ints:
         """``(pixels, taps, in_c)``; what lies beyond the input is zero."""
         return np.concatenate([x, np.zeros((1, x.shape[1]), np.int64)])[self._gather[layer.name]]
 
+    def _windows(self, pool: MaxPoolConstants, x: Ints) -> Ints:
+        """``(pixels, taps, channels)``; what lies beyond the input is less than everything."""
+        return np.concatenate([x, np.full((1, x.shape[1]), -(1 << 20))])[self._gather[pool.name]]
+
     def _input_grad(self, op: ConvInputGrad) -> None:
-        layer, s = self._conv(op.layer), self._conv(op.layer).shape
+        layer = layer_of(self._layers, op.layer, ConvConstants)
+        s, weights = layer.shape, self._weights[op.layer]
         headroom = layer.operand_bits - self._bits[op.g]
         operand = rsh(self.values[op.g] * layer.channel_scale, np.int64(15 - headroom))
-        back = _exact_matmul(operand, self._weights[op.layer].reshape(s.out_c, -1))
+        if layer.depthwise:
+            back = operand[:, None, :] * weights.reshape(1, s.taps, s.in_c)
+        else:
+            back = _exact_matmul(operand, weights.reshape(s.out_c, -1)).reshape(s.pixels, s.taps, s.in_c)
+        sums = self._scatter(op.layer, s, back)
+        g = np.clip(rsh(sums, np.int64(layer.grad_shift)), -32767, 32767)
+        self._set_gradient(op.gx, g, self.exponents[op.g] - headroom + layer.grad_shift, op.mask)
+
+    def _scatter(self, layer: str, s: ConvShape, back: Ints) -> Ints:
+        """What each input pixel receives of ``(pixels, taps, in_c)``."""
         sums = np.zeros((s.in_h * s.in_w + 1, s.in_c), np.int64)
-        np.add.at(sums, self._gather[op.layer], back.reshape(s.pixels, s.taps, s.in_c))
-        g = np.clip(rsh(_fits(sums[:-1]), np.int64(layer.grad_shift)), -32767, 32767)
-        if op.mask:
-            g = np.where(self.values[op.mask] == 1, g, 0)
-        self._set_gradient(op.gx, g, self.exponents[op.g] - headroom + layer.grad_shift)
+        index = self._gather[layer]
+        for tap in range(s.taps):  # no output pixel reads an input pixel twice through one tap
+            inside = index[:, tap] < s.in_h * s.in_w
+            sums[index[inside, tap]] += back[inside, tap]
+        return _fits(sums[:-1])
+
+    def _max_pool_grad(self, op: MaxPoolGrad) -> None:
+        pool = layer_of(self._layers, op.layer, MaxPoolConstants)
+        first = self._windows(pool, self.values[op.x]).argmax(1)
+        wins = np.arange(pool.shape.taps)[None, :, None] == first[:, None, :]
+        sums = self._scatter(op.layer, pool.shape, wins * self.values[op.g][:, None, :])
+        g = np.clip(rsh(sums, np.int64(pool.grad_shift)), -32767, 32767)
+        self._set_gradient(op.gx, g, self.exponents[op.g] + pool.grad_shift, op.mask)
+
+    def _gradient_sum(self, op: GradientSum) -> None:
+        exponent = self.exponents[op.a]
+        tops = [exponent + self._bits[op.a]] if self._bits[op.a] else []
+        if op.b and self._bits[op.b]:
+            tops.append(self.exponents[op.b] + self._bits[op.b] + 31 - op.shift)
+        result = max(tops) - 14 if tops else exponent
+        g = rsh(self.values[op.a], np.int64(result - exponent))
+        if op.b:
+            g = g + rsh(self.values[op.b] * op.multiplier, np.int64(result - self.exponents[op.b] + op.shift))
+        self._set_gradient(op.g, np.clip(g, -32767, 32767), result, op.mask)
 
     def _update_weights(self, op: WeightUpdate) -> None:
-        layer, s = self._conv(op.layer), self._conv(op.layer).shape
+        layer = layer_of(self._layers, op.layer, ConvConstants)
         g, shift = self._cut(op.g, layer, layer.weight_rate)
         old = self._arrays["weight", op.layer]
         channels = old.shape[-1]
-        columns = self._columns(layer, self.values[op.x])[:, :, :channels].reshape(s.pixels, -1)
-        sums = _fits(_exact_matmul(g.T, columns)).reshape(old.shape)
-        step = rsh(sums * layer.weight_rate.multiplier[:, None, None, None], shift[:, None, None, None])
+        columns = self._columns(layer, self.values[op.x])[:, :, :channels]
+        if layer.depthwise:
+            sums = _fits((columns * g[:, None, :channels]).sum(0)).reshape(old.shape)
+            multiplier, shift = layer.weight_rate.multiplier[:channels], shift[:channels]
+        else:
+            sums = _fits(_exact_matmul(g.T, columns.reshape(len(columns), -1))).reshape(old.shape)
+            multiplier, shift = (layer.per_channel(a) for a in (layer.weight_rate.multiplier, shift))
+        step = rsh(sums * multiplier, shift)
         if self._rounding == "master":
             master = 256 * old + self._arrays["residual", op.layer] - ((step + 128) >> 8)
             master = np.clip(master, MASTER_LOW, MASTER_HIGH)
@@ -181,7 +259,7 @@ class Simulator(Engine):
             self._arrays["residual", op.layer] = master - 256 * new
         else:
             key = hash32((self._seed + int(self._arrays["step", ""][0]) * 0x9E3779B9) & 0xFFFFFFFF)
-            index = layer.first_index + np.arange(layer.weight.size).reshape(layer.weight.shape)[..., :channels]
+            index = layer.first_index + np.arange(layer.master.size).reshape(layer.master.shape)[..., :channels]
             new = np.clip(old - ((step + (hash32(key ^ (index & 0xFFFFFFFF)) >> 16)) >> 16), -127, 127)
         self._arrays["weight", op.layer] = new
         weights = self._weights[op.layer].copy()
@@ -193,20 +271,10 @@ class Simulator(Engine):
         cut = max(0, self._bits[name] - (23 - ceil_log2(layer.shape.pixels)))
         return rsh(self.values[name], np.int64(cut)), rate.shift - (self.exponents[name] + cut) - 16 + self._lr_shift
 
-    def _set_gradient(self, name: str, value: Ints, exponent: int) -> None:
-        self.values[name] = value
+    def _set_gradient(self, name: str, value: Ints, exponent: int, mask: str | None) -> None:
+        self.values[name] = value if mask is None else np.where(self.values[mask] == 1, value, 0)
         self.exponents[name] = exponent
-        self._bits[name] = int(np.abs(value).max()).bit_length()
-
-    def _conv(self, name: str) -> ConvConstants:
-        layer = self._layers[name]
-        assert isinstance(layer, ConvConstants), f"{name} is no convolution"
-        return layer
-
-    def _pool(self, name: str) -> PoolConstants:
-        layer = self._layers[name]
-        assert isinstance(layer, PoolConstants), f"{name} is no pooling"
-        return layer
+        self._bits[name] = int(np.abs(self.values[name]).max()).bit_length()
 
 
 def rsh(value: Ints, shift: Ints | np.int64) -> Ints:

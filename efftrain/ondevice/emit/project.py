@@ -3,7 +3,8 @@
 from pathlib import Path
 from string import Template
 
-from efftrain.ondevice.emit.c_source import CSource, safe
+from efftrain.ondevice.emit.c_source import CSource
+from efftrain.ondevice.emit.names import safe
 from efftrain.ondevice.memory import MemoryPlan
 from efftrain.ondevice.target import Board
 from efftrain.units import format_bytes, format_count

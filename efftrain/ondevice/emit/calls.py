@@ -1,0 +1,293 @@
+"""One op of the step graph -> the lines of C that run it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from efftrain.ondevice.constants import (
+    ConvConstants,
+    Layers,
+    MaxPoolConstants,
+    PoolConstants,
+    layer_of,
+)
+from efftrain.ondevice.emit.names import safe
+from efftrain.ondevice.ir import (
+    AddForward,
+    AverageForward,
+    AverageGrad,
+    BiasUpdate,
+    ConvForward,
+    ConvInputGrad,
+    GradientSum,
+    HeadForward,
+    MaxPoolForward,
+    MaxPoolGrad,
+    RowOp,
+    RowStream,
+    SoftmaxLoss,
+    StepGraph,
+    StepOp,
+    TableForward,
+    TableGrad,
+    WeightUpdate,
+)
+from efftrain.ondevice.memory import Arena
+from efftrain.ondevice.state import StateLayout
+
+_TYPES = {"s8": "int8_t", "s16": "int16_t", "s32": "int32_t", "bit": "uint8_t"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which rows of an op are computed: all of them, or the next one of a stream."""
+
+    first: str
+    count: str
+    streamed: bool
+
+
+class Calls:
+    """The calls of a program.
+
+    Args:
+        name: The program's prefix.
+        graph: The step, after the passes.
+        layers: Constants by layer.
+        ids: The C name of each layer.
+        layout: Of the trained state.
+        arena: Offsets of every buffer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: StepGraph,
+        layers: Layers,
+        ids: Mapping[str, str],
+        layout: StateLayout,
+        arena: Arena,
+    ) -> None:
+        self._classes = f"{name.upper()}_NUM_CLASSES"
+        self._graph, self._layers, self._ids, self._layout, self._arena = graph, layers, ids, layout, arena
+        counts: dict[str, int] = {}
+        self._variables = {graph.input: "input"}
+        for buffer in arena.buffers:
+            number = counts[buffer.kind] = counts.get(buffer.kind, -1) + 1
+            self._variables[buffer.name] = (
+                buffer.kind if buffer.kind in ("input", "logits") else f"{buffer.kind}{number}"
+            )
+        self._bits_read: set[str] = set()
+        for op in graph.ops:
+            if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate):
+                self._bits_read.add(op.g)
+            elif isinstance(op, GradientSum):
+                self._bits_read.update((op.a, op.b or op.a))
+        streams = [op for op in graph.ops if isinstance(op, RowStream)]
+        self._stream_numbers = {op.name: number for number, op in enumerate(streams)}
+
+    def variable(self, tensor: str) -> str:
+        """The C name of a tensor."""
+        return self._variables[tensor]
+
+    def declarations(self, ops: Iterable[StepOp]) -> list[str]:
+        """One line a buffer that these ops use, and the exponents and bits of the gradients that they write."""
+        used = {name for op in ops for name in (*op.reads, *op.writes)}
+        lines: list[str] = []
+        for buffer in self._arena.buffers:
+            if buffer.name in used:
+                c_type = _TYPES[self._graph.tensors[buffer.name].dtype]
+                lines.append(
+                    f"    {c_type} *const {self._variables[buffer.name]} = ({c_type} *)((uint8_t *)context->arena + "
+                    f"{buffer.offset}); /* {buffer.num_bytes} B, ops {buffer.first_op}..{buffer.last_op}, "
+                    f"{safe(buffer.name)} */"
+                )
+        gradients = [n for op in ops for n in op.writes if self._graph.tensors[n].role == "gradient"]
+        for g in gradients:
+            bits = f"{self._variables[g]}_bits, " if g in self._bits_read else ""
+            lines.append(f"    int32_t {bits}{self._variables[g]}_exponent;")
+        return lines
+
+    def state(self, offset: int, c_type: str = "int8_t") -> str:
+        """A pointer into the trained state."""
+        return f"({c_type} *)((uint8_t *)context->state + {offset})"
+
+    def call(self, index: int) -> list[str]:
+        """The op of this number, in a block of its own."""
+        op = self._graph.ops[index]
+        title = f"    {{ /* op {index}: {safe(op.name)} */"
+        return [title, *(f"        {line}" for line in self._lines(op)), "    }"]
+
+    def _lines(self, op: StepOp) -> list[str]:
+        v = self._variables
+        match op:
+            case ConvForward() | AddForward() | MaxPoolForward():
+                height = self._graph.tensors[op.y].shape[0]
+                return self._rows(op, Rows("0", str(height), streamed=False))
+            case RowStream():
+                return self._stream(op)
+            case HeadForward():
+                c_name = self._ids[op.layer]
+                layer = self._conv(op.layer)
+                start = f"{v[op.x]}, &{c_name}_shape, {layer.x_zero_point}, &weights, {self._bias(layer)}"
+                return [self._weights(layer), f"eft_head_s8({start}, &{c_name}_out, {v[op.logits]});"]
+            case TableForward():
+                count = self._graph.tensors[op.y].num_elements
+                return [f"eft_table_s8({v[op.x]}, {self._ids[op.layer]}_table, {count}, {v[op.y]});"]
+            case AverageForward():
+                pool = layer_of(self._layers, op.layer, PoolConstants)
+                return [
+                    f"eft_global_average_s8({v[op.x]}, {pool.pixels}, {pool.channels}, {pool.zero_point}, "
+                    f"{pool.multiplier}, {pool.shift}, {v[op.y]});"
+                ]
+            case SoftmaxLoss():
+                call = f"eft_softmax_loss_s16({v[op.logits]}, {self._classes}, label, {v[op.g]})"
+                return [self._keep_bits(op.g, call), f"{v[op.g]}_exponent = -15;"]
+            case _:
+                return self._backward(op)
+
+    def _backward(self, op: StepOp) -> list[str]:
+        v = self._variables
+        match op:
+            case AverageGrad():
+                pool = layer_of(self._layers, op.layer, PoolConstants)
+                call = (
+                    f"eft_global_average_grad_s16({v[op.g]}, {pool.pixels}, {pool.channels}, {self._mask(op.mask)}, "
+                    f"{v[op.gx]})"
+                )
+                return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
+            case ConvInputGrad():
+                layer, c_name = self._conv(op.layer), self._ids[op.layer]
+                kernel = "eft_depthwise_input_grad_s16" if layer.depthwise else "eft_conv_input_grad_s16"
+                call = (
+                    f"{kernel}({v[op.g]}, {v[op.g]}_bits, &{c_name}_shape, &weights, &{c_name}_input_grad, "
+                    f"{self._mask(op.mask)}, {v[op.gx]}, {v[op.scratch]})"
+                )
+                exponent = f"{v[op.g]}_exponent - ({layer.operand_bits} - {v[op.g]}_bits) + ({layer.grad_shift})"
+                return [self._weights(layer), self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {exponent};"]
+            case MaxPoolGrad():
+                pooled, c_name = layer_of(self._layers, op.layer, MaxPoolConstants), self._ids[op.layer]
+                call = (
+                    f"eft_max_pool_grad_s16({v[op.g]}, {v[op.x]}, &{c_name}_shape, {pooled.grad_shift}, "
+                    f"{self._mask(op.mask)}, {v[op.gx]})"
+                )
+                exponent = f"{v[op.g]}_exponent + {pooled.grad_shift}"
+                return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {exponent};"]
+            case TableGrad():
+                count = self._graph.tensors[op.gx].num_elements
+                call = (
+                    f"eft_table_grad_s16({v[op.g]}, {v[op.x]}, {self._ids[op.layer]}_slope, {count}, "
+                    f"{self._mask(op.mask)}, {v[op.gx]})"
+                )
+                return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
+            case GradientSum():
+                count = self._graph.tensors[op.g].num_elements
+                b = [self._view("b", op.b)] if op.b else []
+                call = (
+                    f"eft_gradient_sum_s16(&a, {'&b' if op.b else 'NULL'}, {op.multiplier}, {op.shift}, {count}, "
+                    f"{self._mask(op.mask)}, {v[op.g]}, &exponent)"
+                )
+                return [
+                    self._view("a", op.a),
+                    *b,
+                    "int32_t exponent;",
+                    self._keep_bits(op.g, call),
+                    f"{v[op.g]}_exponent = exponent;",
+                ]
+            case WeightUpdate():
+                return [self._view("gradient", op.g), self._weight_update(op)]
+            case BiasUpdate():
+                layer = self._conv(op.layer)
+                entry = self._layout.find("bias", op.layer)
+                assert entry is not None, f"{op.layer} has no trained bias"
+                call = (
+                    f"eft_bias_update_s32(&gradient, {layer.shape.pixels}, {layer.shape.out_c}, "
+                    f"&{self._ids[op.layer]}_bias_rate, context->lr_shift, {self.state(entry.offset, 'int32_t')});"
+                )
+                return [self._view("gradient", op.g), call]
+            case _:
+                raise AssertionError(f"{op.name} has no C")
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _rows(self, op: RowOp, rows: Rows) -> list[str]:
+        """Compute rows of an op; the pointers start at the right row of a ring or of a whole tensor."""
+        x, y, mask = self._at(op.x, rows, read=True, op=op), self._at(op.y, rows), self._mask(getattr(op, "mask", None))
+        if isinstance(op, AddForward):
+            assert not (rows.streamed and op.mask), "a mask of an addition starts at its first byte"
+            shape = self._graph.tensors[op.y].shape
+            count = shape[1] * shape[2] * (1 if rows.streamed else shape[0])
+            z = self._at(op.z, rows, read=True, op=op)
+            return [f"eft_add_s8({x}, {z}, &{self._ids[op.layer]}_sum, {count}, {y}, {mask});"]
+        c_name = self._ids[op.layer]
+        line = f"const eft_rows rows = {{{rows.first}, {rows.count}, {self._graph.tensors[op.x].shape[0]}}};"
+        if isinstance(op, MaxPoolForward):
+            return [line, f"eft_max_pool_s8({x}, &{c_name}_shape, &rows, {y});"]
+        layer = self._conv(op.layer)
+        kernel = "eft_depthwise_s8" if layer.depthwise else "eft_conv_s8"
+        call = (
+            f"{kernel}({x}, &{c_name}_shape, {layer.x_zero_point}, &weights, {self._bias(layer)}, "
+            f"&{c_name}_requantize, &rows, {y}, {mask});"
+        )
+        return [self._weights(layer), line, call]
+
+    def _at(self, tensor: str, rows: Rows, *, read: bool = False, op: RowOp | None = None) -> str:
+        variable = self._variables[tensor]
+        if not rows.streamed or (read and not isinstance(op, AddForward)):
+            return variable
+        height, width, channels = self._graph.tensors[tensor].shape
+        return f"{variable} + {rows.first} % {height} * {width * channels}"
+
+    def _stream(self, stream: RowStream) -> list[str]:
+        schedule = f"stream{self._stream_numbers[stream.name]}_schedule"
+        lines = [
+            f"int32_t next[{len(stream.ops)}] = {{0}};",
+            f"for (uint32_t i = 0u; i < {len(stream.schedule)}u; i++) {{",
+            f"    const int32_t row = next[{schedule}[i]]++;",
+            f"    switch ({schedule}[i]) {{",
+        ]
+        for number, op in enumerate(stream.ops):
+            label = "default" if number == len(stream.ops) - 1 else f"case {number}"
+            lines.append(f"    {label}: {{ /* {safe(op.name)} */")
+            lines += [f"        {line}" for line in self._rows(op, Rows("row", "1", streamed=True))]
+            lines += ["        break;", "    }"]
+        return [*lines, "    }", "}"]
+
+    # --- parts of a call ----------------------------------------------------------------------------------------------
+
+    def _mask(self, mask: str | None) -> str:
+        return self._variables[mask] if mask else "NULL"
+
+    def _keep_bits(self, gradient: str, call: str) -> str:
+        keep = f"{self._variables[gradient]}_bits =" if gradient in self._bits_read else "(void)"
+        return f"{keep} {call};"
+
+    def _view(self, name: str, gradient: str) -> str:
+        g = self._variables[gradient]
+        return f"const eft_gradient {name} = {{{g}, {g}_bits, {g}_exponent}};"
+
+    def _weights(self, layer: ConvConstants) -> str:
+        entry = self._layout.find("weight", layer.name)
+        trained = entry.shape[-1] if entry else 0
+        frozen = f"{self._ids[layer.name]}_frozen" if trained < layer.master.shape[-1] else "NULL"
+        state = self.state(entry.offset, "const int8_t") if entry else "NULL"
+        return f"const eft_weights weights = {{{state}, {frozen}, {trained}}};"
+
+    def _bias(self, layer: ConvConstants) -> str:
+        entry = self._layout.find("bias", layer.name)
+        return self.state(entry.offset, "const int32_t") if entry else f"{self._ids[layer.name]}_bias"
+
+    def _weight_update(self, op: WeightUpdate) -> str:
+        layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
+        weight, residual = self._layout.find("weight", op.layer), self._layout.find("residual", op.layer)
+        assert weight is not None, f"{op.layer} has no trained weights"
+        kind = "depthwise" if layer.depthwise else "conv"
+        start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, &{c_name}_shape, &{c_name}_weight_rate, context->lr_shift"
+        end = f"{weight.shape[-1]}, {v[op.scratch]}"
+        trained = self.state(weight.offset)
+        if residual:
+            return f"eft_{kind}_update_master_s8({start}, {trained}, {self.state(residual.offset)}, {end});"
+        key = "eft_step_key(context->seed, context->state[0])"
+        return f"eft_{kind}_update_stochastic_s8({start}, {key}, {layer.first_index}u, {trained}, {end});"
+
+    def _conv(self, name: str) -> ConvConstants:
+        return layer_of(self._layers, name, ConvConstants)
