@@ -21,6 +21,13 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
     "fashion-cnn": ("efftrain.models.fashion_cnn", "FashionCNN"),
     "mlp-10m": ("efftrain.models.mlp", "MLP"),
     "char-transformer": ("efftrain.models.char_transformer", "CharTransformer"),
+    "resnet8": ("efftrain.models.resnet8", "ResNet8"),
+    "ds-cnn": ("efftrain.models.separable", "DSCNN"),
+    "mobilenet-v1-0.25": ("efftrain.models.separable", "MobileNetV1Quarter"),
+    "fc-autoencoder": ("efftrain.models.fc_autoencoder", "FCAutoencoder"),
+    "mcunet-5fps": ("efftrain.models.inverted_residual", "MCUNet5fps"),
+    "mobilenet-v2-w0.35": ("efftrain.models.inverted_residual", "MobileNetV2W035"),
+    "proxyless-w0.3": ("efftrain.models.inverted_residual", "ProxylessW03"),
 }
 
 MODELS: tuple[str, ...] = tuple(_CLASSES)

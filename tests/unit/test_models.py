@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,36 @@ from efftrain.models import MODELS, build_model, load_pretrained
 from efftrain.models.char_transformer import CharTransformer
 from efftrain.models.pretrained import Pretrained
 from efftrain.models.watch_cnn import WatchCNN
+from efftrain.ondevice.frontend import read_module
+from efftrain.ondevice.ir import Conv
 
 SMALL: dict[str, dict[str, object]] = {
     "watch-cnn": {},
     "fashion-cnn": {},
     "mlp-10m": {"input_shape": (1, 8, 8), "hidden": (16, 8)},
     "char-transformer": {"context": 16, "width": 16, "depth": 2, "heads": 2},
+    "resnet8": {"size": 16, "width": 4},
+    "ds-cnn": {"width": 8, "blocks": 2},
+    "mobilenet-v1-0.25": {"size": 32},
+    "fc-autoencoder": {"features": 20, "width": 16},
+    "mcunet-5fps": {"size": 32},
+    "mobilenet-v2-w0.35": {"size": 32},
+    "proxyless-w0.3": {"size": 32},
 }
 
-OUTPUTS = {"watch-cnn": (7,), "fashion-cnn": (10,), "mlp-10m": (10,), "char-transformer": (16, 256)}
+OUTPUTS = {
+    "watch-cnn": (7,),
+    "fashion-cnn": (10,),
+    "mlp-10m": (10,),
+    "char-transformer": (16, 256),
+    "resnet8": (10,),
+    "ds-cnn": (12,),
+    "mobilenet-v1-0.25": (2,),
+    "fc-autoencoder": (20,),
+    "mcunet-5fps": (10,),
+    "mobilenet-v2-w0.35": (10,),
+    "proxyless-w0.3": (10,),
+}
 
 
 def small(name: str) -> Pretrained:
@@ -48,6 +70,64 @@ def test_parameter_counts_worked_out_by_hand() -> None:
     transformer = 256 * width + context * width + depth * block + 2 * width + width * 256
     assert num_parameters(build_model("char-transformer")) == transformer == 875_264
     assert num_parameters(build_model("char-transformer", tied=True)) == transformer - width * 256
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "macs"),
+    [
+        ("resnet8", 78_666, 12.5e6),
+        ("ds-cnn", 24_908, 2.7e6),
+        ("mobilenet-v1-0.25", 221_794, 7.5e6),
+        ("fc-autoencoder", 269_992, 0.26e6),
+    ],
+)
+def test_mlperf_tiny_models_have_the_published_sizes(name: str, published: int, macs: float) -> None:
+    """MLPerf Tiny's counts are those of Keras: parameters and the statistics of batch norms."""
+    model = build_model(name)
+    statistics = sum(buffer.numel() for key, buffer in model.named_buffers() if "running" in key)
+    assert num_parameters(model) + statistics == published
+    assert layers(name)[0] == pytest.approx(macs, rel=0.02)
+
+
+def layers(name: str) -> tuple[int, list[tuple[int, int]], int]:
+    """MACs; weights and output pixels of each layer; biases: all after batch norms are folded."""
+    model = build_model(name)
+    assert isinstance(model, Pretrained)
+    graph = read_module(model, model.example_input())
+    convs = [op for op in graph.ops if isinstance(op, Conv)]
+    found = [(graph.constants[op.weight].size, math.prod(graph.tensors[op.y].shape[:2])) for op in convs]
+    biases = sum(graph.constants[op.bias].size for op in convs if op.bias is not None)
+    return sum(weights * pixels for weights, pixels in found), found, biases
+
+
+# The layer table of the reference system's "49kb" model: weights by size of the output map.
+MCUNET = {
+    64: (432, 144, 128, 256),
+    32: (288, 512, 768, 432, 768, 768),
+    16: (2352, 1152, 2880, 1080, 2880, 2880),
+    8: (1080, 4800, *(6400, 7840, 6400), *(6400, 4000, 7680), *(6912, 1296, 6912), *(9216, 1728, 9216), 11520),
+    4: (11760, 23040, *(36864, 9600, 36864), *(36864, 9600, 36864), *(55296, 5184, 92160)),
+    1: (1600,),
+}
+
+
+def test_mcunet_is_the_reference_layer_by_layer() -> None:
+    macs, found, biases = layers("mcunet-5fps")
+    assert found == [(weights, size**2) for size, row in MCUNET.items() for weights in row]
+    assert (macs, sum(weights for weights, _ in found), biases) == (22_455_104, 464_816, 6_018)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers", "weights", "biases", "macs"),
+    [
+        ("mobilenet-v2-w0.35", 52, 239_808, 5_770, 16_648_032),
+        ("proxyless-w0.3", 61, 321_776, 5_426, 18_620_864),
+    ],
+)
+def test_other_networks_of_the_reference(name: str, num_layers: int, weights: int, biases: int, macs: int) -> None:
+    found = layers(name)
+    assert (found[0], found[2]) == (macs, biases)
+    assert (len(found[1]), sum(size for size, _ in found[1])) == (num_layers, weights)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,6 +170,11 @@ def test_names_cost_no_torch() -> None:
         ("char-transformer", {"width": 128.0}, r"option width: expected int, found 128\.0"),
         ("char-transformer", {"tied": 1}, "option tied: expected bool, found 1"),
         ("mlp-10m", {"hidden": ("a",)}, "option hidden: expected tuple"),
+        ("resnet8", {"size": 30}, "a multiple of 4"),
+        ("ds-cnn", {"frames": 8}, "frames of at least 9"),
+        ("mobilenet-v1-0.25", {"size": 16}, "a size of at least 17"),
+        ("fc-autoencoder", {"code": 0}, "counts above 0"),
+        ("mcunet-5fps", {"num_classes": 0}, "counts above 0 and a size of at least 32"),
     ],
 )
 def test_wrong_names_and_options_are_refused(name: str, options: dict[str, object], message: str) -> None:

@@ -250,7 +250,10 @@ def test_any_model_of_these_operators_keeps_its_function(drawn: tuple[nn.Module,
     assert_same_function(*drawn)
 
 
-ZOO = ("watch-cnn", "fashion-cnn")
+ZOO = (
+    *("watch-cnn", "fashion-cnn", "resnet8", "ds-cnn", "mobilenet-v1-0.25", "fc-autoencoder"),
+    *("mcunet-5fps", "mobilenet-v2-w0.35", "proxyless-w0.3"),
+)
 
 
 @pytest.mark.parametrize("name", ZOO)
