@@ -1,11 +1,12 @@
 """Which parameters learn on the device.
 
-A scheme is written for no model in particular: layers may be counted from the end, so one preset fits any chain of
-convolutions with a classifier at the end. What it costs is the plan's business: trained weights need RAM, and the
-lowest trained layer decides how far back gradients are computed.
+A scheme is written for no model in particular: layers may be counted from the end, so one preset fits any network of
+convolutions with a classifier at the end. Schemes that were found for one model count from the input. What it costs is
+the plan's business: trained weights need RAM, and the lowest trained layer decides how far back gradients are computed.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +14,23 @@ from efftrain.config.load import load_recipe
 from efftrain.errors import ConfigError
 
 EVERY_LAYER = "*"
+_MOST_NAMES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShare:
-    """Train the weights of one layer for the first ``share`` of its input channels."""
+    """Train the weights of one layer for the first ``share`` of its input channels.
+
+    A depthwise convolution has one channel in for each channel out: its share counts them.
+    """
 
     layer: str
-    """A module's name such as ``features.4``, ``-1`` for the last convolution before the head, ``-2`` for the one
-    before it, or ``*`` for every convolution."""
+    """A module's name such as ``features.4``; ``#4`` for the fifth layer with weights from the input, the head
+    included; ``-1`` for the last convolution before the head, ``-2`` for the one before it; or ``*`` for every
+    convolution."""
 
     share: float = 1.0
-    """In (0, 1]; at least one channel is trained."""
+    """In (0, 1]. Rounded to whole channels; at least one is trained."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -42,22 +48,49 @@ class Scheme:
     last_biases: int = 0
     """Train the biases of the last so many convolutions before the head; -1 for all of them and the head's."""
 
+    last_k: int = 0
+    """Train weights and biases of the last so many layers; the head is the first of them."""
+
     weights: tuple[LayerShare, ...] = ()
 
     def __post_init__(self) -> None:
         if self.last_biases < -1:
             raise ValueError(f"last_biases is {self.last_biases}; it must be -1 (all) or the number of layers")
+        if self.last_k < 0:
+            raise ValueError(f"last_k is {self.last_k}; it must be the number of layers, 0 or more")
 
     @classmethod
     def preset(cls, name: str) -> "Scheme":
-        """``none``, ``bias_only``, ``last_layer``, ``sparse`` or ``full``.
+        """One of ``PRESETS``, which fit any model, or of ``PUBLISHED``, each for the model that it was found for.
 
         Raises:
             ConfigError: There is no such preset.
         """
-        if name not in PRESETS:
-            raise ConfigError(f"scheme {name!r} is not known; presets are {', '.join(PRESETS)}, or give a TOML file")
-        return PRESETS[name]
+        known = {**PRESETS, **PUBLISHED}
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, "last_k=1"], n=1, cutoff=0.7)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"scheme {name!r} is not known; presets are {', '.join(known)}, or write last_k=K, or give a TOML file."
+                f"{hint}"
+            )
+        return known[name]
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """A scheme as a command line names it: a preset, ``last_k=3``, or a TOML file.
+
+        Raises:
+            ConfigError: There is no such preset or file, or it holds a value out of range.
+        """
+        if text.endswith(".toml"):
+            return cls.load(text)
+        key, equals, value = text.partition("=")
+        if key != "last_k" or not equals:
+            return cls.preset(text)
+        if not (value.isascii() and value.isdigit() and int(value[:9]) > 0 and len(value) < 9):
+            raise ConfigError(f"scheme {text!r}: last_k must be the number of layers to train, 1 or more")
+        return cls(name=text, last_k=int(value))
 
     @classmethod
     def load(cls, path: Path | str) -> "Scheme":
@@ -83,12 +116,34 @@ PRESETS = {
 }
 
 
+def _published(name: str, num_biases: int, shares: Mapping[int, float]) -> Scheme:
+    """A scheme that ships with the reference system: biases of the last convolutions, and layers by position."""
+    weights = tuple(LayerShare(layer=f"#{index}", share=share) for index, share in shares.items())
+    return Scheme(name=name, head=True, last_biases=num_biases, weights=weights)
+
+
+PUBLISHED = {
+    scheme.name: scheme
+    for scheme in (
+        # For mcunet-5fps, named by the memory that their authors count for them, found by their search over what each
+        # layer contributes. Source: Lin et al., On-Device Training Under 256KB Memory (arXiv:2206.15472), as shipped
+        # with tinyengine.
+        _published("mcunetv3-49kb", 20, {24: 0.25, 27: 0.5, 30: 0.5}),
+        _published("mcunetv3-74kb", 21, {21: 1, 24: 1, 27: 0.5, 30: 1}),
+        _published("mcunetv3-99kb", 22, {21: 1, 24: 1, 27: 1, 30: 1, 36: 0.125, 39: 0.25}),
+        _published("mcunetv3-124kb", 24, {21: 0.25, 24: 1, 27: 1, 30: 1, 33: 0.5, 39: 0.5}),
+        _published("mcunetv3-148kb", 23, {21: 1, 24: 1, 27: 1, 30: 1, 36: 1, 39: 0.5}),
+    )
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """What ``resolve`` must know of a layer."""
 
     name: str
     in_channels: int
+    """Of a depthwise convolution, its channels."""
     has_bias: bool
 
 
@@ -109,10 +164,13 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
         ConfigError: The scheme names a layer that the model does not have, or one twice.
     """
     convs, head = layers[:-1], layers[-1]
-    channels: dict[str, int] = {head.name: head.in_channels} if scheme.head else {}
-    named: set[str] = set()
+    if scheme.last_k > len(layers):
+        raise ConfigError(f"scheme {scheme.name!r} trains the last {scheme.last_k} layers, the model has {len(layers)}")
+    whole = layers[len(layers) - scheme.last_k :] or ([head] if scheme.head else [])
+    channels = {layer.name: layer.in_channels for layer in whole}
+    named: set[str] = {layer.name for layer in layers[len(layers) - scheme.last_k :]}
     for entry in scheme.weights:
-        for layer in _matches(entry.layer, convs, head, scheme.name):
+        for layer in _matches(entry.layer, layers, scheme.name):
             if layer.name in named:
                 raise ConfigError(f"scheme {scheme.name!r} names layer {layer.name!r} twice")
             named.add(layer.name)
@@ -123,25 +181,33 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
             f"scheme {scheme.name!r} trains the biases of {count} convolutions, the model has {len(convs)}. Use "
             f"-1 for all."
         )
-    biases = {layer.name for layer in convs[len(convs) - count :]}
-    if scheme.head or scheme.last_biases == -1:
+    biases = {layer.name for layer in (*convs[len(convs) - count :], *whole)}
+    if scheme.last_biases == -1:
         biases.add(head.name)
     return {
         layer.name: Trained(channels.get(layer.name, 0), layer.has_bias and layer.name in biases) for layer in layers
     }
 
 
-def _matches(pattern: str, convs: Sequence[Layer], head: Layer, scheme: str) -> Sequence[Layer]:
+def _matches(pattern: str, layers: Sequence[Layer], scheme: str) -> Sequence[Layer]:
+    convs = layers[:-1]
     if pattern == EVERY_LAYER:
         return convs
-    for layer in (*convs, head):
+    for layer in layers:
         if layer.name == pattern:
             return [layer]
-    if pattern.startswith("-") and pattern[1:].isdigit() and 1 <= int(pattern[1:]) <= len(convs):
-        return [convs[-int(pattern[1:])]]
-    names = ", ".join(repr(layer.name) for layer in (*convs, head))
-    if not convs and pattern.startswith("-"):
+    sign, digits = pattern[:1], pattern[1:]
+    position = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else -1
+    if sign == "-" and 1 <= position <= len(convs):
+        return [convs[-position]]
+    if sign == "#" and 0 <= position < len(layers):
+        return [layers[position]]
+    names = [repr(layer.name) for layer in layers]
+    if len(names) > _MOST_NAMES:
+        names = [*names[: _MOST_NAMES // 2], "...", *names[-_MOST_NAMES // 2 :]]
+    if not convs and sign == "-":
         remedy = "It needs a hidden convolution; use last_layer or full."
     else:
-        remedy = "Use one of them, or count convolutions from -1."
-    raise ConfigError(f"scheme {scheme!r} names layer {pattern!r}; the model has {names}. {remedy}")
+        last = len(layers) - 1
+        remedy = f"Use one of them, or count convolutions back from -1, or layers from #0 to #{last}."
+    raise ConfigError(f"scheme {scheme!r} names layer {pattern!r}; the model has {', '.join(names)}. {remedy}")
