@@ -79,8 +79,9 @@ def _build_own(spec: str, options: Mapping[str, object]) -> nn.Module:
     make = cast(Callable[..., object], found)
     try:
         model = make(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"Model {spec!r}: calling {attribute} with {dict(options)} failed ({error}).") from error
+    except Exception as error:  # the user's code may raise anything
+        what = str(error) or type(error).__name__
+        raise ConfigError(f"Model {spec!r}: calling {attribute} with {dict(options)} failed ({what}).") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"Model {spec!r}: expected a torch.nn.Module, found {type(model).__name__}.")
     return model

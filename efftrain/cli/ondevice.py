@@ -1,0 +1,528 @@
+"""``efftrain ondevice plan | build | run``: what training a model on a board costs, its C, and a few steps of it.
+
+Without data of the user's, programs are calibrated on noise. Memory, MACs and flash do not depend on it; accuracy does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from efftrain.cli.console import JsonOption, print_json, print_table, progress, say
+from efftrain.cli.profile import parse_shape
+from efftrain.errors import BudgetError, ClaimError, ConfigError
+from efftrain.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor, nn
+
+    from efftrain.ondevice import Board, Engine, Program, Scheme
+    from efftrain.ondevice.memory import MemoryPlan
+
+    Samples = npt.NDArray[np.float32]
+
+app = typer.Typer(no_args_is_help=True, help="Train on a microcontroller: memory plan, C99, emulated runs.")
+
+TARGETS = ("simulator", "host", "unicorn-m7", "unicorn-m4", "qemu-m7", "qemu-m4")
+_NUM_SAMPLES = 16
+_UNLIMITED_BYTES = 1 << 40
+_COMPARED = ("last_layer", "bias_only", "sparse", "last_k=3", "full")
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A shipped model's name, or path/to/file.py:Class of your own.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")]
+SchemeOption = Annotated[
+    str,
+    typer.Option(
+        help="What learns: none, bias_only, last_layer, last_k=K, sparse, full, mcunetv3-49kb ..., or a file."
+    ),
+]
+ClassesOption = Annotated[int | None, typer.Option(help="Outputs of the classifier. Default: the model's.")]
+InputOption = Annotated[
+    str | None, typer.Option("--input", metavar="3x96x96", help="Shape of one sample. Default: the model's.")
+]
+BoardOption = Annotated[str, typer.Option(help="A shipped board's name, or a TOML file.")]
+RamOption = Annotated[int | None, typer.Option(metavar="BYTES", help="Another amount of RAM than the board's.")]
+RoundingOption = Annotated[
+    str, typer.Option(help="master keeps 2 bytes of each trained weight, stochastic 1.", metavar="master|stochastic")
+]
+LrOption = Annotated[float, typer.Option("--lr", help="Learning rate of SGD at batch 1.")]
+SeedOption = Annotated[int, typer.Option(help="Of fresh weights, noise and stochastic rounding.")]
+WeightsOption = Annotated[Path | None, typer.Option(help="A .safetensors file of the model's weights.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="A .npy file of samples, (N, channels, ...), float32, as the model was trained on.")
+]
+SyntheticOption = Annotated[bool, typer.Option("--synthetic", help="Take seeded normal noise as data, and say so.")]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What all three verbs are told."""
+
+    model: str
+    scheme: str
+    classes: int | None
+    input_shape: str | None
+    board: str
+    ram: int | None
+    rounding: str
+    lr: float
+    seed: int
+    weights: Path | None
+    calibration: Path | None
+    synthetic: bool
+
+
+@app.command("plan")
+def plan_command(
+    model_name: ModelArgument = None,
+    model: ModelOption = None,
+    scheme: SchemeOption = "sparse",
+    classes: ClassesOption = None,
+    input_shape: InputOption = None,
+    board: BoardOption = "stm32f746",
+    ram: RamOption = None,
+    rounding: RoundingOption = "master",
+    lr: LrOption = 0.01,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    calibration: CalibrationOption = None,
+    synthetic: SyntheticOption = False,
+    compare: Annotated[
+        bool | None, typer.Option(help="Plan other schemes too: the smallest board of each. Default: unless --json.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print RAM by part, flash and MACs of training a model, before anything is compiled."""
+    request = _Request(
+        _one_model(model_name, model),
+        *(scheme, classes, input_shape, board, ram, rounding, lr, seed, weights, calibration, synthetic),
+    )
+    compiler = _Compiler(request)
+    refusal, program = _plan(compiler)
+    # A plan that does not fit was made without limits; show those of the board.
+    plan = replace(program.plan, board_ram_bytes=compiler.board.ram_bytes, board_flash_bytes=compiler.board.flash_bytes)
+    rows = _compared(compiler, plan) if (not as_json if compare is None else compare) else []
+    if as_json:
+        print_json(
+            {
+                **_header(request, program),
+                **plan.to_dict(),
+                "fits": refusal is None,
+                **({"schemes": [_scheme_dict(*row) for row in rows]} if rows else {}),
+            }
+        )
+    else:
+        _print_plan(request, program, plan)
+        if rows:
+            print()
+            _print_compared(rows)
+    if refusal is not None:
+        raise refusal
+
+
+@app.command("build")
+def build_command(
+    model_name: ModelArgument = None,
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; files of the same names are replaced.")] = Path("build"),
+    name: Annotated[str, typer.Option(help="Prefix of the C functions.")] = "model",
+    scheme: SchemeOption = "sparse",
+    classes: ClassesOption = None,
+    input_shape: InputOption = None,
+    board: BoardOption = "stm32f746",
+    ram: RamOption = None,
+    rounding: RoundingOption = "master",
+    lr: LrOption = 0.01,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    calibration: CalibrationOption = None,
+    synthetic: SyntheticOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a folder of C99 that trains the model on the board."""
+    request = _Request(
+        _one_model(model_name, model),
+        *(scheme, classes, input_shape, board, ram, rounding, lr, seed, weights, calibration, synthetic),
+    )
+    program = _Compiler(request).compile(name=name)
+    folder = program.write(out)
+    if as_json:
+        print_json({**_header(request, program), "path": str(folder), **program.plan.to_dict()})
+    else:
+        _print_plan(request, program, program.plan)
+        say(f"C99 in {folder}; README.md says how to build it")
+
+
+@app.command("run")
+def run_command(
+    model_name: ModelArgument = None,
+    model: ModelOption = None,
+    target: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = "unicorn-m7",
+    steps: Annotated[int, typer.Option(help="Training steps, each on one sample.")] = 3,
+    scheme: SchemeOption = "sparse",
+    classes: ClassesOption = None,
+    input_shape: InputOption = None,
+    board: BoardOption = "stm32f746",
+    ram: RamOption = None,
+    rounding: RoundingOption = "master",
+    lr: LrOption = 0.01,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    calibration: CalibrationOption = None,
+    synthetic: SyntheticOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a few steps on a target, and compare every bit of what it learned with the simulator and the host."""
+    request = _Request(
+        _one_model(model_name, model),
+        *(scheme, classes, input_shape, board, ram, rounding, lr, seed, weights, calibration, synthetic),
+    )
+    if target not in TARGETS:
+        raise ConfigError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}.{_near(target, TARGETS)}")
+    emulator, _, cpu = target.partition("-")
+    if emulator == "qemu":
+        raise ConfigError(
+            f"--target {target}: this version has no QEMU back end. unicorn-{cpu} runs the same firmware in exactly "
+            "the board's memory and counts its instructions."
+        )
+    if steps < 1:
+        raise ConfigError(f"--steps: expected 1 or more, found {steps}.")
+    compiler = _Compiler(request)
+    program = compiler.compile()
+    found = _run(program, compiler.samples, target, steps, seed)
+    result = {**_header(request, program), "target": target, "steps": steps, **program.plan.to_dict(), **found}
+    if as_json:
+        print_json(result)
+    else:
+        _print_plan(request, program, program.plan)
+        _print_run(found, target, steps)
+    if not found["bit_equal"]:
+        raise ClaimError(
+            f"{target}, simulator and host learned different bits in {steps} steps: {found['state_sha256'][:12]}, "
+            f"{found['simulator_state_sha256'][:12]}, {found['host_state_sha256'][:12]}. Please report this program."
+        )
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+class _Compiler:
+    """Everything that was asked for, loaded and checked, ready to compile."""
+
+    def __init__(self, request: _Request) -> None:
+        from efftrain.ondevice import Scheme
+
+        self.request = request
+        if request.rounding not in ("master", "stochastic"):
+            raise ConfigError(f"--rounding: expected master or stochastic, found {request.rounding!r}.")
+        if request.seed < 0:
+            raise ConfigError(f"--seed: expected 0 or more, found {request.seed}.")
+        if request.calibration is not None and request.synthetic:
+            raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
+        self.scheme = Scheme.parse(request.scheme)
+        self.board = _board(request.board, request.ram)
+        self.model = _model(request)
+        self.example = _example(request, self.model)
+        self.samples = self._samples()
+
+    def compile(self, scheme: Scheme | None = None, board: Board | None = None, name: str = "model") -> Program:
+        """The program, for another scheme or board than asked for if given."""
+        from efftrain.ondevice import compile
+        from efftrain.ondevice.state import Rounding
+
+        return compile(
+            self.model,
+            self.example,
+            scheme=scheme or self.scheme,
+            board=board or self.board,
+            calibration=self.samples,
+            learning_rate=self.request.lr,
+            seed=self.request.seed,
+            rounding=cast("Rounding", self.request.rounding),
+            name=name,
+        )
+
+    def _samples(self) -> Samples:
+        import numpy as np
+
+        shape = tuple(self.example.shape[1:])
+        if self.request.calibration is not None:
+            samples = _load_samples(self.request.calibration, shape)
+        else:
+            why = "--synthetic" if self.request.synthetic else "no --calibration given"
+            say(f"data: seeded normal noise ({why}); memory and MACs do not depend on it, accuracy does")
+            samples = np.random.default_rng(self.request.seed).normal(size=(_NUM_SAMPLES, *shape)).astype(np.float32)
+        return samples.reshape(*samples.shape, 1, 1) if samples.ndim == 2 else samples
+
+
+def _plan(compiler: _Compiler) -> tuple[BudgetError | None, Program]:
+    """The program, planned without a limit if it does not fit, and then why not."""
+    try:
+        return None, compiler.compile()
+    except BudgetError as error:
+        return error, compiler.compile(board=_unlimited(compiler.board))
+
+
+def _unlimited(board: Board) -> Board:
+    return replace(board, ram_bytes=_UNLIMITED_BYTES, flash_bytes=_UNLIMITED_BYTES)
+
+
+def _one_model(argument: str | None, option: str | None) -> str:
+    if (argument is None) == (option is None):
+        found = "none" if argument is None else "both"
+        raise ConfigError(f"Name one model, as MODEL or with --model; found {found}.")
+    name = cast(str, option if argument is None else argument)
+    if name.endswith(".py"):
+        raise ConfigError(f"Model {name!r}: name the class too, as in {name}:Net.")
+    return name
+
+
+def _board(name: str, ram: int | None) -> Board:
+    from efftrain.ondevice import Board
+
+    board = Board.load(name) if name.endswith(".toml") else Board.named(name)
+    if ram is None:
+        return board
+    if not 0 < ram < _UNLIMITED_BYTES:
+        raise ConfigError(f"--ram: expected bytes above 0, found {ram}.")
+    return replace(board, ram_bytes=ram)
+
+
+def _model(request: _Request) -> nn.Module:
+    """Weights from the seed, or from a file."""
+    import torch
+
+    from efftrain.models import build_model
+
+    options = {} if request.classes is None else {"num_classes": request.classes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(request.seed)
+        model = build_model(request.model, **options)
+    if request.weights is None:
+        say(f"weights: random, from seed {request.seed}; give --weights file.safetensors for trained ones")
+    else:
+        _load_weights(model, request.weights)
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ConfigError(f"--weights: there is no file {path}.")
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # the parser has its own exceptions, load_state_dict raises RuntimeError
+        raise ConfigError(f"--weights: {path} does not fit the model ({error}).") from error
+
+
+def _example(request: _Request, model: nn.Module) -> Tensor:
+    import torch
+
+    shape = parse_shape(request.input_shape) if request.input_shape is not None else getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple):
+        raise ConfigError(
+            f"Model {request.model!r} does not say what its input is. Give the shape of one sample with --input, such "
+            "as --input 3x96x96, or set input_shape in the class."
+        )
+    dtype = getattr(model, "input_dtype", torch.float32)
+    if dtype != torch.float32:
+        raise ConfigError(f"Model {request.model!r} takes {dtype}; a device program takes real numbers.")
+    return torch.zeros((1, *shape))
+
+
+def _load_samples(path: Path, shape: tuple[int, ...]) -> Samples:
+    import numpy as np
+
+    if not path.is_file():
+        raise ConfigError(f"--calibration: there is no file {path}.")
+    try:
+        samples = np.load(path, allow_pickle=False)
+    except Exception as error:  # numpy lets parsers' own exceptions through
+        raise ConfigError(f"--calibration: {path} is no .npy file of numbers ({error}).") from error
+    if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f" or samples.shape[1:] != shape:
+        found = f"{samples.dtype} {samples.shape}" if isinstance(samples, np.ndarray) else "an archive"
+        raise ConfigError(f"--calibration: {path}: expected real numbers of shape (N, {str(shape)[1:]}, found {found}.")
+    return samples.astype(np.float32)
+
+
+def _near(word: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+# --- the table of schemes ---------------------------------------------------------------------------------------------
+
+_Row = tuple[str, "MemoryPlan", str | None]
+"""A scheme, its plan, and the smallest board that holds it."""
+
+
+def _compared(compiler: _Compiler, asked: MemoryPlan) -> list[_Row]:
+    """Plans of the usual schemes, of the published ones if they are for this model, and of the one asked for."""
+    from efftrain.ondevice import Scheme
+    from efftrain.ondevice.scheme import PUBLISHED
+
+    names = [*_COMPARED, *(PUBLISHED if compiler.request.model == "mcunet-5fps" else ())]
+    rows: list[_Row] = [(compiler.scheme.name, asked, _smallest_board(asked))]
+    with progress("planning other schemes") as advance:
+        for done, name in enumerate(names):
+            advance(done, len(names), name)
+            if name == compiler.scheme.name:
+                continue
+            try:
+                plan = compiler.compile(Scheme.parse(name), _unlimited(compiler.board)).plan
+            except ConfigError:  # a scheme for more layers than this model has
+                continue
+            rows.append((name, plan, _smallest_board(plan)))
+        advance(len(names), len(names))
+    return sorted(rows, key=lambda row: row[1].total_ram_bytes)
+
+
+def _smallest_board(plan: MemoryPlan) -> str | None:
+    from efftrain.ondevice import Board
+
+    boards = sorted(map(Board.named, Board.names()), key=lambda board: (board.ram_bytes, board.flash_bytes, board.name))
+    for board in boards:
+        if plan.total_ram_bytes <= board.ram_bytes and plan.flash_bytes <= board.flash_bytes:
+            return board.name
+    return None
+
+
+def _scheme_dict(name: str, plan: MemoryPlan, board: str | None) -> dict[str, Any]:
+    keys = ("total_ram_bytes", "arena_bytes", "trained_state_bytes", "flash_bytes", "macs_forward", "macs_backward")
+    return {"scheme": name, **{key: getattr(plan, key) for key in keys}, "smallest_board": board}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def _run(program: Program, samples: Samples, target: str, steps: int, seed: int) -> dict[str, Any]:
+    """The same steps on target, simulator and host; on a board the last one is counted."""
+    import numpy as np
+
+    xs = program.quantize_input(samples[np.arange(steps) % len(samples)])
+    labels = np.random.default_rng(seed).integers(program.num_classes, size=steps)
+    found: dict[str, Any] = {
+        "measured_ram_bytes": None,
+        "measured_stack_bytes": None,
+        "instructions_per_step": None,
+        "instructions_forward": None,
+    }
+    hashes: dict[str, str] = {}
+    with _training(steps, 2 if target in ("simulator", "host") else 3) as advance:
+        for name in ("simulator", "host"):
+            engine: Engine = program.simulator() if name == "simulator" else program.host()
+            for x, label in zip(xs, labels, strict=True):
+                engine.train_step(x, int(label))
+                advance(name)
+            hashes[name] = engine.state_sha256()
+        if target not in hashes:
+            board = program.board(cast('Literal["m4", "m7"]', target.partition("-")[2]))
+            for x, label in zip(xs[:-1], labels[:-1], strict=True):
+                board.train_step(x, int(label))
+                advance(target)
+            found["instructions_forward"] = board.count_instructions(xs[-1])
+            found["instructions_per_step"] = board.count_instructions(xs[-1], int(labels[-1]))
+            advance(target)
+            found["measured_ram_bytes"] = board.measured_ram_bytes
+            found["measured_stack_bytes"] = board.measured_stack_bytes
+            hashes[target] = board.state_sha256()
+    return {
+        **found,
+        "state_sha256": hashes[target],
+        "simulator_state_sha256": hashes["simulator"],
+        "host_state_sha256": hashes["host"],
+        "bit_equal": len(set(hashes.values())) == 1,
+    }
+
+
+@contextmanager
+def _training(steps: int, num_engines: int) -> Iterator[Any]:
+    done = 0
+    with progress("training") as advance:
+
+        def step(name: str) -> None:
+            nonlocal done
+            done += 1
+            advance(done, num_engines * steps, name)
+
+        yield step
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _header(request: _Request, program: Program) -> dict[str, Any]:
+    return {
+        "model": request.model,
+        "scheme": program.scheme.name,
+        "rounding": request.rounding,
+        "input_shape": list(program.input_shape),
+        "num_classes": program.num_classes,
+    }
+
+
+def _print_plan(request: _Request, program: Program, plan: MemoryPlan) -> None:
+    gap = plan.arena_gap_bytes
+    proof = "proven minimal" if gap == 0 else f"at most {gap} B above the smallest possible"
+    height, width, channels = program.input_shape
+    rows = [
+        ("arena", plan.arena_bytes, proof),
+        ("trained state", plan.trained_state_bytes, f"rounding {request.rounding}"),
+        ("scratch outside the arena", plan.scratch_bytes, ""),
+        ("stack", plan.stack_bytes, "reserved"),
+        ("static", plan.static_bytes, ""),
+        ("RAM in all", plan.total_ram_bytes, f"of {plan.board_ram_bytes:,} B of {plan.board}"),
+        ("flash", plan.flash_bytes, f"of {plan.board_flash_bytes:,} B, an allowance for code included"),
+    ]
+    print(f"{request.model}, scheme {program.scheme.name}, input {channels}x{height}x{width}\n")
+    for title, num_bytes, note in rows:
+        print(f"{title:<28}{num_bytes:>11,} B   {note}".rstrip())
+    macs = f"{format_count(plan.macs_forward)} forward, {format_count(plan.macs_backward)} backward"
+    print(f"{'MACs of a step':<28}{plan.macs_forward + plan.macs_backward:>11,}     {macs}")
+
+
+def _print_compared(rows: list[_Row]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("scheme")
+    for heading in ("RAM", "trained state", "flash", "MACs backward"):
+        table.add_column(heading, justify="right")
+    table.add_column("smallest board that can run it")
+    for name, plan, board in rows:
+        table.add_row(
+            escape(name),
+            format_bytes(plan.total_ram_bytes),
+            format_bytes(plan.trained_state_bytes),
+            format_bytes(plan.flash_bytes),
+            format_count(plan.macs_backward),
+            "none of those known" if board is None else escape(board),
+        )
+    print_table(table)
+
+
+def _print_run(found: dict[str, Any], target: str, steps: int) -> None:
+    lines = [("steps", f"{steps} on {target}")]
+    if found["measured_ram_bytes"] is not None:
+        stack = f"{found['measured_stack_bytes']:,} B of it stack"
+        lines.append(("RAM measured", f"{found['measured_ram_bytes']:,} B, {stack}"))
+        forward = f"{format_count(found['instructions_forward'])} of them forward"
+        lines.append(("instructions a step", f"{format_count(found['instructions_per_step'])}, {forward}"))
+    equal = "equal to the bit on" if found["bit_equal"] else "DIFFERENT on"
+    names = ", ".join(dict.fromkeys((target, "simulator", "host")))
+    lines.append(("trained state", f"{found['state_sha256'][:16]}, {equal} {names}"))
+    print()
+    for title, text in lines:
+        print(f"{title:<28}{text}")

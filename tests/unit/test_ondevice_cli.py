@@ -1,0 +1,262 @@
+"""``efftrain ondevice``: the keys that scripts rely on, what people read, and one line for every error."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from efftrain.models import build_model
+from efftrain.ondevice import Board, Scheme, compile
+from efftrain.ondevice.scheme import PRESETS
+
+PLAN_KEYS = {
+    *("arena_bytes", "arena_lower_bound_bytes", "trained_state_bytes", "scratch_bytes", "stack_bytes", "static_bytes"),
+    *("total_ram_bytes", "flash_bytes", "macs_forward", "macs_backward"),
+}
+RUN_KEYS = PLAN_KEYS | {
+    *("measured_ram_bytes", "measured_stack_bytes", "instructions_per_step", "instructions_forward", "state_sha256"),
+    *("simulator_state_sha256", "host_state_sha256", "bit_equal"),
+}
+
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes=3):
+        layers = [nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU6()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+class Gelu(nn.Sequential):
+    input_shape = (3, 8, 8)
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(144, 2))
+
+class Broken(nn.Module):
+    def __init__(self):
+        raise KeyError("no such thing")
+"""
+
+Ended = tuple[int, str, str]
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Status, stdout and stderr of ``efftrain ondevice ARGUMENTS``, in a folder with ``net.py``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+
+    def command(*arguments: object) -> Ended:
+        from efftrain.cli.main import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["ondevice", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return command
+
+
+def object_of(ended: Ended) -> dict[str, Any]:
+    """The one object on stdout."""
+    status, out, err = ended
+    assert status == 0, err
+    assert out.count("\n") == 1, out
+    found = json.loads(out)
+    assert isinstance(found, dict)
+    return found
+
+
+def error_of(ended: Ended) -> str:
+    """The one line of an error, the last on stderr."""
+    status, out, err = ended
+    assert (status, out) == (1, ""), (status, out, err)
+    lines = [line for line in err.splitlines() if not line.startswith(("data:", "weights:"))]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("efftrain: "), err
+    return lines[0]
+
+
+def test_plan_says_what_compile_plans(run: Command) -> None:
+    found = object_of(run("plan", "--model", "watch-cnn", "--scheme", "last_k=2", "--seed", 3, "--synthetic", "--json"))
+    assert found.keys() >= PLAN_KEYS
+    torch.manual_seed(3)
+    samples = np.random.default_rng(3).normal(size=(16, 6, 128)).astype(np.float32)
+    program = compile(
+        build_model("watch-cnn"),
+        torch.zeros(1, 6, 128),
+        scheme=Scheme.parse("last_k=2"),
+        board="stm32f746",
+        calibration=samples,
+        learning_rate=0.01,
+    )
+    assert {key: found[key] for key in PLAN_KEYS} == {key: getattr(program.plan, key) for key in PLAN_KEYS}
+    assert (found["model"], found["scheme"], found["num_classes"], found["fits"]) == ("watch-cnn", "last_k=2", 7, True)
+    assert found["total_ram_bytes"] <= found["board_ram_bytes"] == Board.named("stm32f746").ram_bytes
+    assert "schemes" not in found
+
+
+def test_noise_is_never_taken_in_silence(run: Command) -> None:
+    _, out, err = run("plan", "watch-cnn", "--synthetic", "--no-compare")
+    assert "seeded normal noise (--synthetic)" in err
+    assert "weights: random, from seed 0" in err
+    assert "noise" not in out
+    assert "seeded normal noise (no --calibration given)" in run("plan", "watch-cnn", "--json")[2]
+
+
+def test_the_table_of_schemes(run: Command) -> None:
+    status, out, _ = run("plan", "watch-cnn", "--scheme", "none")
+    assert status == 0
+    assert "smallest board that can run it" in out
+    rows = [line.split()[0] for line in out.partition("smallest board")[2].splitlines()[1:]]
+    assert sorted(rows) == sorted(["none", "last_layer", "bias_only", "sparse", "last_k=3", "full"])
+    found = object_of(run("plan", "net.py:Net", "--input", "3x12x12", "--scheme", "full", "--compare", "--json"))
+    assert [row["scheme"] for row in found["schemes"]].count("full") == 1
+    assert "last_k=3" not in {row["scheme"] for row in found["schemes"]}, "this model has 2 layers"
+    sizes = [row["total_ram_bytes"] for row in found["schemes"]]
+    assert sizes == sorted(sizes)
+    assert {row["smallest_board"] for row in found["schemes"]} <= {*Board.names(), None}
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_refused(run: Command) -> None:
+    total = object_of(run("plan", "watch-cnn", "--json"))["total_ram_bytes"]
+    assert object_of(run("plan", "watch-cnn", "--ram", total, "--json"))["fits"]
+    status, out, err = run("plan", "watch-cnn", "--ram", total - 1, "--json")
+    found = json.loads(out)
+    assert (status, found["fits"], found["total_ram_bytes"]) == (1, False, total)
+    assert found["board_ram_bytes"] == total - 1
+    assert f"the plan needs {total} B of RAM" in err.splitlines()[-1]
+    assert f"has {total - 1} B" in err.splitlines()[-1]
+    status, out, _ = run("plan", "watch-cnn", "--ram", total - 1, "--no-compare")
+    assert status == 1
+    assert f"of {total - 1:,} B of stm32f746" in out
+    assert "the plan needs" in error_of(run("build", "watch-cnn", "--ram", total - 1))
+
+
+def test_own_models_weights_and_data(run: Command, tmp_path: Path) -> None:
+    arguments = ("plan", "net.py:Net", "--input", "3x12x10", "--classes", 5, "--scheme", "full", "--json")
+    found = object_of(run(*arguments))
+    assert (found["input_shape"], found["num_classes"]) == ([12, 10, 3], 5)
+    model = build_model(f"{tmp_path}/net.py:Net", num_classes=5)
+    save_file(model.state_dict(), tmp_path / "net.safetensors")
+    np.save(tmp_path / "x.npy", np.ones((4, 3, 12, 10), np.float32))
+    status, out, err = run(*arguments, "--weights", "net.safetensors", "--calibration", "x.npy")
+    assert (status, err) == (0, ""), "with weights and data there is nothing to say"
+    assert json.loads(out)["arena_bytes"] == found["arena_bytes"]
+
+
+def test_build_writes_a_project(run: Command, tmp_path: Path) -> None:
+    found = object_of(run("build", "watch-cnn", "--out", "c", "--name", "watch", "--json"))
+    assert found["path"] == "c"
+    assert found.keys() >= PLAN_KEYS
+    files = {path.name for path in (tmp_path / "c").iterdir()}
+    assert {"watch.c", "watch.h", "main.c", "README.md"} <= files
+    status, out, err = run("build", "watch-cnn", "--out", "d")
+    assert status == 0
+    assert "RAM in all" in out
+    assert "C99 in d" in err
+
+
+@pytest.mark.firmware
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_run_compares_every_bit(run: Command, rounding: str) -> None:
+    arguments = ("run", "--model", "watch-cnn", "--steps", 4, "--rounding", rounding, "--synthetic", "--json")
+    found = object_of(run(*arguments, "--target", "unicorn-m7"))
+    assert found.keys() >= RUN_KEYS
+    assert found["bit_equal"] is True
+    assert found["state_sha256"] == found["simulator_state_sha256"] == found["host_state_sha256"]
+    assert found["measured_stack_bytes"] <= found["stack_bytes"]
+    linked = found["total_ram_bytes"] - found["stack_bytes"]
+    assert found["measured_ram_bytes"] == linked + found["measured_stack_bytes"]
+    assert found["instructions_per_step"] > found["instructions_forward"] > found["macs_forward"] / 4
+    m4 = object_of(run(*arguments, "--target", "unicorn-m4"))
+    assert m4["state_sha256"] == found["state_sha256"]
+    other = object_of(run(*arguments, "--target", "host", "--seed", 1))
+    assert other["state_sha256"] != found["state_sha256"]
+
+
+def test_run_without_a_board_measures_no_board(run: Command) -> None:
+    for target in ("simulator", "host"):
+        found = object_of(run("run", "watch-cnn", "--target", target, "--steps", 2, "--json"))
+        assert found.keys() >= RUN_KEYS
+        assert found["bit_equal"] is True
+        assert found["measured_ram_bytes"] is found["instructions_per_step"] is None
+    status, out, _ = run("run", "watch-cnn", "--target", "host", "--steps", 1)
+    assert status == 0
+    assert "equal to the bit on host, simulator" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "Name one model, as MODEL or with --model; found none"),
+        (("watch-cnn", "--model", "watch-cnn"), "found both"),
+        (("net.py",), "name the class too, as in net.py:Net"),
+        (("watch",), "Unknown model 'watch'. Did you mean 'watch-cnn'"),
+        (("nope.py:Net",), "there is no file nope.py"),
+        (("net.py:Nut",), "net.py has no 'Nut'"),
+        (("net.py:Broken",), "calling Broken with {} failed ('no such thing')"),
+        (("net.py:Net",), "does not say what its input is. Give the shape of one sample with --input"),
+        (("net.py:Net", "--input", "3x0x8"), "sizes above 0 with x between them"),
+        (("net.py:Net", "--input", "4x8x8"), "cannot trace the model"),
+        (("net.py:Gelu",), "aten.gelu"),
+        (("net.py:Gelu", "--classes", "3"), "unexpected keyword argument 'num_classes'"),
+        (("char-transformer",), "takes torch.int64"),
+        (("watch-cnn", "--scheme", "ful"), "scheme 'ful' is not known"),
+        (("watch-cnn", "--scheme", "last_k=9"), "trains the last 9 layers, the model has 4"),
+        (("watch-cnn", "--scheme", "mcunetv3-49kb"), "the model has"),
+        (("watch-cnn", "--scheme", "nope.toml"), "scheme file nope.toml does not exist"),
+        (("watch-cnn", "--board", "esp"), "board 'esp' is not known; known are"),
+        (("watch-cnn", "--board", "nope.toml"), "board file nope.toml does not exist"),
+        (("watch-cnn", "--ram", "0"), "--ram: expected bytes above 0, found 0"),
+        (("watch-cnn", "--rounding", "up"), "expected master or stochastic, found 'up'"),
+        (("watch-cnn", "--lr", "nan"), "the learning rate is nan"),
+        (("watch-cnn", "--seed", "-1"), "--seed: expected 0 or more"),
+        (("watch-cnn", "--classes", "0"), "expected counts above 0"),
+        (("watch-cnn", "--weights", "nope"), "--weights: there is no file nope"),
+        (("watch-cnn", "--weights", "net.py"), "net.py does not fit the model"),
+        (("watch-cnn", "--calibration", "nope"), "--calibration: there is no file nope"),
+        (("watch-cnn", "--calibration", "net.py"), "net.py is no .npy file of numbers"),
+        (("watch-cnn", "--calibration", "x.npy"), "expected real numbers of shape (N, 6, 128), found float64 (4, 3)"),
+        (("watch-cnn", "--calibration", "x.npy", "--synthetic"), "expected one of them, found both"),
+    ],
+)
+def test_errors_are_one_line(run: Command, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 3)))
+    assert words in error_of(run("plan", *arguments, "--no-compare"))
+
+
+def test_wrong_runs_are_one_line(run: Command) -> None:
+    line = error_of(run("run", "watch-cnn", "--target", "unicorn"))
+    assert "--target: expected one of simulator, host, unicorn-m7" in line
+    assert "Did you mean 'unicorn-m" in line
+    assert "--steps: expected 1 or more, found 0" in error_of(run("run", "watch-cnn", "--steps", 0))
+    assert "cannot be a C prefix" in error_of(run("build", "watch-cnn", "--name", "a b"))
+
+
+def test_presets_are_accepted(run: Command) -> None:
+    for name in PRESETS:
+        assert object_of(run("plan", "watch-cnn", "--scheme", name, "--json"))["scheme"] == name
+
+
+@pytest.mark.parametrize("verb", [[], ["plan"], ["build"], ["run"]])
+def test_help_loads_nothing_heavy(verb: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from efftrain.cli.main import main\n"
+        "try:\n"
+        f"    main(['ondevice', *{verb}, '--help'])\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code\n"
+        "heavy = {'torch', 'numpy', 'jinja2', 'unicorn', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
