@@ -12,13 +12,18 @@ from efftrain.ondevice.ir import (
     AverageForward,
     AverageGrad,
     BiasUpdate,
+    ConcatForward,
+    ConcatGrad,
     ConvForward,
     ConvInputGrad,
     GradientSum,
     HeadForward,
     MaxPoolForward,
     MaxPoolGrad,
+    MultiplyForward,
+    MultiplyGrad,
     SoftmaxLoss,
+    SquaredLoss,
     StepGraph,
     StepOp,
     TableForward,
@@ -62,7 +67,10 @@ class _Differentiation:
         predict = [self._with_mask(op, layers) for op in forward.ops]
         loss = self._gradient(forward.logits, "loss.grad")
         self.arrived[forward.logits] = [loss]
-        self.backward.append(SoftmaxLoss(name="loss", logits=forward.logits, g=loss))
+        if self.quantized.loss == "cross_entropy":
+            self.backward.append(SoftmaxLoss(name="loss", logits=forward.logits, g=loss))
+        else:
+            self.backward.append(SquaredLoss(name="loss", logits=forward.logits, target=forward.input, g=loss))
         for op in reversed(forward.ops):
             self._differentiate(op)
         ops = (*predict, *self.backward, *self.updates)
@@ -110,8 +118,33 @@ class _Differentiation:
                     self.backward.append(MaxPoolGrad(name=name, layer=op.layer, g=g, x=op.x, mask=mask, gx=gx))
                 else:
                     self.backward.append(TableGrad(name=name, layer=op.layer, g=g, x=op.x, mask=mask, gx=gx))
+            case MultiplyForward():
+                g = self._settled(op.y)
+                self._factor(op, op.x, op.z, g, "x")
+                self._factor(op, op.z, op.x, g, "z")
+            case ConcatForward():
+                g, first = self._settled(op.y), 0
+                for number, x in enumerate(op.xs):
+                    if (gx := self._arriving(x)) is not None:
+                        name = f"{op.name}.input_grad{number}"
+                        self.backward.append(
+                            ConcatGrad(name=name, layer=op.layer, g=g, mask=self._mask(x), gx=gx, first=first)
+                        )
+                    first += self.tensors[x].shape[2]
             case _:
                 raise AssertionError(f"{op.name} is not a forward op")
+
+    def _factor(self, op: MultiplyForward, tensor: str, other: str, g: str, label: str) -> None:
+        """The gradient of one factor of a product."""
+        if (gx := self._arriving(tensor)) is None:
+            return
+        name = f"{op.name}.{label}_grad"
+        summed = self.tensors[tensor].num_elements < self.tensors[other].num_elements
+        scratch = self._scratch(name, self.tensors[tensor].shape[2]) if summed else None
+        mask = self._mask(tensor)
+        self.backward.append(
+            MultiplyGrad(name=name, layer=op.layer, g=g, other=other, mask=mask, gx=gx, scratch=scratch)
+        )
 
     def _settled(self, tensor: str) -> str:
         """The one gradient of a tensor whose readers are all done, masked."""

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
+
+Loss = Literal["cross_entropy", "squared_error"]
 
 BIAS_LIMIT = 1 << 30
 MASTER_LOW, MASTER_HIGH = -32640, 32639
@@ -174,7 +176,39 @@ class TableConstants:
     slope: Ints
 
 
-LayerConstants = ConvConstants | AddConstants | PoolConstants | MaxPoolConstants | TableConstants
+@dataclass(frozen=True, slots=True)
+class ProductConstants:
+    """``eft_product``."""
+
+    name: str
+    pixels: int
+    channels: int
+    z_pixels: int
+    x_zero_point: int
+    z_zero_point: int
+    multiplier: int
+    shift: int
+    zero_point: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConcatConstants:
+    """Tensors of one scale side by side: how many channels each has."""
+
+    name: str
+    pixels: int
+    channels: tuple[int, ...]
+
+
+LayerConstants = (
+    ConvConstants
+    | AddConstants
+    | PoolConstants
+    | MaxPoolConstants
+    | TableConstants
+    | ProductConstants
+    | ConcatConstants
+)
 Layers = Mapping[str, LayerConstants]
 _Kind = TypeVar("_Kind", bound=LayerConstants)
 

@@ -238,6 +238,27 @@ class TableForward(LayerOp):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MultiplyForward(LayerOp):
+    """``eft_multiply_s8``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x", "z")
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    x: str
+    z: str
+    y: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConcatForward(LayerOp):
+    """``eft_concat_s8``, once for each of ``xs``."""
+
+    READS: ClassVar[tuple[str, ...]] = ("xs",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    xs: tuple[str, ...]
+    y: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AverageForward(LayerOp):
     """``eft_global_average_s8``."""
 
@@ -251,10 +272,12 @@ class AverageForward(LayerOp):
 class HeadForward(LayerOp):
     """``eft_head_s8``."""
 
-    READS: ClassVar[tuple[str, ...]] = ("x",)
+    READS: ClassVar[tuple[str, ...]] = ("x", "target")
     WRITES: ClassVar[tuple[str, ...]] = ("logits",)
     x: str
     logits: str
+    target: str | None = None
+    """What the outputs are compared with when the prediction ends: the input of an autoencoder."""
 
 
 RowOp = ConvForward | AddForward | MaxPoolForward
@@ -287,6 +310,17 @@ class SoftmaxLoss(Op):
     READS: ClassVar[tuple[str, ...]] = ("logits",)
     WRITES: ClassVar[tuple[str, ...]] = ("g",)
     logits: str
+    g: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SquaredLoss(Op):
+    """``eft_squared_loss_s16``; the target is the input."""
+
+    READS: ClassVar[tuple[str, ...]] = ("logits", "target")
+    WRITES: ClassVar[tuple[str, ...]] = ("g",)
+    logits: str
+    target: str
     g: str
 
 
@@ -338,6 +372,32 @@ class TableGrad(LayerOp):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MultiplyGrad(LayerOp):
+    """``eft_multiply_grad_s16`` with the other factor, or ``eft_multiply_factor_grad_s16`` if ``gx`` has one pixel and
+    the other factor more; that one needs scratch."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g", "other", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("gx", "scratch")
+    g: str
+    other: str
+    mask: str | None
+    gx: str
+    scratch: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConcatGrad(LayerOp):
+    """``eft_concat_grad_s16``: the channels from ``first`` on."""
+
+    READS: ClassVar[tuple[str, ...]] = ("g", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("gx",)
+    g: str
+    mask: str | None
+    gx: str
+    first: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GradientSum(Op):
     """``eft_gradient_sum_s16``: what reaches a tensor that several ops read, or one gradient through a mask."""
 
@@ -371,15 +431,18 @@ class BiasUpdate(LayerOp):
     g: str
 
 
-ForwardOp = RowOp | TableForward | AverageForward | HeadForward
+ForwardOp = RowOp | TableForward | MultiplyForward | ConcatForward | AverageForward | HeadForward
 StepOp = (
     ForwardOp
     | RowStream
     | SoftmaxLoss
+    | SquaredLoss
     | AverageGrad
     | ConvInputGrad
     | MaxPoolGrad
     | TableGrad
+    | MultiplyGrad
+    | ConcatGrad
     | GradientSum
     | WeightUpdate
     | BiasUpdate
@@ -439,7 +502,7 @@ def _verify_step(graph: StepGraph) -> None:
             case ConvInputGrad():
                 assert op.layer not in updated_weights, f"{op.name} would see weights of the next step"
                 _same_shape(graph, op.gx, op.mask)
-            case AverageGrad() | MaxPoolGrad() | TableGrad():
+            case AverageGrad() | MaxPoolGrad() | TableGrad() | MultiplyGrad() | ConcatGrad():
                 _same_shape(graph, op.gx, op.mask)
             case GradientSum():
                 _same_shape(graph, op.g, op.mask)

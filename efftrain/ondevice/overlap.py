@@ -14,6 +14,8 @@ from efftrain.ondevice.ir import (
     ConvInputGrad,
     GradientSum,
     MaxPoolForward,
+    MultiplyForward,
+    MultiplyGrad,
     RowOp,
     RowStream,
     StepGraph,
@@ -41,7 +43,7 @@ def _of(op: StepOp, tensors: Mapping[str, TensorType], layers: Layers) -> Iterat
         case AddForward():
             yield (op.y, op.x), 0
             yield (op.y, op.z), 0
-        case TableForward():
+        case TableForward() | MultiplyForward():
             yield (op.y, op.x), 0
         case RowStream():
             yield (op.y, op.x), _stream_lead(op, tensors, layers)
@@ -52,6 +54,8 @@ def _of(op: StepOp, tensors: Mapping[str, TensorType], layers: Layers) -> Iterat
             lead = max((row + 1) * written - min(shape.first_gradient_row(row), shape.out_h) * read for row in rows)
             yield (op.gx, op.g), lead
         case TableGrad():
+            yield (op.gx, op.g), 0
+        case MultiplyGrad() if op.scratch is None:
             yield (op.gx, op.g), 0
         case GradientSum():
             yield (op.g, op.a), 0

@@ -14,7 +14,7 @@ from efftrain.ondevice.backends.board import BoardEngine, CpuName, Firmware, bui
 from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
-from efftrain.ondevice.constants import ConvConstants, Layers
+from efftrain.ondevice.constants import ConvConstants, Layers, Loss
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.project import write_project
@@ -37,8 +37,9 @@ from efftrain.ondevice.target import Board
 
 STATIC_BYTES = 8
 """Seed and learning-rate shift in the context."""
-CODE_BYTES = 12_288
-"""Allowance for code and small tables in flash; the build checks that the linked firmware keeps to it."""
+KERNEL_CODE_BYTES, CALL_CODE_BYTES = 12_288, 80
+"""Allowance in flash for the kernels with their tables, and for each op's call of one; the build checks that the linked
+firmware keeps to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class Program:
         seed: Of the stochastic rounding, for engines that are not given another.
         input_scale: Real value of one unit of the input.
         float_graph: The model as it was read.
+        loss: What is minimized.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Program:
     seed: int
     input_scale: float
     float_graph: FloatGraph = field(repr=False)
+    loss: Loss = "cross_entropy"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -115,7 +118,13 @@ class Program:
     def simulator(self, seed: int | None = None) -> Simulator:
         """The program in NumPy."""
         return Simulator(
-            self.graph, self.layers, self.layout, self.rounding, self.initial_state, self.seed if seed is None else seed
+            self.graph,
+            self.layers,
+            self.layout,
+            self.rounding,
+            self.initial_state,
+            self.seed if seed is None else seed,
+            self.loss,
         )
 
     def host(self, seed: int | None = None, toolchain: Kind = "auto") -> HostEngine:
@@ -194,6 +203,7 @@ def compile(
     rounding: Rounding = "master",
     name: str = "model",
     switch_off: tuple[str, ...] = (),
+    loss: Loss = "cross_entropy",
 ) -> Program:
     """Turn a small CNN into a program that trains on a microcontroller.
 
@@ -210,6 +220,7 @@ def compile(
             a point of accuracy when every layer is trained.
         name: Prefix of the C functions.
         switch_off: Passes to leave out, to see what they save.
+        loss: Softmax cross-entropy, or ``squared_error`` for an autoencoder whose target is its input.
 
     Raises:
         CompileError: The model cannot be compiled.
@@ -222,15 +233,17 @@ def compile(
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example)
-    quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate)
+    quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate, loss)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
     graph = run_passes(differentiate(quantized, trained), quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding)
     initial = initial_state(layout, quantized.layers)
     arena = memory.plan_arena(graph, quantized.layers, overlap=OVERLAP not in switch_off)
-    code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial))
-    plan = _plan(graph, quantized.layers, layout, arena, target, CODE_BYTES + code.constant_bytes)
+    code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss)
+    num_calls = sum(len(op.ops) if isinstance(op, RowStream) else 1 for op in graph.ops)
+    code_bytes = KERNEL_CODE_BYTES + CALL_CODE_BYTES * num_calls
+    plan = _plan(graph, quantized.layers, layout, arena, target, code_bytes + code.constant_bytes)
     _check_budget(plan, target, code.constant_bytes)
     return Program(
         name=name,
@@ -247,6 +260,7 @@ def compile(
         seed=seed,
         input_scale=quantized.input_scale,
         float_graph=model_graph,
+        loss=loss,
     )
 
 

@@ -19,15 +19,18 @@ from efftrain.ondevice.constants import (
     MASTER_HIGH,
     MASTER_LOW,
     AddConstants,
+    ConcatConstants,
     ConvConstants,
     ConvShape,
     Factors,
     Ints,
     LayerConstants,
     Layers,
+    Loss,
     MaxPoolConstants,
     Number,
     PoolConstants,
+    ProductConstants,
     Reals,
     TableConstants,
     ceil_log2,
@@ -37,6 +40,8 @@ from efftrain.ondevice.ir import (
     AddForward,
     Apply,
     AverageForward,
+    Concat,
+    ConcatForward,
     Conv,
     ConvForward,
     FloatGraph,
@@ -45,6 +50,8 @@ from efftrain.ondevice.ir import (
     GlobalAverage,
     HeadForward,
     MaxPoolForward,
+    Multiply,
+    MultiplyForward,
     Pool,
     StepGraph,
     TableForward,
@@ -56,7 +63,7 @@ from efftrain.ondevice.reference import apply_function, run_float
 LOGIT_UNIT = 256 * math.log2(math.e)
 """Logits are counted in ln(2) / 256, so that a power of two is a table of 256 entries and a shift."""
 _WEIGHT_TOP, _HEAD_TOP = 127, 64
-_MAX_PIXELS, _MAX_GRADIENT_TERMS = 1 << 22, 1 << 23
+_MAX_PIXELS, _MAX_GRADIENT_TERMS, _MAX_OUTPUTS = 1 << 22, 1 << 23, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,7 @@ class Quantized:
     gradient_units: Mapping[str, tuple[float, ...]]
     """For every tensor what one unit of each gradient that reaches it stands for at exponent 0, in the order of its
     readers from the last op to the first."""
+    loss: Loss = "cross_entropy"
 
 
 def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, float]:
@@ -102,13 +110,17 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, 
     return ranges
 
 
-def quantize(graph: FloatGraph, ranges: Mapping[str, float], learning_rate: float) -> Quantized:
+def quantize(
+    graph: FloatGraph, ranges: Mapping[str, float], learning_rate: float, loss: Loss = "cross_entropy"
+) -> Quantized:
     """Choose scales and compute every constant of the forward pass, the backward pass and the update.
 
     Args:
         graph: A canonical graph.
         ranges: From ``calibrate``.
         learning_rate: Of plain SGD on the real weights, batch 1; the same number that one would use in fp32.
+        loss: Softmax cross-entropy of logits and a label, or the mean squared error of an autoencoder, whose target
+            is its input.
 
     Raises:
         CompileError: A layer is outside what the integer arithmetic can hold.
@@ -117,14 +129,24 @@ def quantize(graph: FloatGraph, ranges: Mapping[str, float], learning_rate: floa
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ConfigError(f"the learning rate is {learning_rate}; it must be positive")
     numbers = _numbers(graph, ranges)
+    count = graph.tensors[graph.output].num_elements
+    output_unit, sigma = 1 / LOGIT_UNIT, 1.0
+    if loss == "squared_error":
+        if count != graph.tensors[graph.input].num_elements or count > _MAX_OUTPUTS:
+            raise CompileError(
+                f"the squared error compares {count} outputs with {graph.tensors[graph.input].num_elements} inputs; an "
+                f"autoencoder has as many of both, at most {_MAX_OUTPUTS}"
+            )
+        output_unit = numbers[graph.input].scale / 64
+        sigma = 2 * output_unit / count
     tensors = {graph.input: TensorType(graph.tensors[graph.input].shape, "s8", "input")}
     for op in graph.ops:
         shape = graph.tensors[op.y].shape
         tensors[op.y] = TensorType(shape, "s16", "logits") if op.y == graph.output else TensorType(shape, "s8")
-    result = StepGraph(graph.input, graph.output, tensors, tuple(_forward(graph, op) for op in graph.ops))
+    result = StepGraph(graph.input, graph.output, tensors, tuple(_forward(graph, op, loss) for op in graph.ops))
     verify(result)
-    layers, units = _constants(graph, numbers, learning_rate)
-    return Quantized(result, layers, numbers[graph.input].scale, units)
+    layers, units = _constants(graph, numbers, learning_rate, output_unit, sigma)
+    return Quantized(result, layers, numbers[graph.input].scale, units, loss)
 
 
 def fix(ratios: Reals) -> Factors:
@@ -141,34 +163,47 @@ def fix(ratios: Reals) -> Factors:
 
 
 def _numbers(graph: FloatGraph, ranges: Mapping[str, float]) -> dict[str, Number]:
-    numbers = {graph.input: Number(ranges[graph.input] / 127, 0)}
+    """A kernel that only moves values needs one scale, one that only averages them one zero point, on both sides."""
+    positive = {graph.input: False}
+    one_scale = {name: {name} for name in graph.tensors}
+    one_zero_point = {name: {name} for name in graph.tensors}
     for op in graph.ops:
-        zero_point = -128 if _not_negative(op, numbers) else 0
-        number = Number(ranges[op.y] / (127 - zero_point), zero_point)
-        numbers[op.y] = numbers[op.x] if isinstance(op, Pool) and op.kind == "max" else number
+        positive[op.y] = _not_negative(op, positive)
+        if isinstance(op, Concat) or (isinstance(op, Pool) and op.kind == "max"):
+            _join(one_scale, (op.y, *op.reads))
+        if isinstance(op, Concat | Pool | GlobalAverage):
+            _join(one_zero_point, (op.y, *op.reads))
+    numbers: dict[str, Number] = {}
+    for name in graph.tensors:
+        zero_point = -128 if all(positive[other] for other in one_zero_point[name]) else 0
+        largest = max(ranges[other] for other in one_scale[name])
+        numbers[name] = Number(largest / (127 - zero_point), zero_point)
     return numbers
 
 
-def _not_negative(op: FloatOp, numbers: Mapping[str, Number]) -> bool:
+def _join(groups: dict[str, set[str]], names: tuple[str, ...]) -> None:
+    together = set().union(*(groups[name] for name in names))
+    for name in together:
+        groups[name] = together
+
+
+def _not_negative(op: FloatOp, positive: Mapping[str, bool]) -> bool:
     match op:
-        case Conv(activation="none"):
-            return False
         case Conv():
-            return True
-        case Add(activation="none"):
-            return all(numbers[name].zero_point for name in op.reads)
+            return op.activation != "none"
         case Add():
-            return True
+            return op.activation != "none" or all(positive[name] for name in op.reads)
         case Apply():
             return op.function != "hard_swish"
         case _:
-            return numbers[op.x].zero_point != 0
+            return all(positive[name] for name in op.reads)
 
 
-def _forward(graph: FloatGraph, op: FloatOp) -> ForwardOp:
+def _forward(graph: FloatGraph, op: FloatOp, loss: Loss) -> ForwardOp:
     match op:
         case Conv() if op.y == graph.output:
-            return HeadForward(name=op.name, layer=op.name, x=op.x, logits=op.y)
+            target = graph.input if loss == "squared_error" else None
+            return HeadForward(name=op.name, layer=op.name, x=op.x, logits=op.y, target=target)
         case Conv() | Pool(kind="average"):
             return ConvForward(name=op.name, layer=op.name, x=op.x, y=op.y)
         case Add():
@@ -177,24 +212,25 @@ def _forward(graph: FloatGraph, op: FloatOp) -> ForwardOp:
             return MaxPoolForward(name=op.name, layer=op.name, x=op.x, y=op.y)
         case Apply():
             return TableForward(name=op.name, layer=op.name, x=op.x, y=op.y)
+        case Multiply():
+            return MultiplyForward(name=op.name, layer=op.name, x=op.x, z=op.z, y=op.y)
+        case Concat():
+            return ConcatForward(name=op.name, layer=op.name, xs=op.reads, y=op.y)
         case GlobalAverage():
             return AverageForward(name=op.name, layer=op.name, x=op.x, y=op.y)
         case _:
-            raise CompileError(
-                f"{type(op).__name__.lower()} at {op.source} can be read but not trained in integers yet; "
-                "leave it out of a model for a device"
-            )
+            raise AssertionError(f"{op.name} is not canonical")
 
 
 # --- constants --------------------------------------------------------------------------------------------------------
 
 
 def _constants(
-    graph: FloatGraph, numbers: Mapping[str, Number], learning_rate: float
+    graph: FloatGraph, numbers: Mapping[str, Number], learning_rate: float, output_unit: float, output_sigma: float
 ) -> tuple[Layers, dict[str, tuple[float, ...]]]:
     layers: dict[str, LayerConstants] = {}
     units: dict[str, list[float]] = {name: [] for name in graph.tensors}
-    units[graph.output] = [1.0]
+    units[graph.output] = [output_sigma]
     first_index = sum(graph.constants[op.weight].size for op in graph.ops if isinstance(op, Conv))
     for op in reversed(graph.ops):
         # Gradients that nothing needs have no unit; any will do.
@@ -203,7 +239,8 @@ def _constants(
         match op:
             case Conv():
                 first_index -= graph.constants[op.weight].size
-                conv = _conv(graph, op, x, y, sigma, learning_rate, first_index)
+                target = Number(output_unit, 0) if op.y == graph.output else y
+                conv = _conv(graph, op, x, target, sigma, learning_rate, first_index)
                 layers[op.name] = conv
                 units[op.x].append(sigma * float(conv.weight_scale.max()))
             case Pool(kind="average"):
@@ -219,6 +256,17 @@ def _constants(
                 layers[op.name] = _add(op, x, numbers[op.z], y)
                 units[op.x].append(sigma)
                 units[op.z].append(sigma)
+            case Multiply():
+                z = numbers[op.z]
+                layers[op.name] = _product(graph, op, x, z, y)
+                units[op.x].append(sigma * z.scale)
+                units[op.z].append(sigma * x.scale)
+            case Concat():
+                height, width, _ = graph.tensors[op.y].shape
+                channels = tuple(graph.tensors[name].shape[2] for name in op.reads)
+                layers[op.name] = ConcatConstants(op.name, height * width, channels)
+                for name in op.reads:
+                    units[name].append(sigma)
             case Apply():
                 layers[op.name] = _table(op, x, y)
                 units[op.x].append(2 * sigma)
@@ -296,7 +344,7 @@ def _layer(
     initial = np.abs((master + 128) >> 8) * (channel_scale / 32767)[:, None, None, None]
     bound = initial.sum((1, 2, 3)).max() if depthwise else initial.sum((0, 1, 2)).max()
     operand_bits = min(15, 24 - ceil_log2(terms))
-    ratio = LOGIT_UNIT * bias_scale if is_head else bias_scale / y.scale
+    ratio = bias_scale / y.scale
     return ConvConstants(
         name=op.name,
         shape=shape,
@@ -308,7 +356,7 @@ def _layer(
         bias=np.clip(_round(bias / bias_scale), -BIAS_LIMIT, BIAS_LIMIT),
         out=_forward_factors(ratio, op.name),
         x_zero_point=x.zero_point,
-        y_zero_point=0 if is_head else y.zero_point,
+        y_zero_point=y.zero_point,
         minimum=y.zero_point if masked else -128,
         masked=masked,
         channel_scale=channel_scale,
@@ -349,6 +397,22 @@ def _global_average(graph: FloatGraph, op: GlobalAverage, x: Number, y: Number) 
         raise CompileError(f"{op.name} at {op.source} averages {pixels} positions; at most {_MAX_PIXELS} are supported")
     factors = _forward_factors(np.array([x.scale / (pixels * y.scale)]), op.name)
     return PoolConstants(op.name, pixels, channels, x.zero_point, int(factors.multiplier[0]), int(factors.shift[0]))
+
+
+def _product(graph: FloatGraph, op: Multiply, x: Number, z: Number, y: Number) -> ProductConstants:
+    (height, width, channels), (z_height, z_width, _) = graph.tensors[op.x].shape, graph.tensors[op.z].shape
+    factors = _forward_factors(np.array([x.scale * z.scale / y.scale]), op.name)
+    return ProductConstants(
+        op.name,
+        height * width,
+        channels,
+        z_height * z_width,
+        x.zero_point,
+        z.zero_point,
+        int(factors.multiplier[0]),
+        int(factors.shift[0]),
+        y.zero_point,
+    )
 
 
 def _table(op: Apply, x: Number, y: Number) -> TableConstants:

@@ -20,8 +20,10 @@ from efftrain.ondevice.constants import (
     Factors,
     Ints,
     Layers,
+    Loss,
     MaxPoolConstants,
     PoolConstants,
+    ProductConstants,
     TableConstants,
     ceil_log2,
     layer_of,
@@ -31,14 +33,19 @@ from efftrain.ondevice.ir import (
     AverageForward,
     AverageGrad,
     BiasUpdate,
+    ConcatForward,
+    ConcatGrad,
     ConvForward,
     ConvInputGrad,
     GradientSum,
     HeadForward,
     MaxPoolForward,
     MaxPoolGrad,
+    MultiplyForward,
+    MultiplyGrad,
     RowStream,
     SoftmaxLoss,
+    SquaredLoss,
     StepGraph,
     StepOp,
     TableForward,
@@ -61,14 +68,22 @@ class Simulator(Engine):
         rounding: ``master`` or ``stochastic``.
         initial: The state to start from.
         seed: Of the stochastic rounding.
+        loss: What a call returns: the predicted class, or the squared error.
     """
 
     def __init__(
-        self, graph: StepGraph, layers: Layers, layout: StateLayout, rounding: Rounding, initial: bytes, seed: int
+        self,
+        graph: StepGraph,
+        layers: Layers,
+        layout: StateLayout,
+        rounding: Rounding,
+        initial: bytes,
+        seed: int,
+        loss: Loss = "cross_entropy",
     ) -> None:
         super().__init__(graph.tensors[graph.input].shape, graph.tensors[graph.logits].num_elements, layout.num_bytes)
         self._graph, self._layers, self._layout, self._rounding = graph, layers, layout, rounding
-        self._seed = seed & 0xFFFFFFFF
+        self._loss, self._seed = loss, seed & 0xFFFFFFFF
         convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants)]
         pools = [layer for layer in layers.values() if isinstance(layer, MaxPoolConstants)]
         self._gather = {layer.name: _gather_index(layer.shape) for layer in convs}
@@ -102,13 +117,21 @@ class Simulator(Engine):
 
     def _predict(self, x: Samples) -> int:
         self._run(x, None)
-        return int(self.values[self._graph.logits].argmax())
+        return self._result()
 
     def _train_step(self, x: Samples, label: int) -> int:
         self._run(x, label)
         step = self._arrays["step", ""]
         self._arrays["step", ""] = (step + 1) & 0xFFFFFFFF
-        return int(self.values[self._graph.logits].argmax())
+        return self._result()
+
+    def _result(self) -> int:
+        """The class with the largest logit, or the squared error of an autoencoder."""
+        outputs = self.values[self._graph.logits]
+        if self._loss == "cross_entropy":
+            return int(outputs.argmax())
+        difference = outputs - 64 * self.values[self._graph.input].ravel()
+        return int((difference**2 >> 12).sum() // len(outputs))
 
     def _run(self, x: Samples, label: int | None) -> None:
         self.values = {self._graph.input: x.reshape(-1, x.shape[-1]).astype(np.int64)}
@@ -143,6 +166,12 @@ class Simulator(Engine):
                 low, high = (0, 255) if average.zero_point else (-128, 127)
                 sums = _fits(values[op.x].sum(0, keepdims=True))
                 values[op.y] = np.clip(rsh(sums * average.multiplier, np.int64(average.shift)), low, high)
+            case MultiplyForward():
+                product = layer_of(self._layers, op.layer, ProductConstants)
+                value = rsh(values[op.x] * values[op.z] * product.multiplier, np.int64(product.shift))
+                values[op.y] = np.clip(value, -128 - product.zero_point, 127 - product.zero_point)
+            case ConcatForward():
+                values[op.y] = np.concatenate([values[x] for x in op.xs], 1)
             case HeadForward():
                 layer = layer_of(self._layers, op.layer, ConvConstants)
                 value = rsh(self._sums(layer, values[op.x]) * layer.out.multiplier, layer.out.shift)
@@ -150,6 +179,15 @@ class Simulator(Engine):
             case SoftmaxLoss():
                 assert label is not None, "a loss needs a label"
                 self._set_gradient(op.g, _softmax_loss(values[op.logits], label)[None], -15, None)
+            case SquaredLoss():
+                g = np.clip(values[op.logits] - 64 * values[op.target].ravel(), -32767, 32767)
+                self._set_gradient(op.g, g[None], 0, None)
+            case MultiplyGrad():
+                self._multiply_grad(op)
+            case ConcatGrad():
+                channels = self._graph.tensors[op.gx].shape[2]
+                g = values[op.g][:, op.first : op.first + channels]
+                self._set_gradient(op.gx, g, self.exponents[op.g], op.mask)
             case AverageGrad():
                 average = layer_of(self._layers, op.layer, PoolConstants)
                 g = np.broadcast_to(values[op.g], (average.pixels, average.channels))
@@ -227,6 +265,18 @@ class Simulator(Engine):
         sums = self._scatter(op.layer, pool.shape, wins * self.values[op.g][:, None, :])
         g = np.clip(rsh(sums, np.int64(pool.grad_shift)), -32767, 32767)
         self._set_gradient(op.gx, g, self.exponents[op.g] + pool.grad_shift, op.mask)
+
+    def _multiply_grad(self, op: MultiplyGrad) -> None:
+        g, other, exponent = self.values[op.g], self.values[op.other], self.exponents[op.g]
+        if op.scratch is None:
+            gx = np.clip(rsh(g * other, np.int64(8)), -32767, 32767)
+            self._set_gradient(op.gx, gx, exponent + 8, op.mask)
+            return
+        cut = max(0, self._bits[op.g] - (23 - ceil_log2(len(g))))
+        sums = _fits((rsh(g, np.int64(cut)) * other).sum(0, keepdims=True))
+        shift = max(0, int(np.abs(sums).max()).bit_length() - 15)
+        gz = np.clip(rsh(sums, np.int64(shift)), -32767, 32767)
+        self._set_gradient(op.gx, gz, exponent + cut + shift, op.mask)
 
     def _gradient_sum(self, op: GradientSum) -> None:
         exponent = self.exponents[op.a]

@@ -7,7 +7,7 @@ cannot end one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efftrain.ondevice.constants import Layers
+from efftrain.ondevice.constants import Layers, Loss
 from efftrain.ondevice.emit.calls import Calls
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.tables import Initial, Tables
@@ -25,7 +25,15 @@ class CSource:
     constant_bytes: int
 
 
-def emit_c(name: str, graph: StepGraph, layers: Layers, layout: StateLayout, arena: Arena, initial: Initial) -> CSource:
+def emit_c(
+    name: str,
+    graph: StepGraph,
+    layers: Layers,
+    layout: StateLayout,
+    arena: Arena,
+    initial: Initial,
+    loss: Loss = "cross_entropy",
+) -> CSource:
     """Write one program.
 
     Args:
@@ -35,15 +43,24 @@ def emit_c(name: str, graph: StepGraph, layers: Layers, layout: StateLayout, are
         layout: Of the trained state.
         arena: Offsets of every buffer.
         initial: ``layout.unpack`` of the initial state.
+        loss: What a call returns: the predicted class, or the squared error of an autoencoder.
     """
-    emitter = _Emitter(name, graph, layers, layout, arena, initial)
+    emitter = _Emitter(name, graph, layers, layout, arena, initial, loss)
     return CSource(emitter.header(), emitter.source(), emitter.tables.num_bytes)
 
 
 class _Emitter:
     def __init__(
-        self, name: str, graph: StepGraph, layers: Layers, layout: StateLayout, arena: Arena, initial: Initial
+        self,
+        name: str,
+        graph: StepGraph,
+        layers: Layers,
+        layout: StateLayout,
+        arena: Arena,
+        initial: Initial,
+        loss: Loss,
     ) -> None:
+        self.loss = loss
         self.name, self.graph, self.layout, self.arena = check_identifier(name), graph, layout, arena
         self.ids = {layer: f"layer{index}" for index, layer in enumerate(layers)}
         self.tables = Tables(graph, layers, self.ids, layout, initial)
@@ -51,6 +68,9 @@ class _Emitter:
 
     def header(self) -> str:
         n, upper = self.name, self.name.upper()
+        classifies = self.loss == "cross_entropy"
+        result = "the predicted class" if classifies else "the squared error, in units of the input's,"
+        label = " and its label" if classifies else "; any label in [0, NUM_CLASSES) will do"
         height, width, channels = self.graph.tensors[self.graph.input].shape
         classes = self.graph.tensors[self.graph.logits].num_elements
         return f"""\
@@ -83,11 +103,10 @@ int32_t {n}_init({n}_context *context, uint32_t seed);
 /** Where an input may be written in place, so that passing it copies nothing. Every call destroys what is there. */
 int8_t *{n}_input({n}_context *context);
 
-/** The class of one input, or an error below 0. */
+/** {result.capitalize()} of one input, or an error below 0. */
 int32_t {n}_predict({n}_context *context, const int8_t *x, uint32_t num_bytes);
 
-/** Learn from one labeled input. Returns the class that was predicted before, or an error below 0; then nothing
- * changed. */
+/** Learn from one input{label}. Returns {result} before the step, or an error below 0; then nothing changed. */
 int32_t {n}_train_step({n}_context *context, const int8_t *x, uint32_t num_bytes, int32_t label);
 
 /** Halve the learning rate this many times, in [0, 31], counted from the compiled one. */
@@ -118,7 +137,7 @@ uint32_t {n}_context_bytes(void);
             f"static int32_t forward({n}_context *context)",
             "{",
             *self._body(range(self.graph.num_predict)),
-            f"    return eft_argmax_s16({self.calls.variable(self.graph.logits)}, {upper}_NUM_CLASSES);",
+            f"    return {self._result()};",
             "}",
             "",
             *self._backward(),
@@ -219,10 +238,17 @@ uint32_t {n}_context_bytes(void)
         return [
             f"static void backward({self.name}_context *context, int32_t label)",
             "{",
+            *(["    (void)label;"] if self.loss == "squared_error" else []),
             *self._body(range(self.graph.num_predict, len(self.graph.ops))),
             "}",
             "",
         ]
+
+    def _result(self) -> str:
+        logits, count = self.calls.variable(self.graph.logits), f"{self.name.upper()}_NUM_CLASSES"
+        if self.loss == "cross_entropy":
+            return f"eft_argmax_s16({logits}, {count})"
+        return f"eft_squared_error_s16({logits}, {self.calls.variable(self.graph.input)}, {count})"
 
     @property
     def _learns(self) -> bool:

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from efftrain.ondevice.constants import (
+    ConcatConstants,
     ConvConstants,
     Layers,
     MaxPoolConstants,
     PoolConstants,
+    ProductConstants,
     layer_of,
 )
 from efftrain.ondevice.emit.names import safe
@@ -16,15 +18,20 @@ from efftrain.ondevice.ir import (
     AverageForward,
     AverageGrad,
     BiasUpdate,
+    ConcatForward,
+    ConcatGrad,
     ConvForward,
     ConvInputGrad,
     GradientSum,
     HeadForward,
     MaxPoolForward,
     MaxPoolGrad,
+    MultiplyForward,
+    MultiplyGrad,
     RowOp,
     RowStream,
     SoftmaxLoss,
+    SquaredLoss,
     StepGraph,
     StepOp,
     TableForward,
@@ -78,8 +85,9 @@ class Calls:
             )
         self._bits_read: set[str] = set()
         for op in graph.ops:
-            if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate):
-                self._bits_read.add(op.g)
+            if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate | MultiplyGrad):
+                if not isinstance(op, MultiplyGrad) or op.scratch is not None:
+                    self._bits_read.add(op.g)
             elif isinstance(op, GradientSum):
                 self._bits_read.update((op.a, op.b or op.a))
         streams = [op for op in graph.ops if isinstance(op, RowStream)]
@@ -139,6 +147,19 @@ class Calls:
                     f"eft_global_average_s8({v[op.x]}, {pool.pixels}, {pool.channels}, {pool.zero_point}, "
                     f"{pool.multiplier}, {pool.shift}, {v[op.y]});"
                 ]
+            case MultiplyForward():
+                return [f"eft_multiply_s8({v[op.x]}, {v[op.z]}, &{self._ids[op.layer]}_product, {v[op.y]});"]
+            case ConcatForward():
+                concat = layer_of(self._layers, op.layer, ConcatConstants)
+                calls: list[str] = []
+                for number, x in enumerate(op.xs):
+                    first, total = sum(concat.channels[:number]), sum(concat.channels)
+                    sizes = f"{concat.pixels}, {concat.channels[number]}, {first}, {total}"
+                    calls.append(f"eft_concat_s8({v[x]}, {sizes}, {v[op.y]});")
+                return calls
+            case SquaredLoss():
+                call = f"eft_squared_loss_s16({v[op.logits]}, {v[op.target]}, {self._classes}, {v[op.g]})"
+                return [self._keep_bits(op.g, call), f"{v[op.g]}_exponent = 0;"]
             case SoftmaxLoss():
                 call = f"eft_softmax_loss_s16({v[op.logits]}, {self._classes}, label, {v[op.g]})"
                 return [self._keep_bits(op.g, call), f"{v[op.g]}_exponent = -15;"]
@@ -179,6 +200,13 @@ class Calls:
                     f"{self._mask(op.mask)}, {v[op.gx]})"
                 )
                 return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
+            case MultiplyGrad():
+                return self._multiply_grad(op)
+            case ConcatGrad():
+                concat = layer_of(self._layers, op.layer, ConcatConstants)
+                sizes = f"{concat.pixels}, {self._graph.tensors[op.gx].shape[2]}, {op.first}, {sum(concat.channels)}"
+                call = f"eft_concat_grad_s16({v[op.g]}, {sizes}, {self._mask(op.mask)}, {v[op.gx]})"
+                return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
             case GradientSum():
                 count = self._graph.tensors[op.g].num_elements
                 b = [self._view("b", op.b)] if op.b else []
@@ -206,6 +234,28 @@ class Calls:
                 return [self._view("gradient", op.g), call]
             case _:
                 raise AssertionError(f"{op.name} has no C")
+
+    def _multiply_grad(self, op: MultiplyGrad) -> list[str]:
+        product, v = layer_of(self._layers, op.layer, ProductConstants), self._variables
+        forward = next(f for f in self._graph.ops if isinstance(f, MultiplyForward) and f.layer == op.layer)
+        zero_point = product.z_zero_point if op.other == forward.z else product.x_zero_point
+        if op.scratch is None:
+            pixels = product.z_pixels if op.other == forward.z else product.pixels
+            call = (
+                f"eft_multiply_grad_s16({v[op.g]}, {v[op.other]}, {zero_point}, {pixels}, {product.pixels}, "
+                f"{product.channels}, {self._mask(op.mask)}, {v[op.gx]})"
+            )
+            return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent + 8;"]
+        call = (
+            f"eft_multiply_factor_grad_s16(&gradient, {v[op.other]}, {zero_point}, {product.pixels}, "
+            f"{product.channels}, {self._mask(op.mask)}, {v[op.gx]}, &exponent, {v[op.scratch]})"
+        )
+        return [
+            self._view("gradient", op.g),
+            "int32_t exponent;",
+            self._keep_bits(op.gx, call),
+            f"{v[op.gx]}_exponent = exponent;",
+        ]
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from efftrain.ondevice.constants import (
     Factors,
     Layers,
     MaxPoolConstants,
+    ProductConstants,
     TableConstants,
 )
 from efftrain.ondevice.emit.names import safe
@@ -54,6 +55,10 @@ class Tables:
                 case MaxPoolConstants():
                     self._title(name, layer.shape)
                     self._shape(ids[name], layer.shape)
+                case ProductConstants():
+                    self._title(name, None)
+                    fields = ", ".join(str(value) for value in astuple(layer)[1:])
+                    self._constant(f"static const eft_product {ids[name]}_product = {{{fields}}};", 32)
                 case TableConstants():
                     self._title(name, None)
                     self._array("int8_t", f"{ids[name]}_table", layer.table)

@@ -119,6 +119,23 @@ void eft_table_s8(const int8_t *x, const int8_t *table, int32_t count, int8_t *y
 void eft_max_pool_s8(const int8_t *x, const eft_conv_shape *shape, const eft_rows *rows, int8_t *y);
 
 /**
+ * Product of two tensors: v = rsh((x - x_zero_point) * (z - z_zero_point) * multiplier, shift) + zero_point, clamped to int8.
+ *
+ * @param[in]  z_pixels   pixels, or 1: then z holds one factor a channel
+ * @param[in]  multiplier 0 or in [2^30, 2^31), shift in [1, 62]
+ * @param[out] y          May be x, or lie at a lower address
+ */
+typedef struct {
+    int32_t pixels, channels, z_pixels;
+    int32_t x_zero_point, z_zero_point;
+    int32_t multiplier, shift, zero_point;
+} eft_product;
+void eft_multiply_s8(const int8_t *x, const int8_t *z, const eft_product *product, int8_t *y);
+
+/** Channels of one tensor into channels [first, first + channels) of another: y[p][first + c] = x[p][c]. */
+void eft_concat_s8(const int8_t *x, int32_t pixels, int32_t channels, int32_t first, int32_t y_channels, int8_t *y);
+
+/**
  * The last layer: the same sums as eft_conv_s8, scaled to logits in units of ln(2) / 256 and clamped to int16.
  *
  * @param[out] logits  int16, [out_c]; out_h and out_w are 1
@@ -148,6 +165,37 @@ int32_t eft_argmax_s16(const int16_t *logits, int32_t num_classes);
  * @return     The bits of g; 0 when the sample teaches nothing
  */
 int32_t eft_softmax_loss_s16(const int16_t *logits, int32_t num_classes, int32_t label, int16_t *g);
+
+/**
+ * Gradient of the mean squared difference between outputs and a target: clamp(y[i] - 64 * target[i], -32767, 32767), exponent 0.
+ *
+ * @param[in] y       Outputs in units of 1/64 of the target's
+ * @param[in] target  int8, [count]
+ * @return    The bits of g
+ */
+int32_t eft_squared_loss_s16(const int16_t *y, const int8_t *target, int32_t count, int16_t *g);
+
+/** Mean of ((y[i] - 64 * target[i])^2 >> 12), rounded down: the squared error in units of the target's. count <= 8192. */
+int32_t eft_squared_error_s16(const int16_t *y, const int8_t *target, int32_t count);
+
+/**
+ * Gradients of eft_multiply_s8.
+ *
+ * With respect to x: gx = clamp(rsh(g * (z - z_zero_point), 8), -32767, 32767); with respect to a z of as many pixels the same
+ * with x in its place. The exponent grows by 8. With respect to a z of one pixel:
+ *
+ *   cut = max(0, g.bits - (23 - ceil(log2(pixels)))), sum[c] = sum over pixels of rsh(g, cut) * (x - x_zero_point)
+ *   gz  = clamp(rsh(sum, s), -32767, 32767), s = max(0, bits of the largest |sum| - 15), exponent g.exponent + cut + s
+ *
+ * @param[in] mask  Of the tensor whose gradient this is, or NULL
+ * @return    The bits of the result
+ */
+int32_t eft_multiply_grad_s16(const int16_t *g, const int8_t *other, int32_t other_zero_point, int32_t other_pixels,
+                              int32_t pixels, int32_t channels, const uint8_t *mask, int16_t *gx);
+
+/** Gradient of eft_concat_s8: gx[p][c] = g[p][first + c], 0 where the mask is 0. Returns the bits of gx. */
+int32_t eft_concat_grad_s16(const int16_t *g, int32_t pixels, int32_t channels, int32_t first, int32_t g_channels,
+                            const uint8_t *mask, int16_t *gx);
 
 /**
  * Gradient of eft_global_average_s8 with respect to its input. The exponent stays, sigma is divided by pixels.
@@ -255,6 +303,10 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                    const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
                                    uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
+
+/** See eft_multiply_grad_s16. @param scratch int32, [channels] */
+int32_t eft_multiply_factor_grad_s16(const eft_gradient *g, const int8_t *x, int32_t x_zero_point, int32_t pixels,
+                                     int32_t channels, const uint8_t *mask, int16_t *gz, int32_t *exponent, int32_t *scratch);
 
 /** The two kinds of step on a depthwise layer: [kernel_h][kernel_w][trained_c]. */
 void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,

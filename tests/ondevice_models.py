@@ -1,0 +1,124 @@
+"""Small models that together use every operator the on-device compiler takes; the tests of all its parts share them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class InvertedResiduals(nn.Module):
+    """Depthwise layers of stride 1 and 2, batch norms, ReLU6, a linear bottleneck and an addition of two branches."""
+
+    shape = (3, 12, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.expand = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(16, 16, 5, 1, 2, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
+        )
+        self.project = nn.Sequential(nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.down = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.last = nn.Sequential(nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.project(self.depthwise(self.expand(x)))
+        x = self.last(self.down(x))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+class Residuals(nn.Module):
+    """Additions before a ReLU, a branch with a convolution of its own, as in a ResNet."""
+
+    shape = (3, 9, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.a1, self.a2 = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.b1, self.b2 = nn.Conv2d(6, 10, 3, 2, 1), nn.Conv2d(10, 10, 3, padding=1)
+        self.skip = nn.Conv2d(6, 10, 1, 2)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.a2(F.relu(self.a1(x))))
+        x = F.relu(self.skip(x) + self.b2(F.relu(self.b1(x))))
+        logits: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+class SqueezeExcite(nn.Module):
+    """Hard-swish, a sigmoid gate on every channel, and a product of two maps."""
+
+    shape = (2, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 8, 3, padding=1)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.mix = nn.Conv2d(8, 6, 3, 2, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.stem(x))
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+        x = x * scale
+        x = x * F.hardsigmoid(self.gate(x))
+        logits: Tensor = self.head(F.relu(self.mix(x)).mean((2, 3)))
+        return logits
+
+
+class Pools(nn.Module):
+    """Max pools with and without overlap, an average pool, and maps side by side in channels."""
+
+    shape = (2, 11, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 3, padding=1)
+        self.left, self.right = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.join = nn.Conv2d(9, 8, 1)
+        self.head = nn.Linear(8 * 2 * 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2, 1)
+        x = torch.cat([F.relu(self.left(x)), self.right(x)], 1)
+        x = F.max_pool2d(F.relu(self.join(x)), 2)
+        logits: Tensor = self.head(F.avg_pool2d(x, 2, 1).flatten(1))
+        return logits
+
+
+class Autoencoder(nn.Module):
+    """Linear layers with batch norms; what goes in should come out."""
+
+    shape = (20, 1, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.norm = nn.Linear(20, 12), nn.BatchNorm1d(12)
+        self.code, self.decode = nn.Linear(12, 5), nn.Linear(5, 12)
+        self.out = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.encode(x.flatten(1))))
+        outputs: Tensor = self.out(F.relu(self.decode(F.relu(self.code(x)))))
+        return outputs
+
+
+CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools)
+
+
+def build(model: type[nn.Module], seed: int = 0) -> nn.Module:
+    """A model with random weights and random batch-norm statistics."""
+    torch.manual_seed(seed)
+    module = model()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    return module.eval()
