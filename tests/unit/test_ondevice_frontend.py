@@ -305,6 +305,9 @@ def kinds(between: object) -> list[str]:
         (nn.BatchNorm1d(4), ["none"]),
         (nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.ReLU()), ["relu"]),
         (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), ["relu", "none"]),
+        (nn.Sequential(nn.MaxPool1d(2), nn.MaxPool1d(3, padding=1), nn.ReLU6()), ["relu6", "Pool", "Pool"]),
+        (nn.Sequential(nn.AvgPool1d(2), nn.ReLU()), ["none", "Pool", "relu"]),
+        (lambda x: F.relu(F.max_pool1d(x, 1, 2)) + F.max_pool1d(x, 1, 2), ["none", "Pool", "relu", "Pool", "none"]),
         (nn.Sigmoid(), ["none", "sigmoid"]),
         (nn.Hardswish(), ["none", "hard_swish"]),
         (lambda x: x + F.relu(x), ["none", "relu", "none"]),
@@ -444,6 +447,15 @@ def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
         (nn.Sequential(nn.Conv1d(6, 4, 5)), ["must end in a linear layer", "conv of 1 x 124 x 4"]),
         (nn.Sequential(nn.Conv1d(6, 4, 5), nn.AdaptiveAvgPool1d(1)), ["must end in a linear layer", "globalaverage"]),
         (nn.Flatten(), ["must end in a linear layer"]),
+        (
+            nn.Sequential(nn.Conv1d(6, 4, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.BatchNorm1d(4)),
+            ["must end in a linear layer", "a value a channel"],
+        ),
+        (Tail(F.dropout), ["aten.dropout", "in training mode", "nn.Dropout"]),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 4, 5)),
+            ["aten._weight_norm", "remove_parametrizations"],
+        ),
         (nn.Sequential(nn.Linear(128, 3), nn.Flatten(), nn.Linear(18, 3)), ["linear", "Flatten it first"]),
         (nn.Sequential(nn.Conv1d(6, 4, 4, padding="same")), ["padding='same' and an even kernel", "in numbers"]),
         (

@@ -262,22 +262,30 @@ def fold_batch_norms(graph: FloatGraph) -> FloatGraph:
 
 
 def fold_activations(graph: FloatGraph) -> FloatGraph:
-    """Put ReLU and ReLU6 into the Conv or Add before them, if nothing else reads what that one writes."""
+    """Put ReLU and ReLU6 into the Conv or Add before them, if nothing else reads what that one writes.
+
+    They may have come after a max pool: the largest of clamped values is the largest value clamped.
+    """
     readers = Counter(name for op in graph.ops for name in op.reads)
     writer: dict[str, int] = {}
     same: dict[str, str] = {}
     ops: list[FloatOp] = []
+    sole_reader: list[bool] = []  # of its x, which an op wrote
     for raw in graph.ops:
         op = _renamed(raw, same)
         if isinstance(op, Apply) and op.x in writer and readers[raw.x] == 1:
-            previous = ops[writer[op.x]]
-            function = op.function
+            i, function = writer[op.x], op.function
+            previous = ops[i]
+            while isinstance(previous, Pool) and previous.kind == "max" and sole_reader[i]:
+                i = writer[previous.x]
+                previous = ops[i]
             if isinstance(previous, Conv | Add) and (function == "relu" or function == "relu6"):
                 six = "relu6" in (previous.activation, function)
                 activation: Activation = "relu6" if six else "relu"
-                ops[writer[op.x]] = replace(previous, activation=activation)
+                ops[i] = replace(previous, activation=activation)
                 same[op.y] = op.x
                 continue
+        sole_reader.append(op.x in writer and readers[raw.x] == 1)
         writer[op.y] = len(ops)
         ops.append(op)
     return _rebuilt(graph, ops, same, graph.constants)
@@ -328,7 +336,8 @@ def _check(graph: FloatGraph) -> None:
                     "it again before compiling"
                 )
     last = graph.ops[-1] if graph.ops else None
-    if not isinstance(last, Conv) or last.activation != "none" or graph.tensors[last.y].shape[:2] != (1, 1):
+    is_layer = isinstance(last, Conv) and last.activation == "none" and last.groups == 1
+    if last is None or not is_layer or graph.tensors[last.y].shape[:2] != (1, 1):
         found = "" if last is None else f"; it ends in {_described(last, graph.tensors[last.y].shape)} at {last.source}"
         raise CompileError(
             "the model must end in a linear layer without ReLU or softmax, whose outputs are the logits of the "
@@ -342,4 +351,6 @@ def _described(op: FloatOp, shape: Shape) -> str:
     kind = op.function if isinstance(op, Apply) else type(op).__name__.lower()
     if isinstance(op, Conv | Add) and op.activation != "none":
         return f"{kind} with {op.activation}"
+    if isinstance(op, Conv) and op.groups != 1:
+        return "a value a channel (depthwise convolution or batch norm)"
     return f"{kind} of {' x '.join(map(str, shape))}"

@@ -60,6 +60,9 @@ _REMEDIES = {
     "use convolutions; attention and recurrence are not supported": (
         *("matmul", "bmm", "mm", "addmm", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "einsum"),
     ),
+    "remove the parametrization of its weights first (torch.nn.utils.parametrize.remove_parametrizations)": (
+        *("_weight_norm_interface", "_weight_norm", "norm_except_dim", "linalg_vector_norm"),
+    ),
     "freeze layers with the update scheme": ("detach", "wrap_with_set_grad_enabled"),
     "use max_pool without indices, or average pooling": (
         *("max_pool1d_with_indices", "max_pool2d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d"),
