@@ -19,7 +19,7 @@ EPOCHS = 15
 def main() -> int:  # noqa: D103
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--person", type=int, default=1, choices=PEOPLE, help="who is left out of the pretraining")
-    parser.add_argument("--scheme", default="sparse", help="a preset (none, ..., full) or a TOML file")
+    parser.add_argument("--scheme", default="sparse", help="a preset (none, ..., full), last_k=K or a TOML file")
     parser.add_argument("--board", default="stm32f746", help="a name (stm32f746, nrf52840) or a TOML file")
     parser.add_argument("--lr", type=float, default=0.04)
     parser.add_argument("--out", help="folder for the generated C")
@@ -33,7 +33,7 @@ def main() -> int:  # noqa: D103
 
 def run(options: argparse.Namespace) -> None:
     """Everything; what the user can have mistyped is checked before the minute of training."""
-    scheme = Scheme.load(options.scheme) if options.scheme.endswith(".toml") else Scheme.preset(options.scheme)
+    scheme = Scheme.parse(options.scheme)
     target = Board.load(options.board) if options.board.endswith(".toml") else Board.named(options.board)
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
