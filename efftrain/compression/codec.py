@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from efftrain.compression.wire import MAX_ELEMENTS, Bytes, Floats, Parts, Payload, checksum_of, pack, unpack
+from efftrain.compression.wire import HEADER, MAX_ELEMENTS, Bytes, Floats, Parts, Payload, checksum_of, pack, unpack
 from efftrain.errors import NonFiniteError, PayloadError
 
 Combine: TypeAlias = Literal["sum", "gather", "two_phase", "low_rank"]
@@ -141,6 +141,10 @@ class Codec(ABC):
     def num_param_bytes(self) -> int:
         """Bytes of the codec's parameters behind the header of each payload."""
         return len(self._params())
+
+    def body_of(self, payload: Payload) -> Bytes:
+        """The bytes of a payload of this codec behind header and parameters; a view."""
+        return payload.data[HEADER.size + self.num_param_bytes :]
 
     @abstractmethod
     def encoded_bytes(self, num_elements: int) -> int:

@@ -26,15 +26,13 @@ def slot_bytes(codec: Codec, num_elements: int) -> int:
 
 def fill_slot(slot: Bytes, codec: Codec, payload: Payload) -> None:
     """Write a payload of ``codec`` to its slot, uint8, shape ``(slot_bytes,)``."""
-    data = payload.data
+    data, body = payload.data, codec.body_of(payload)
     first = 0
     if not codec.fixed_size:
         first = _LENGTH.size
-        body_bytes = data.size - HEADER.size - codec.num_param_bytes
-        slot[:first] = np.frombuffer(_LENGTH.pack(body_bytes), np.uint8)
-        slot[first + 4 + body_bytes :] = 0
+        slot[:first] = np.frombuffer(_LENGTH.pack(body.size), np.uint8)
+        slot[first + 4 + body.size :] = 0
     slot[first : first + 4] = data[CRC_OFFSET : HEADER.size]
-    body = data[HEADER.size + codec.num_param_bytes :]
     slot[first + 4 : first + 4 + body.size] = body
 
 

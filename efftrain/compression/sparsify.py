@@ -97,10 +97,11 @@ class Sparse(Codec):
 
     def _finish(self, indices_K: Indices, values_K: Floats, n: int, key: int, left: Floats | None) -> Payload:
         """The payload; ``left`` has the whole sum and loses what is sent of it."""
-        body = self.values._encode_body(values_K, key)
+        payload, left_K = self.values.encode_with_residual(values_K, None, key=key)
         if left is not None:
-            left[indices_K] = values_K - self.values._decode_body(np.concatenate(body), values_K.size)
-        return pack(self.codec_id, self._params(), n, [*self._write_places(indices_K, n, key), *body])
+            left[indices_K] = left_K
+        body = self.values.body_of(payload)
+        return pack(self.codec_id, self._params(), n, [*self._write_places(indices_K, n, key), body])
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         indices_K, values_K = self._decode_sparse(body, num_elements)
@@ -110,7 +111,8 @@ class Sparse(Codec):
 
     def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
         indices_K, values_K = self._decode_sparse(body, out.size)
-        out[indices_K] += weight * values_K
+        if kernels.scatter_add(indices_K, values_K, float(weight), out) is kernels.MISSING:
+            out[indices_K] += weight * values_K
 
     def _decode_sparse(self, body: Bytes, n: int) -> tuple[Indices, Floats]:
         indices_K, rest = self._read_places(body, n)

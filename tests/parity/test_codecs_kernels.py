@@ -254,9 +254,9 @@ def gcc_file(name: str) -> str | None:
     return path if Path(path).is_absolute() else None
 
 
-def run_again(tmp_path: Path, setup: str, **environment: str) -> None:
-    """The tests of this file in a process of their own, with kernels built in another way."""
-    script = f"{setup}\nimport sys, pytest\nsys.exit(pytest.main([{__file__!r}, '-q', '-k', 'any or long or index']))"
+def run_again(tmp_path: Path, setup: str, tests: str = "any or long or index", **environment: str) -> None:
+    """Tests of this file in a process of their own, with kernels built in another way."""
+    script = f"{setup}\nimport sys, pytest\nsys.exit(pytest.main([{__file__!r}, '-q', '-k', {tests!r}]))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "EFFTRAIN_CACHE": str(tmp_path), "EFFTRAIN_NO_SKIPS": "1", **environment},
@@ -288,3 +288,11 @@ def test_built_by_zig(tmp_path: Path) -> None:
         "import sys\nfrom efftrain.compression.kernels import build\n"
         "build.compilers = lambda: [(sys.executable, '-m', 'ziglang', 'cc')]",
     )
+
+
+def test_built_for_any_cpu(tmp_path: Path) -> None:
+    """Without what only some CPUs can do, and the code written for those."""
+    if not kernels.available():
+        pytest.skip("no kernels on this machine")
+    setup = "from efftrain.compression.kernels import build\nbuild._for_this_cpu = lambda: ()"
+    run_again(tmp_path, setup, "index or long and TopK")

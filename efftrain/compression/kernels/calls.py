@@ -330,6 +330,15 @@ def decode_places(coded: Bytes, num_low_bytes: int, k: int, n: int, low: int) ->
     return places
 
 
+def scatter_add(places: Places, values: Floats, weight: float, out: Floats) -> Missing | None:
+    """``out[places] += weight * values``; places are below ``N`` and none is there twice."""
+    efc = library()
+    if efc is None or not out.flags.c_contiguous:
+        return MISSING
+    efc.efc_scatter_add_f32(_at(places), _at(values), _long(places.size), ctypes.c_float(weight), _at(out))
+    return None
+
+
 def pack_codes(codes: Bytes, bits: int) -> Bytes | Missing:
     """The lowest ``bits`` (1, 2, 4 or 6) of each code, packed from the lowest bit up."""
     efc = library()

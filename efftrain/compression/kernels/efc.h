@@ -42,6 +42,20 @@ static inline uint32_t efc_largest_magnitude(const float *x, int64_t n)
     return largest;
 }
 
+/** Number of the lowest bit that is set; there is one. */
+static inline int32_t efc_lowest_bit(uint64_t word)
+{
+#if defined(__GNUC__)
+    return __builtin_ctzll(word);
+#else
+    int32_t bit = 0;
+    for (; !(word & 1u); word >>= 1) {
+        bit++;
+    }
+    return bit;
+#endif
+}
+
 static inline float efc_as_float(uint32_t bits)
 {
     float x;
@@ -286,6 +300,18 @@ EFC_API void efc_index_encode_s64(const int64_t *restrict places, int64_t k, int
  */
 EFC_API int32_t efc_index_decode_s64(const uint8_t *restrict lows, const uint8_t *restrict highs, int64_t num_highs,
                                      int64_t k, int64_t n, int32_t low, int64_t *restrict places);
+
+/**
+ * out[places[i]] += weight * values[i]
+ *
+ * @param[in]     places  [k], each below the length of out, no place twice
+ * @param[in]     values  [k]
+ * @param[in]     k       >= 0
+ * @param[in]     weight  factor
+ * @param[in,out] out     long enough for all places
+ */
+EFC_API void efc_scatter_add_f32(const int64_t *restrict places, const float *restrict values, int64_t k, float weight,
+                                 float *restrict out);
 
 /**
  * Keep the lowest bits of each code, packed from the lowest bit of the first byte up.

@@ -1,0 +1,9 @@
+#include "efc.h"
+
+void efc_scatter_add_f32(const int64_t *restrict places, const float *restrict values, int64_t k, float weight,
+                         float *restrict out)
+{
+    for (int64_t i = 0; i < k; i++) {
+        out[places[i]] += weight * values[i];
+    }
+}
