@@ -85,6 +85,8 @@ class ParallelConfig:
     """A collective that takes longer ends the job."""
     bucket_mb: float | None = None
     """MiB of gradients that share an exchange; left out: 25."""
+    whole_buckets: bool = False
+    """Let a sparse codec choose among all parameters of a bucket, wherever the entries are largest."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s <= 1e6:
@@ -101,6 +103,7 @@ class ParallelConfig:
                 local_clip=self.local_clip,
                 warm_up_steps=self.warm_up_steps,
                 bucket_mb=self.bucket_mb,
+                whole_buckets=self.whole_buckets,
                 node_size=self.node_size,
                 algorithm=self.algorithm,
             ),

@@ -62,7 +62,10 @@ class SyncConfig:
     warm_up_steps: int = 0
     """Steps in which a sparse codec sends more, falling to its ratio (``Codec.warmed_up``)."""
     bucket_mb: float | None = None
-    """MiB of gradients that share an exchange; ``None`` is 25. Smaller buckets start earlier and cost more latency."""
+    """MiB of gradients that fill a bucket; ``None`` is 25. Smaller buckets start earlier and cost more latency."""
+    whole_buckets: bool = False
+    """A bucket is one tensor to the codec: a sparse one chooses where the entries are largest, in whatever parameter.
+    Costs a copy of the gradient; ``local_clip`` is then of a bucket's norm, and ``dense_below`` of its size."""
     node_size: int = 1
     """Ranks of a node, neighbors in number: they sum up in fp32, and only nodes talk through the codec."""
     algorithm: str = "auto"
@@ -102,6 +105,8 @@ class GradSync:
         self.codec, self.config = codec, config or SyncConfig()
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport = transport
+        if self.config.whole_buckets and codec.combine in ("sum", "low_rank"):
+            raise ConfigError(f"{codec} sends matrices one by one, leave out whole_buckets")
         inside, between = None, transport
         if self.config.node_size > 1:
             if isinstance(codec, LowRank) or codec.combine == "sum":
@@ -135,7 +140,7 @@ class GradSync:
         for value in (*model.parameters(), *model.buffers()):
             broadcast(self._transport, value)
         limit = (25.0 if self.config.bucket_mb is None else self.config.bucket_mb) * (1 << 20)
-        self._buckets = list(_fill_buckets(trained[::-1], limit))
+        self._buckets = [_Bucket(some, self.config.whole_buckets) for some in _fill_buckets(trained[::-1], limit)]
         this = weakref.ref(self)  # a hook is kept by its parameter, which we keep
         for bucket in self._buckets:
             for parameter in bucket.parameters.values():
@@ -208,8 +213,11 @@ class GradSync:
         return self._feedback.norm()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's feedback, how many steps seeded the rounding, and the ranks of a node."""
-        feedback = {name: torch.from_numpy(value) for name, value in self._feedback.state_dict().items()}
+        """This rank's feedback by parameter, how many steps seeded the rounding, and the ranks of a node."""
+        state = self._feedback.state_dict()
+        if self.config.whole_buckets:
+            state = {key: part for bucket in self._buckets for key, part in bucket.by_parameter(state)}
+        feedback = {name: torch.from_numpy(value) for name, value in state.items()}
         return {
             **feedback,
             "num_steps": torch.tensor(self._num_steps),
@@ -233,16 +241,17 @@ class GradSync:
                 if name not in sizes or (kind != "factor" and value.size != sizes[name]):
                     raise CheckpointError(f"feedback {key!r} of {value.size} elements fits no parameter here")
         if len(states) == self.world_size and node_size == self.config.node_size:
-            self._feedback.load_state_dict(feedback[self.rank])
-            return
-        # Of a node, one rank alone is in charge of an element: it has to take the others' share of it, too.
-        scale = np.float32(self.config.node_size)
-        self._feedback.load_state_dict(
-            {
+            own = feedback[self.rank]
+        else:
+            # Of a node, one rank alone is in charge of an element: it has to take the others' share of it, too.
+            scale = np.float32(self.config.node_size)
+            own = {
                 key: value if key.startswith("factor/") else self._in_charge(key.partition("/")[2], value * scale)
                 for key, value in redistribute(feedback).items()
             }
-        )
+        if self.config.whole_buckets:
+            own = {key: whole for bucket in self._buckets for key, whole in bucket.joined(own)}
+        self._feedback.load_state_dict(own)
 
     # Exchanges ----------------------------------------------------------------------------------------------------
 
@@ -287,8 +296,7 @@ class GradSync:
             yield from algorithm(pieces, self._link)
         else:
             yield from hierarchical(pieces, self._inside, self._link, algorithm)
-        for piece in pieces:
-            _write_gradient(bucket.parameters[piece.name], piece.out)
+        bucket.write(pieces)
 
     def _all_reduce(self, bucket: "_Bucket") -> Steps:
         """The sum of plain fp32 gradients, on their device."""
@@ -320,26 +328,62 @@ class GradSync:
 
 
 class _Bucket:
-    """Parameters that share an exchange."""
+    """Parameters that share an exchange; with ``whole`` they are one tensor to it, of the name of the first."""
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: dict[str, Tensor], whole: bool) -> None:
         self.parameters = parameters
         self.num_elements = sum(p.numel() for p in parameters.values())
         self.missing = len(parameters)
         self.algorithms: dict[Codec, Algorithm] = {}
+        self._whole = whole
+        self._first = next(iter(parameters))
         self._fitted: dict[Codec, list[Codec]] = {}
 
     def pieces(self, codec: Codec) -> list[Piece]:
         """The gradients of this step, and the memory for their mean: the same, where NumPy can have it."""
         if codec not in self._fitted:
-            self._fitted[codec] = [codec.for_tensor(tuple(p.shape)) for p in self.parameters.values()]
-        pieces = []
-        for (name, parameter), fitted in zip(self.parameters.items(), self._fitted[codec], strict=True):
+            shapes = [(self.num_elements,)] if self._whole else [tuple(p.shape) for p in self.parameters.values()]
+            self._fitted[codec] = [codec.for_tensor(shape) for shape in shapes]
+        gradients = {}
+        for name, parameter in self.parameters.items():
             _have_gradient(parameter)
             assert parameter.grad is not None, "made above"
-            values = parameter.grad.detach().reshape(-1).float().cpu().numpy()
-            pieces.append(Piece(name, fitted, values, values, 0, parameter.numel()))
-        return pieces
+            gradients[name] = parameter.grad.detach().reshape(-1).float().cpu().numpy()
+        if self._whole:
+            gradients = {self._first: np.concatenate(list(gradients.values()))}
+        return [
+            Piece(name, fitted, values, values, 0, values.size)
+            for (name, values), fitted in zip(gradients.items(), self._fitted[codec], strict=True)
+        ]
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """The mean into ``.grad``, unless it is there already."""
+        means = self._split(pieces[0].out) if self._whole else {piece.name: piece.out for piece in pieces}
+        for name, mean in means.items():
+            source, grad = torch.from_numpy(mean), self.parameters[name].grad
+            assert grad is not None, "an exchanged parameter has a gradient"
+            if source.data_ptr() != grad.data_ptr():
+                grad.copy_(source.view_as(grad))
+
+    def by_parameter(self, state: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
+        """What a feedback keeps of this bucket as a whole, cut into its parameters."""
+        for kind in ("residual", "velocity"):
+            if f"{kind}/{self._first}" in state:
+                for name, part in self._split(state[f"{kind}/{self._first}"]).items():
+                    yield f"{kind}/{name}", part
+
+    def joined(self, state: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
+        """Inverse of ``by_parameter``. A parameter that owes nothing has zeros."""
+        for kind in ("residual", "velocity"):
+            if any(f"{kind}/{name}" in state for name in self.parameters):
+                parts = [
+                    state.get(f"{kind}/{name}", np.zeros(p.numel(), np.float32)) for name, p in self.parameters.items()
+                ]
+                yield f"{kind}/{self._first}", np.concatenate(parts)
+
+    def _split(self, whole: Floats) -> dict[str, Floats]:
+        ends = np.cumsum([p.numel() for p in self.parameters.values()])
+        return dict(zip(self.parameters, np.split(whole, ends[:-1]), strict=True))
 
 
 @dataclass
@@ -365,24 +409,18 @@ def _have_gradient(parameter: Tensor) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _write_gradient(parameter: Tensor, mean: Floats) -> None:
-    """Into ``.grad``, unless it is there already."""
-    source, grad = torch.from_numpy(mean), parameter.grad
-    assert grad is not None, "an exchanged parameter has a gradient"
-    if source.data_ptr() != grad.data_ptr():
-        grad.copy_(source.view_as(grad))
+def _fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit_bytes: float) -> Iterator[dict[str, Tensor]]:
+    """In the order given; a bucket is full once it has reached the limit.
 
-
-def _fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit_bytes: float) -> Iterator[_Bucket]:
-    """In the order given; a bucket is full before it would exceed the limit."""
+    So a bias that comes before a large matrix shares its exchange, and has none of its own.
+    """
     bucket: dict[str, Tensor] = {}
     size = 0
     for name, parameter in parameters:
-        num_bytes = 4 * parameter.numel()
-        if bucket and size + num_bytes > limit_bytes:
-            yield _Bucket(bucket)
-            bucket, size = {}, 0
         bucket[name] = parameter
-        size += num_bytes
+        size += 4 * parameter.numel()
+        if size >= limit_bytes:
+            yield bucket
+            bucket, size = {}, 0
     if bucket:
-        yield _Bucket(bucket)
+        yield bucket

@@ -86,6 +86,10 @@ def variants() -> Facts:
         "all gathered": run("TopK(1.0)", sync=SyncConfig(algorithm="gather")),
         "all in two phases": run("TopK(1.0)", sync=SyncConfig(algorithm="two_phase")),
         "all in nodes": run("TopK(1.0)", sync=SyncConfig(node_size=2)),
+        "all in whole buckets": run("TopK(1.0)", sync=SyncConfig(whole_buckets=True), bucket_mb=0.001),
+        "whole": run(top, sync=SyncConfig(whole_buckets=True), correction=True, bucket_mb=0.001),
+        "whole nan": run(top, sync=SyncConfig(whole_buckets=True), correction=True, poison=(3, 1)),
+        "whole left out": run(top, sync=SyncConfig(whole_buckets=True), correction=True, leave_out=3),
         "identity": run("Identity()"),
         "nodes": run(top, sync=SyncConfig(node_size=2), correction=True, bucket_mb=0.001),
         "nodes nan": run(top, sync=SyncConfig(node_size=2), correction=True, bucket_mb=0.001, poison=(3, 3)),
@@ -104,9 +108,9 @@ def variants() -> Facts:
 def refusals() -> Facts:
     """What is wrong is said before anything is sent."""
 
-    def error_of(*arguments: Any, width: int = 24, **settings: Any) -> str:
+    def error_of(*arguments: Any, width: int = 24, codec: str = "Int8()", **settings: Any) -> str:
         try:
-            plan = Plan(codec=parse_codec("Int8()"), sync=SyncConfig(*arguments, **settings))
+            plan = Plan(codec=parse_codec(codec), sync=SyncConfig(*arguments, **settings))
             torch.manual_seed(0)
             plan.apply(nn.Linear(4, width))
         except EfftrainError as error:
@@ -116,6 +120,7 @@ def refusals() -> Facts:
     return {
         "nodes of three": error_of(node_size=3),
         "other model": error_of(width=4 + mesh.rank()),
+        "whole matrices": error_of(codec="LowRank(2)", whole_buckets=True),
         "right": error_of(),
     }
 
@@ -151,10 +156,10 @@ def unused_parameter() -> Facts:
 
 
 @in_group
-def state_of(node_size: int, num_steps: int) -> list[dict[str, Any]]:
+def state_of(node_size: int, whole: bool, num_steps: int) -> list[dict[str, Any]]:
     """Feedback after some steps, of this rank."""
     model = model_of()
-    sync = SyncConfig(node_size=node_size, bucket_mb=0.001)
+    sync = SyncConfig(node_size=node_size, whole_buckets=whole, bucket_mb=0.001)
     job = Plan(codec=parse_codec("TopK(0.1)"), sync=sync).apply(model, optimizer=OptimizerConfig())
     for step in range(num_steps):
         job.step(*batch(step, mesh.rank(), mesh.world_size()))
@@ -162,10 +167,10 @@ def state_of(node_size: int, num_steps: int) -> list[dict[str, Any]]:
 
 
 @in_group
-def state_loaded(states: list[dict[str, Any]], node_size: int) -> dict[str, Any]:
+def state_loaded(states: list[dict[str, Any]], node_size: int, whole: bool) -> dict[str, Any]:
     """What a rank of another layout makes of the feedback of all ranks."""
     model = model_of()
-    sync = SyncConfig(node_size=node_size, bucket_mb=0.001)
+    sync = SyncConfig(node_size=node_size, whole_buckets=whole, bucket_mb=0.0005)
     job = Plan(codec=parse_codec("TopK(0.1)"), sync=sync).apply(model, optimizer=OptimizerConfig())
     job.exchange.load_state_dicts([{k: torch.from_numpy(np.asarray(v)) for k, v in s.items()} for s in states])
     return {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k not in NUMBERS}

@@ -1,6 +1,6 @@
 """The exchange itself: every codec on 2 to 8 ranks, nothing lost between them, and forms that must agree."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def test_sending_all_is_sending_plainly_in_every_form(four: list[dict[str, Any]]) -> None:
-    for form in ("all gathered", "all in two phases", "all in nodes"):
+    for form in ("all gathered", "all in two phases", "all in nodes", "all in whole buckets"):
         assert largest_difference(four[0][form], four[0]["identity"]) < 2e-6, form
 
 
@@ -99,7 +99,7 @@ def test_replicas_are_equal_in_every_form(four: list[dict[str, Any]]) -> None:
         assert {other[form]["digest"] for other in four} == {facts["digest"]}, form
 
 
-@pytest.mark.parametrize("form", ["nodes", "two_phase", "low rank"])
+@pytest.mark.parametrize("form", ["nodes", "whole", "two_phase", "low rank"])
 def test_nan_on_one_rank_costs_all_that_step(four: list[dict[str, Any]], form: str) -> None:
     for facts in four:
         assert [i for i, skipped in enumerate(facts[f"{form} nan"]["skipped"]) if skipped] == [3]
@@ -123,6 +123,8 @@ def test_what_is_wrong_is_said_before_anything_is_sent(start_ranks: StartRanks) 
     for facts in found:
         assert facts["nodes of three"].startswith("ConfigError: nodes of 3 ranks do not divide 2 ranks")
         assert "has other parameters than that of rank" in facts["other model"]
+        assert facts["whole matrices"].startswith("ConfigError: LowRank(")
+        assert facts["whole matrices"].endswith("sends matrices one by one, leave out whole_buckets")
         assert facts["right"] == "accepted"
 
 
@@ -140,13 +142,25 @@ def test_a_parameter_without_gradient_counts_as_zero(start_ranks: StartRanks) ->
     np.testing.assert_array_equal(first["c.weight"], np.zeros((4, 4)))
 
 
-@pytest.mark.parametrize(("before", "after"), [((4, 1), (4, 2)), ((4, 2), (2, 1)), ((2, 1), (4, 2))])
-def test_what_is_owed_survives_another_layout(
-    start_ranks: StartRanks, before: tuple[int, int], after: tuple[int, int]
-) -> None:
-    """(ranks, ranks of a node) -> others: the mean that is still owed stays."""
-    states = [found[0] for found in start_ranks(sync_jobs.state_of, before[0], before[1], 3).results()]
-    loaded = start_ranks(sync_jobs.state_loaded, after[0], states, after[1]).results()
+Layout: TypeAlias = tuple[int, int, bool]
+"""Ranks, ranks of a node, whole buckets."""
+
+LAYOUTS: list[tuple[Layout, Layout]] = [
+    ((4, 1, False), (4, 2, False)),
+    ((4, 2, False), (2, 1, False)),
+    ((2, 1, False), (4, 2, False)),
+    ((2, 1, False), (2, 1, True)),
+    ((2, 1, True), (2, 1, True)),
+    ((4, 2, True), (2, 1, False)),
+    ((2, 1, True), (4, 2, True)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), LAYOUTS)
+def test_what_is_owed_survives_another_layout(start_ranks: StartRanks, before: Layout, after: Layout) -> None:
+    """The mean that is still owed stays. The buckets are other ones in any case."""
+    states = [found[0] for found in start_ranks(sync_jobs.state_of, *before, 3).results()]
+    loaded = start_ranks(sync_jobs.state_loaded, after[0], states, *after[1:]).results()
     names = {name for state in states for name in state if name.startswith("residual/")}
     assert len(names) == 6, "those of every parameter"
     for name in names:
