@@ -1,4 +1,4 @@
-#include "eft_internal.h"
+#include "eft_requantize.h"
 
 /** The sum of one output element, without its bias. */
 static int32_t depthwise_sum(const int8_t *x, const eft_conv_shape *s, int32_t ring, int32_t x_zero_point,
@@ -25,15 +25,20 @@ static int32_t depthwise_sum(const int8_t *x, const eft_conv_shape *s, int32_t r
 void eft_depthwise_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
                       const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask)
 {
-    const int32_t first = rows->first * shape->out_w * shape->out_c;
-    int32_t index = first;
+    const int32_t channels = shape->in_c;
+    int32_t index = rows->first * shape->out_w * channels;
     for (int32_t oy = rows->first; oy < rows->first + rows->count; oy++) {
         for (int32_t ox = 0; ox < shape->out_w; ox++) {
-            for (int32_t c = 0; c < shape->out_c; c++) {
-                const int32_t sum = bias[c] + depthwise_sum(x, shape, rows->ring, x_zero_point, weights, oy, ox, c);
-                y[index - first] = eft_requantized(sum, out, c, mask, index);
-                index++;
+            for (int32_t c = 0; c < channels; c += 8) {
+                const int32_t count = channels - c < 8 ? channels - c : 8;
+                int32_t sums[16];
+                for (int32_t j = 0; j < count; j++) {
+                    sums[2 * j] = bias[c + j] + depthwise_sum(x, shape, rows->ring, x_zero_point, weights, oy, ox, c + j);
+                }
+                eft_requantize_pixels(sums, 1, count, out, c, y + c, 0, mask, index + c);
             }
+            y += channels;
+            index += channels;
         }
     }
 }

@@ -10,6 +10,13 @@
  * that does not stops here. */
 typedef char eft_needs_arithmetic_right_shift[((-1) >> 1 == -1) ? 1 : -1];
 
+/** For helpers of a loop that needs all registers: their own would be spilled in it. */
+#if defined(__GNUC__)
+#define EFT_OUT_OF_LINE __attribute__((noinline))
+#else
+#define EFT_OUT_OF_LINE
+#endif
+
 static inline int32_t eft_clamp(int32_t value, int32_t low, int32_t high)
 {
     return value < low ? low : (value > high ? high : value);
@@ -78,22 +85,6 @@ static inline int eft_passes(const uint8_t *mask, int32_t index)
     return mask == NULL || ((mask[index >> 3] >> (index & 7)) & 1) != 0;
 }
 
-static inline int32_t eft_dot(const int8_t *x, int32_t x_zero_point, const int8_t *w, int32_t count)
-{
-    int32_t sum = 0;
-    int32_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        sum += ((int32_t)x[i] - x_zero_point) * (int32_t)w[i];
-        sum += ((int32_t)x[i + 1] - x_zero_point) * (int32_t)w[i + 1];
-        sum += ((int32_t)x[i + 2] - x_zero_point) * (int32_t)w[i + 2];
-        sum += ((int32_t)x[i + 3] - x_zero_point) * (int32_t)w[i + 3];
-    }
-    for (; i < count; i++) {
-        sum += ((int32_t)x[i] - x_zero_point) * (int32_t)w[i];
-    }
-    return sum;
-}
-
 /** How far a gradient is shifted right before it is summed over pixels, so that no sum leaves int32. */
 static inline int32_t eft_cut(int32_t bits, int32_t pixels)
 {
@@ -105,41 +96,6 @@ static inline int32_t eft_cut(int32_t bits, int32_t pixels)
 static inline const int8_t *eft_row(const int8_t *x, const eft_conv_shape *s, int32_t ring, int32_t row)
 {
     return x + (row % ring) * s->in_w * s->in_c;
-}
-
-/** The sum of one output element of a dense layer, without its bias. */
-static inline int32_t eft_conv_sum(const int8_t *x, const eft_conv_shape *s, int32_t ring, int32_t x_zero_point,
-                                   const eft_weights *weights, int32_t oy, int32_t ox, int32_t o)
-{
-    const int32_t trained_c = weights->trained_c;
-    const int32_t frozen_c = s->in_c - trained_c;
-    const int32_t top = oy * s->stride_h - s->pad_h;
-    const int32_t left = ox * s->stride_w - s->pad_w;
-    /* The columns of the kernel that lie on the input. */
-    const int32_t first = left < 0 ? -left : 0;
-    const int32_t end = left + s->kernel_w > s->in_w ? s->in_w - left : s->kernel_w;
-    int32_t sum = 0;
-    for (int32_t ky = 0; ky < s->kernel_h; ky++) {
-        const int32_t iy = top + ky;
-        if (iy < 0 || iy >= s->in_h || first >= end) {
-            continue;
-        }
-        const int8_t *pixel = eft_row(x, s, ring, iy) + (left + first) * s->in_c;
-        const int32_t tap = (o * s->kernel_h + ky) * s->kernel_w + first;
-        if (frozen_c == 0) {
-            /* All weights lie together, and so do all inputs of a row of the kernel. */
-            sum += eft_dot(pixel, x_zero_point, weights->trained + tap * trained_c, (end - first) * trained_c);
-        } else if (trained_c == 0) {
-            sum += eft_dot(pixel, x_zero_point, weights->frozen + tap * frozen_c, (end - first) * frozen_c);
-        } else {
-            for (int32_t kx = 0; kx < end - first; kx++) {
-                const int8_t *input = pixel + kx * s->in_c;
-                sum += eft_dot(input, x_zero_point, weights->trained + (tap + kx) * trained_c, trained_c);
-                sum += eft_dot(input + trained_c, x_zero_point, weights->frozen + (tap + kx) * frozen_c, frozen_c);
-            }
-        }
-    }
-    return sum;
 }
 
 /**
@@ -157,21 +113,21 @@ static inline int32_t eft_end_output(int32_t row, int32_t stride, int32_t output
     return end < outputs ? end : outputs;
 }
 
-/** Set bit index of a mask to whether a gradient passes; the other bits stay. */
-static inline void eft_set_bit(uint8_t *mask, int32_t index, int passes)
+/** Set up to 8 bits of a mask from bit index on; the other bits stay. */
+static inline void eft_set_bits(uint8_t *mask, int32_t index, int32_t count, uint32_t bits)
 {
-    const uint32_t bit = 1U << (index & 7);
-    mask[index >> 3] = (uint8_t)(passes ? mask[index >> 3] | bit : mask[index >> 3] & ~bit);
-}
-
-/** From the sum of element index, which is one of channel o: the stored value, and its bit of the mask. */
-static inline int8_t eft_requantized(int32_t sum, const eft_requantize *out, int32_t o, uint8_t *mask, int32_t index)
-{
-    const int64_t value = eft_rsh((int64_t)sum * out->factors.multiplier[o], out->factors.shift[o]) + out->zero_point;
-    if (mask != NULL) {
-        eft_set_bit(mask, index, value >= out->pass_minimum && value <= 127);
+    uint8_t *const at = mask + (index >> 3);
+    if ((index & 7) == 0 && count == 8) {
+        at[0] = (uint8_t)bits;
+        return;
     }
-    return (int8_t)eft_clamp64(value, out->minimum, 127);
+    /* They may reach into a second byte, which is not there if they do not. */
+    const uint32_t place = (uint32_t)(index & 7);
+    const uint32_t changed = ((1U << (uint32_t)count) - 1U) << place;
+    at[0] = (uint8_t)((at[0] & ~changed) | (bits << place));
+    if (changed > 255U) {
+        at[1] = (uint8_t)((at[1] & ~(changed >> 8)) | (bits << place >> 8));
+    }
 }
 
 /** Weight of a depthwise layer. */
