@@ -55,6 +55,13 @@ RamOption = Annotated[int | None, typer.Option(metavar="BYTES", help="Another am
 RoundingOption = Annotated[
     str, typer.Option(help="master keeps 2 bytes of each trained weight, stochastic 1.", metavar="master|stochastic")
 ]
+LossOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cross_entropy|squared_error",
+        help="squared_error: the output against the input, for autoencoders. Default: the model's, else cross_entropy.",
+    ),
+]
 LrOption = Annotated[float, typer.Option("--lr", help="Learning rate of SGD at batch 1.")]
 SeedOption = Annotated[int, typer.Option(help="Of fresh weights, noise and stochastic rounding.")]
 WeightsOption = Annotated[Path | None, typer.Option(help="A .safetensors file of the model's weights.")]
@@ -75,6 +82,7 @@ class _Request:
     board: str
     ram: int | None
     rounding: str
+    loss: str | None
     lr: float
     seed: int
     weights: Path | None
@@ -92,6 +100,7 @@ def plan_command(
     board: BoardOption = "stm32f746",
     ram: RamOption = None,
     rounding: RoundingOption = "master",
+    loss: LossOption = None,
     lr: LrOption = 0.01,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -105,7 +114,7 @@ def plan_command(
     """Print RAM by part, flash and MACs of training a model, before anything is compiled."""
     request = _Request(
         _one_model(model_name, model),
-        *(scheme, classes, input_shape, board, ram, rounding, lr, seed, weights, calibration, synthetic),
+        *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
     )
     compiler = _Compiler(request)
     refusal, program = _plan(compiler)
@@ -142,6 +151,7 @@ def build_command(
     board: BoardOption = "stm32f746",
     ram: RamOption = None,
     rounding: RoundingOption = "master",
+    loss: LossOption = None,
     lr: LrOption = 0.01,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -152,7 +162,7 @@ def build_command(
     """Write a folder of C99 that trains the model on the board."""
     request = _Request(
         _one_model(model_name, model),
-        *(scheme, classes, input_shape, board, ram, rounding, lr, seed, weights, calibration, synthetic),
+        *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
     )
     program = _Compiler(request).compile(name=name)
     folder = program.write(out)
@@ -175,6 +185,7 @@ def run_command(
     board: BoardOption = "stm32f746",
     ram: RamOption = None,
     rounding: RoundingOption = "master",
+    loss: LossOption = None,
     lr: LrOption = 0.01,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -185,7 +196,7 @@ def run_command(
     """Train a few steps on a target, and compare every bit of what it learned with the simulator and the host."""
     request = _Request(
         _one_model(model_name, model),
-        *(scheme, classes, input_shape, board, ram, rounding, lr, seed, weights, calibration, synthetic),
+        *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
     )
     if target not in TARGETS:
         raise ConfigError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}.{_near(target, TARGETS)}")
@@ -229,15 +240,20 @@ class _Compiler:
             raise ConfigError(f"--seed: expected 0 or more, found {request.seed}.")
         if request.calibration is not None and request.synthetic:
             raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
+        if request.loss not in (None, "cross_entropy", "squared_error"):
+            raise ConfigError(f"--loss: expected cross_entropy or squared_error, found {request.loss!r}.")
         self.scheme = Scheme.parse(request.scheme)
         self.board = _board(request.board, request.ram)
         self.model = _model(request)
+        own = getattr(self.model, "loss", None)
+        self.loss = request.loss or (own if isinstance(own, str) else "cross_entropy")
         self.example = _example(request, self.model)
         self.samples = self._samples()
 
     def compile(self, scheme: Scheme | None = None, board: Board | None = None, name: str = "model") -> Program:
         """The program, for another scheme or board than asked for if given."""
         from efftrain.ondevice import compile
+        from efftrain.ondevice.constants import Loss
         from efftrain.ondevice.state import Rounding
 
         return compile(
@@ -250,6 +266,7 @@ class _Compiler:
             seed=self.request.seed,
             rounding=cast("Rounding", self.request.rounding),
             name=name,
+            loss=cast("Loss", self.loss),
         )
 
     def _samples(self) -> Samples:
@@ -467,6 +484,7 @@ def _header(request: _Request, program: Program) -> dict[str, Any]:
         "model": request.model,
         "scheme": program.scheme.name,
         "rounding": request.rounding,
+        "loss": program.loss,
         "input_shape": list(program.input_shape),
         "num_classes": program.num_classes,
     }

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ class FCAutoencoder(Pretrained):
     """
 
     name = "fc-autoencoder"
+    loss: ClassVar[str] = "squared_error"
+    """What it is trained with, for those who have to choose: its target is its input."""
     config_class = FCAutoencoderConfig
     config: FCAutoencoderConfig
 

@@ -194,6 +194,12 @@ def test_run_without_a_board_measures_no_board(run: Command) -> None:
     assert "equal to the bit on host, simulator" in out
 
 
+def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
+    found = object_of(run("run", "fc-autoencoder", "--scheme", "last_layer", "--target", "host", "--json"))
+    assert (found["loss"], found["bit_equal"]) == ("squared_error", True)
+    assert object_of(run("plan", "watch-cnn", "--json"))["loss"] == "cross_entropy"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -218,6 +224,8 @@ def test_run_without_a_board_measures_no_board(run: Command) -> None:
         (("watch-cnn", "--board", "nope.toml"), "board file nope.toml does not exist"),
         (("watch-cnn", "--ram", "0"), "--ram: expected bytes above 0, found 0"),
         (("watch-cnn", "--rounding", "up"), "expected master or stochastic, found 'up'"),
+        (("watch-cnn", "--loss", "mse"), "expected cross_entropy or squared_error, found 'mse'"),
+        (("watch-cnn", "--loss", "squared_error"), "squared_error"),
         (("watch-cnn", "--lr", "nan"), "the learning rate is nan"),
         (("watch-cnn", "--seed", "-1"), "--seed: expected 0 or more"),
         (("watch-cnn", "--classes", "0"), "expected counts above 0"),

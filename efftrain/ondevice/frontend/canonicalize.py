@@ -341,7 +341,7 @@ def _check(graph: FloatGraph) -> None:
         found = "" if last is None else f"; it ends in {_described(last, graph.tensors[last.y].shape)} at {last.source}"
         raise CompileError(
             "the model must end in a linear layer without ReLU or softmax, whose outputs are the logits of the "
-            f"classes{found}"
+            f"classes, or an autoencoder's reconstruction{found}"
         )
     if graph.tensors[last.y].shape[2] < 2:
         raise CompileError("the last layer has one output; softmax cross-entropy needs at least 2 classes")
