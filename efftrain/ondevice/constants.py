@@ -10,6 +10,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
 
+_Array = TypeVar("_Array", Ints, Reals)
 Loss = Literal["cross_entropy", "squared_error"]
 
 BIAS_LIMIT = 1 << 30
@@ -123,7 +124,7 @@ class ConvConstants:
         """Products of one forward pass; those that fall on padding are counted."""
         return self.shape.pixels * self.master.size
 
-    def per_channel(self, values: Ints) -> Ints:
+    def per_channel(self, values: _Array) -> _Array:
         """One value an output channel, shaped to meet the weights."""
         return values if self.depthwise else values[:, None, None, None]
 

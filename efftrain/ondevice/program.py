@@ -1,5 +1,6 @@
 """``compile``: a module, a scheme and a board in; a program with its plan, its C and three engines out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from efftrain.ondevice.backends.board import BoardEngine, CpuName, Firmware, bui
 from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
-from efftrain.ondevice.constants import ConvConstants, Layers, Loss
+from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.project import write_project
@@ -59,7 +60,7 @@ class Program:
         plan: Memory.
         rounding: How weights move.
         seed: Of the stochastic rounding, for engines that are not given another.
-        input_scale: Real value of one unit of the input.
+        numbers: How every activation stores real values.
         float_graph: The model as it was read.
         loss: What is minimized.
     """
@@ -76,7 +77,7 @@ class Program:
     plan: MemoryPlan = field(repr=False)
     rounding: Rounding
     seed: int
-    input_scale: float
+    numbers: Mapping[str, Number] = field(repr=False)
     float_graph: FloatGraph = field(repr=False)
     loss: Loss = "cross_entropy"
 
@@ -84,6 +85,11 @@ class Program:
     def input_shape(self) -> tuple[int, int, int]:
         """Height, width, channels."""
         return self.graph.tensors[self.graph.input].shape
+
+    @property
+    def input_scale(self) -> float:
+        """Real value of one unit of the input."""
+        return self.numbers[self.graph.input].scale
 
     @property
     def num_classes(self) -> int:
@@ -258,7 +264,7 @@ def compile(
         plan=plan,
         rounding=rounding,
         seed=seed,
-        input_scale=quantized.input_scale,
+        numbers=quantized.numbers,
         float_graph=model_graph,
         loss=loss,
     )

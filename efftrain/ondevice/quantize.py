@@ -72,7 +72,8 @@ class Quantized:
 
     graph: StepGraph
     layers: Layers
-    input_scale: float
+    numbers: Mapping[str, Number]
+    """How every tensor stores real values; of the output, only its range would mean something."""
     gradient_units: Mapping[str, tuple[float, ...]]
     """For every tensor what one unit of each gradient that reaches it stands for at exponent 0, in the order of its
     readers from the last op to the first."""
@@ -146,7 +147,7 @@ def quantize(
     result = StepGraph(graph.input, graph.output, tensors, tuple(_forward(graph, op, loss) for op in graph.ops))
     verify(result)
     layers, units = _constants(graph, numbers, learning_rate, output_unit, sigma)
-    return Quantized(result, layers, numbers[graph.input].scale, units, loss)
+    return Quantized(result, layers, numbers, units, loss)
 
 
 def fix(ratios: Reals) -> Factors:

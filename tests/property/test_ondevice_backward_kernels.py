@@ -122,10 +122,11 @@ def test_table_gradient(m: KernelMachine, count: int, seed: int, use_mask: bool,
     g = np.maximum(g, -32767).astype(np.int16)
     x = rng.integers(-128, 128, count).astype(np.int8)
     mask = rng.integers(0, 256, (count + 7) // 8).astype(np.uint8)
-    want = np.clip(rsh(g.astype(np.int64) * slope[x.astype(np.int64) + 128], 15), -32767, 32767)
+    g_bits = bit_length(g.astype(np.int64))
+    want = np.clip(rsh(g.astype(np.int64) * slope[x.astype(np.int64) + 128], g_bits), -32767, 32767)
     want = np.where(bits_of(mask, count), want, 0) if use_mask else want
     gx = g if in_place else np.zeros(count, np.int16)
-    bits = m.call("eft_table_grad_s16", g, x, slope, count, mask if use_mask else None, gx)
+    bits = m.call("eft_table_grad_s16", g, g_bits, x, slope, count, mask if use_mask else None, gx)
     assert np.array_equal(gx, want)
     assert bits == bit_length(want)
 

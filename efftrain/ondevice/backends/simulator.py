@@ -199,8 +199,9 @@ class Simulator(Engine):
             case TableGrad():
                 table = layer_of(self._layers, op.layer, TableConstants)
                 slope = table.slope[values[op.x] + table.x_zero_point + 128]
-                g = np.clip(rsh(values[op.g] * slope, np.int64(15)), -32767, 32767)
-                self._set_gradient(op.gx, g, self.exponents[op.g], op.mask)
+                bits = self._bits[op.g]
+                g = np.clip(rsh(values[op.g] * slope, np.int64(bits)), -32767, 32767)
+                self._set_gradient(op.gx, g, self.exponents[op.g] + bits - 15, op.mask)
             case GradientSum():
                 self._gradient_sum(op)
             case WeightUpdate():
@@ -269,8 +270,9 @@ class Simulator(Engine):
     def _multiply_grad(self, op: MultiplyGrad) -> None:
         g, other, exponent = self.values[op.g], self.values[op.other], self.exponents[op.g]
         if op.scratch is None:
-            gx = np.clip(rsh(g * other, np.int64(8)), -32767, 32767)
-            self._set_gradient(op.gx, gx, exponent + 8, op.mask)
+            shift = max(0, self._bits[op.g] - 7)
+            gx = np.clip(rsh(g * other, np.int64(shift)), -32767, 32767)
+            self._set_gradient(op.gx, gx, exponent + shift, op.mask)
             return
         cut = max(0, self._bits[op.g] - (23 - ceil_log2(len(g))))
         sums = _fits((rsh(g, np.int64(cut)) * other).sum(0, keepdims=True))

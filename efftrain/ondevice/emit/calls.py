@@ -85,9 +85,8 @@ class Calls:
             )
         self._bits_read: set[str] = set()
         for op in graph.ops:
-            if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate | MultiplyGrad):
-                if not isinstance(op, MultiplyGrad) or op.scratch is not None:
-                    self._bits_read.add(op.g)
+            if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate | MultiplyGrad | TableGrad):
+                self._bits_read.add(op.g)
             elif isinstance(op, GradientSum):
                 self._bits_read.update((op.a, op.b or op.a))
         streams = [op for op in graph.ops if isinstance(op, RowStream)]
@@ -196,10 +195,11 @@ class Calls:
             case TableGrad():
                 count = self._graph.tensors[op.gx].num_elements
                 call = (
-                    f"eft_table_grad_s16({v[op.g]}, {v[op.x]}, {self._ids[op.layer]}_slope, {count}, "
+                    f"eft_table_grad_s16({v[op.g]}, {v[op.g]}_bits, {v[op.x]}, {self._ids[op.layer]}_slope, {count}, "
                     f"{self._mask(op.mask)}, {v[op.gx]})"
                 )
-                return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
+                exponent = f"{v[op.g]}_exponent + {v[op.g]}_bits - 15"
+                return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {exponent};"]
             case MultiplyGrad():
                 return self._multiply_grad(op)
             case ConcatGrad():
@@ -242,10 +242,11 @@ class Calls:
         if op.scratch is None:
             pixels = product.z_pixels if op.other == forward.z else product.pixels
             call = (
-                f"eft_multiply_grad_s16({v[op.g]}, {v[op.other]}, {zero_point}, {pixels}, {product.pixels}, "
+                f"eft_multiply_grad_s16({v[op.g]}, {v[op.g]}_bits, {v[op.other]}, {zero_point}, {pixels}, {product.pixels}, "
                 f"{product.channels}, {self._mask(op.mask)}, {v[op.gx]})"
             )
-            return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent + 8;"]
+            shift = f"({v[op.g]}_bits > 7 ? {v[op.g]}_bits - 7 : 0)"
+            return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent + {shift};"]
         call = (
             f"eft_multiply_factor_grad_s16(&gradient, {v[op.other]}, {zero_point}, {product.pixels}, "
             f"{product.channels}, {self._mask(op.mask)}, {v[op.gx]}, &exponent, {v[op.scratch]})"

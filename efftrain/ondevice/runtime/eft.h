@@ -181,8 +181,8 @@ int32_t eft_squared_error_s16(const int16_t *y, const int8_t *target, int32_t co
 /**
  * Gradients of eft_multiply_s8.
  *
- * With respect to x: gx = clamp(rsh(g * (z - z_zero_point), 8), -32767, 32767); with respect to a z of as many pixels the same
- * with x in its place. The exponent grows by 8. With respect to a z of one pixel:
+ * With respect to x: gx = clamp(rsh(g * (z - z_zero_point), s), -32767, 32767), s = max(0, g_bits - 7); with respect to a z of as
+ * many pixels the same with x in its place. The exponent grows by s. With respect to a z of one pixel:
  *
  *   cut = max(0, g.bits - (23 - ceil(log2(pixels)))), sum[c] = sum over pixels of rsh(g, cut) * (x - x_zero_point)
  *   gz  = clamp(rsh(sum, s), -32767, 32767), s = max(0, bits of the largest |sum| - 15), exponent g.exponent + cut + s
@@ -190,8 +190,8 @@ int32_t eft_squared_error_s16(const int16_t *y, const int8_t *target, int32_t co
  * @param[in] mask  Of the tensor whose gradient this is, or NULL
  * @return    The bits of the result
  */
-int32_t eft_multiply_grad_s16(const int16_t *g, const int8_t *other, int32_t other_zero_point, int32_t other_pixels,
-                              int32_t pixels, int32_t channels, const uint8_t *mask, int16_t *gx);
+int32_t eft_multiply_grad_s16(const int16_t *g, int32_t g_bits, const int8_t *other, int32_t other_zero_point,
+                              int32_t other_pixels, int32_t pixels, int32_t channels, const uint8_t *mask, int16_t *gx);
 
 /** Gradient of eft_concat_s8: gx[p][c] = g[p][first + c], 0 where the mask is 0. Returns the bits of gx. */
 int32_t eft_concat_grad_s16(const int16_t *g, int32_t pixels, int32_t channels, int32_t first, int32_t g_channels,
@@ -245,14 +245,16 @@ int32_t eft_max_pool_grad_s16(const int16_t *g, const int8_t *x, const eft_conv_
                               const uint8_t *x_mask, int16_t *gx);
 
 /**
- * Gradient of eft_table_s8: gx[i] = clamp(rsh(g[i] * slope[x[i] + 128], 15), -32767, 32767), 0 where the mask of x is 0.
+ * Gradient of eft_table_s8: gx[i] = clamp(rsh(g[i] * slope[x[i] + 128], g_bits), -32767, 32767), 0 where the mask of x is 0. The
+ * exponent grows by g_bits - 15.
  *
+ * @param[in]  g_bits What the producer of g returned
  * @param[in]  slope  int16, [256]
  * @param[out] gx     May be g
  * @return     The bits of gx
  */
-int32_t eft_table_grad_s16(const int16_t *g, const int8_t *x, const int16_t *slope, int32_t count, const uint8_t *x_mask,
-                           int16_t *gx);
+int32_t eft_table_grad_s16(const int16_t *g, int32_t g_bits, const int8_t *x, const int16_t *slope, int32_t count,
+                           const uint8_t *x_mask, int16_t *gx);
 
 /** A gradient tensor as the update kernels take it. */
 typedef struct {
