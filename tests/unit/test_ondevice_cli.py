@@ -225,7 +225,7 @@ def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
         (("watch-cnn", "--ram", "0"), "--ram: expected bytes above 0, found 0"),
         (("watch-cnn", "--rounding", "up"), "expected master or stochastic, found 'up'"),
         (("watch-cnn", "--loss", "mse"), "expected cross_entropy or squared_error, found 'mse'"),
-        (("watch-cnn", "--loss", "squared_error"), "squared_error"),
+        (("watch-cnn", "--loss", "squared_error"), "compares 7 outputs with 768 inputs"),
         (("watch-cnn", "--lr", "nan"), "the learning rate is nan"),
         (("watch-cnn", "--seed", "-1"), "--seed: expected 0 or more"),
         (("watch-cnn", "--classes", "0"), "expected counts above 0"),

@@ -112,11 +112,9 @@ class Pad(FloatOp):
 def unsupported(call: Call, what: str = "", remedy: str = "") -> CompileError:
     """The refusal of a call: operator, place, what about it, and what to use instead."""
     remedy = remedy or _REMEDY.get(call.operator, "")
-    advice = f" {remedy[0].upper()}{remedy[1:]}." if remedy else ""
+    advice = f"{remedy[0].upper()}{remedy[1:]}." if remedy else f"Supported: {SUPPORTED}."
     about = f" {what}" if what else ""
-    return CompileError(
-        f"operator {call.target} at {call.source}{about} is not supported.{advice} Supported: {SUPPORTED}."
-    )
+    return CompileError(f"operator {call.target} at {call.source}{about} is not supported. {advice}")
 
 
 def shape_of(shape: Sequence[int]) -> Shape:
@@ -244,7 +242,9 @@ def _clamp(reader: "Reader", call: Call) -> FloatOp:
 # --- two and more tensors ---------------------------------------------------------------------------------------------
 
 
-def _add(reader: "Reader", call: Call) -> FloatOp:
+def _add(reader: "Reader", call: Call) -> FloatOp | None:
+    if call.arguments["other"] == 0 and isinstance(call.arguments["other"], int | float):
+        return None  # Python's sum() starts with it
     z = reader.tensor(call.arguments["other"], call)
     if call.arguments.get("alpha", 1) != 1:
         raise unsupported(call, f"with alpha={call.arguments['alpha']}", "Use alpha=1")
