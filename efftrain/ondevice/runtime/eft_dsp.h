@@ -66,6 +66,22 @@ static inline int32_t eft_smlad(uint32_t a, uint32_t b, int32_t sum)
     return result;
 }
 
+/** sum + product of the lower int16 of each. */
+static inline int32_t eft_smlabb(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm("smlabb %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+/** sum + product of the upper int16 of each. */
+static inline int32_t eft_smlatt(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm("smlatt %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
 /** A zero point as eft_even and eft_odd take it away. */
 static inline uint32_t eft_minus(int32_t zero_point)
 {
