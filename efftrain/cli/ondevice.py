@@ -6,8 +6,9 @@ Without data of the user's, programs are calibrated on noise. Memory, MACs and f
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -64,7 +65,9 @@ LossOption = Annotated[
 ]
 LrOption = Annotated[float, typer.Option("--lr", help="Learning rate of SGD at batch 1.")]
 SeedOption = Annotated[int, typer.Option(help="Of fresh weights, noise and stochastic rounding.")]
-WeightsOption = Annotated[Path | None, typer.Option(help="A .safetensors file of the model's weights.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="A .safetensors file, or a folder that save_pretrained wrote.")
+]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="A .npy file of samples, (N, channels, ...), float32, as the model was trained on.")
 ]
@@ -256,18 +259,19 @@ class _Compiler:
         from efftrain.ondevice.constants import Loss
         from efftrain.ondevice.state import Rounding
 
-        return compile(
-            self.model,
-            self.example,
-            scheme=scheme or self.scheme,
-            board=board or self.board,
-            calibration=self.samples,
-            learning_rate=self.request.lr,
-            seed=self.request.seed,
-            rounding=cast("Rounding", self.request.rounding),
-            name=name,
-            loss=cast("Loss", self.loss),
-        )
+        with redirect_stdout(sys.stderr):
+            return compile(
+                self.model,
+                self.example,
+                scheme=scheme or self.scheme,
+                board=board or self.board,
+                calibration=self.samples,
+                learning_rate=self.request.lr,
+                seed=self.request.seed,
+                rounding=cast("Rounding", self.request.rounding),
+                name=name,
+                loss=cast("Loss", self.loss),
+            )
 
     def _samples(self) -> Samples:
         import numpy as np
@@ -322,7 +326,8 @@ def _model(request: _Request) -> nn.Module:
     from efftrain.models import build_model
 
     options = {} if request.classes is None else {"num_classes": request.classes}
-    with torch.random.fork_rng(devices=[]):
+    # What a user's file prints is not our output: stdout may be read as JSON.
+    with torch.random.fork_rng(devices=[]), redirect_stdout(sys.stderr):
         torch.manual_seed(request.seed)
         model = build_model(request.model, **options)
     if request.weights is None:
@@ -335,6 +340,7 @@ def _model(request: _Request) -> nn.Module:
 def _load_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
+    path = path / "model.safetensors" if path.is_dir() else path  # as save_pretrained writes it
     if not path.is_file():
         raise ConfigError(f"--weights: there is no file {path}.")
     try:

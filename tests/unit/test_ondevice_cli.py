@@ -28,6 +28,8 @@ RUN_KEYS = PLAN_KEYS | {
 NET = """
 from torch import nn
 
+print("a user's file may print")
+
 class Net(nn.Sequential):
     def __init__(self, num_classes=3):
         layers = [nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU6()]
@@ -79,7 +81,7 @@ def error_of(ended: Ended) -> str:
     """The one line of an error, the last on stderr."""
     status, out, err = ended
     assert (status, out) == (1, ""), (status, out, err)
-    lines = [line for line in err.splitlines() if not line.startswith(("data:", "weights:"))]
+    lines = [line for line in err.splitlines() if not line.startswith(("data:", "weights:", "a user's file"))]
     assert len(lines) == 1, err
     assert lines[0].startswith("efftrain: "), err
     return lines[0]
@@ -149,8 +151,15 @@ def test_own_models_weights_and_data(run: Command, tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "net.safetensors")
     np.save(tmp_path / "x.npy", np.ones((4, 3, 12, 10), np.float32))
     status, out, err = run(*arguments, "--weights", "net.safetensors", "--calibration", "x.npy")
-    assert (status, err) == (0, ""), "with weights and data there is nothing to say"
+    assert (status, err) == (0, "a user's file may print\n"), "with weights and data there is nothing to say"
     assert {key: json.loads(out)[key] for key in PLAN_KEYS} == {key: found[key] for key in PLAN_KEYS}
+
+
+def test_weights_from_a_saved_model(run: Command, tmp_path: Path) -> None:
+    build_model("watch-cnn").save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    status, _, err = run("plan", "watch-cnn", "--weights", "saved", "--synthetic", "--json")
+    assert status == 0
+    assert "weights: random" not in err
 
 
 def test_build_writes_a_project(run: Command, tmp_path: Path) -> None:

@@ -197,8 +197,9 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         channels, height, width = shapes[-1]
         smallest = min(height, width) if two_d else width
         if kind in ("conv", "depthwise", "pad"):
-            kernel = draw(st.integers(1, min(4, smallest)))
-            stride, padding, bias = draw(st.integers(1, 2)), draw(st.integers(0, kernel // 2)), draw(st.booleans())
+            kernel = draw(st.integers(1, min(4, smallest + 2)))
+            least = max(0, kernel - smallest + 1) // 2
+            stride, padding, bias = draw(st.integers(1, 2)), draw(st.integers(least, kernel)), draw(st.booleans())
             groups = channels if kind == "depthwise" else 1
             out = channels if kind == "depthwise" else draw(st.integers(1, 5))
             layer = conv(channels, out, kernel, stride, padding, groups=groups, bias=bias)
@@ -210,8 +211,11 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
             function = FUNCTIONS[draw(st.sampled_from(sorted(FUNCTIONS)))](draw(st.booleans()))
             steps.append(lambda results, function=function: function(results[-1]))  # type: ignore[misc]
         elif kind == "pool":
-            kernel, average = draw(st.integers(1, min(3, smallest))), draw(st.booleans())
-            stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel // 2))
+            kernel, average = draw(st.integers(1, min(4, smallest + 1))), draw(st.booleans())
+            least = max(0, kernel - smallest + 1) // 2
+            if average and smallest == 1:
+                continue  # refused with padding, and nothing without
+            stride, padding = draw(st.integers(1, 3)), draw(st.integers(least, kernel // 2))
             pools = (nn.MaxPool2d, nn.AvgPool2d) if two_d else (nn.MaxPool1d, nn.AvgPool1d)
             add_module(pools[average](kernel, stride, padding))
         elif kind in ("add", "mul"):
@@ -438,6 +442,10 @@ def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
         (Tail(nn.AdaptiveAvgPool1d(3)), ["aten.adaptive_avg_pool1d", "from (124,) to (3,)", "pooling to 1"]),
         (Tail(nn.AvgPool1d(3, ceil_mode=True)), ["aten.avg_pool1d", "ceil_mode", "(1, 41) to (1, 42)"]),
         (Tail(nn.AvgPool1d(3, padding=1, count_include_pad=False)), ["count_include_pad=False"]),
+        (
+            nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.AvgPool1d(3, padding=1), nn.Flatten(), nn.Linear(6, 2)),
+            ["average pooling at", "acts on one position and its padding", "leave it out"],
+        ),
         (Tail(nn.MaxPool1d(3, dilation=2)), ["aten.max_pool1d", "with dilation"]),
         (Tail(lambda x: F.max_pool1d(x, 2, return_indices=True)[0]), ["max_pool1d_with_indices", "without indices"]),
         (

@@ -106,13 +106,15 @@ class _Lowering:
                 case BatchNorm() if op.x in self.flat:
                     self._alias(op, flat=True)
                     self.scaled[op.y] = op
-                case Pool() | GlobalAverage() if self.graph.tensors[op.x].shape[:2] == (1, 1):
+                case Pool() | GlobalAverage() if self._one_position(op.x) and self._one_position(op.y):
                     if isinstance(op, Pool) and op.kind == "average" and op.kernel != (1, 1):
                         raise CompileError(
                             f"average pooling at {op.source} acts on one position and its padding; leave it out"
                         )
                     self._alias(op, flat=op.x in self.flat)
-                case Pool(kernel=(1, 1), stride=(1, 1)):
+                case Pool() if op.x in self.flat:
+                    raise self._refuse_flat(op)
+                case Pool(kernel=(1, 1), stride=(1, 1), padding=(0, 0)):
                     self._alias(op, flat=False)
                 case Pool(padding=(0, 0)) if op.kernel == self.shapes[x][:2] and op.kind == "average":
                     self._emit(GlobalAverage(name=op.name, x=x, y=op.y, source=op.source), op.y)
@@ -131,6 +133,9 @@ class _Lowering:
             for name, shape in self.shapes.items()
         }
         return remove_dead(FloatGraph(self.graph.input, output, tensors, tuple(self.ops), self.constants))
+
+    def _one_position(self, name: str) -> bool:
+        return self.graph.tensors[name].shape[:2] == (1, 1)
 
     def _emit(self, op: FloatOp, y: str, like: FloatOp | None = None) -> None:
         """Add an op; ``like`` is the op it was, if it keeps flat maps as they are."""
