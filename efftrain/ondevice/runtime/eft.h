@@ -325,6 +325,9 @@ uint32_t eft_step_key(uint32_t seed, uint32_t step);
 void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
                          int32_t lr_shift, int32_t *bias);
 
+/** Words from one place to another that may overlap with it, both aligned to 4; num_bytes is rounded up to whole words. */
+void eft_move(void *to, const void *from, uint32_t num_bytes);
+
 /** Bytes from one place to another that does not overlap with it. */
 void eft_copy(void *to, const void *from, uint32_t num_bytes);
 

@@ -1,27 +1,122 @@
-#include "eft_internal.h"
+#include "eft_dsp.h"
+#include "eft_gradient.h"
 
-/** Add what one output pixel sends back through one tap of the kernel. */
-static void add_tap(const int16_t *g, int32_t shift, const eft_conv_shape *s, const eft_weights *weights,
-                    const int16_t *channel_scale, int32_t ky, int32_t kx, int32_t *sums)
+/** Output channels at a time. */
+#define BLOCK 128
+
+/** Scaled gradients of two neighboring places, as they are multiplied with the same weights; 0 where there is no place. */
+typedef struct {
+    int16_t x, z;
+} operands;
+
+static EFT_OUT_OF_LINE void fill(operands *h, const int16_t *x, const int16_t *z, const int16_t *scale, int32_t shift,
+                                 int32_t count)
 {
+    for (int32_t o = 0; o < count; o++) {
+        h[o].x = (int16_t)(x != NULL ? eft_rsh32((int32_t)x[o] * scale[o], shift) : 0);
+        h[o].z = (int16_t)(z != NULL ? eft_rsh32((int32_t)z[o] * scale[o], shift) : 0);
+    }
+}
+
+#if EFT_DSP
+
+/** Four input channels: the inner loop runs over the output channels, and the sums stay in registers. */
+static inline void add_four(const operands *h, int32_t count, const int8_t *w, int32_t step, int32_t *x, int32_t *z)
+{
+    int32_t x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
+    int32_t z0 = z[0], z1 = z[1], z2 = z[2], z3 = z[3];
+    const eft_pair *pair = (const eft_pair *)(const void *)h;
+    const eft_pair *const end = pair + count;
+    while (pair != end) {
+        const uint32_t four = eft_load4(w);
+        const uint32_t both = *pair++;
+        const uint32_t even = eft_even0(four);
+        x0 = eft_smlabb(even, both, x0);
+        x2 = eft_smlatb(even, both, x2);
+        z0 = eft_smlabt(even, both, z0);
+        z2 = eft_smlatt(even, both, z2);
+        const uint32_t odd = eft_odd0(four);
+        x1 = eft_smlabb(odd, both, x1);
+        x3 = eft_smlatb(odd, both, x3);
+        z1 = eft_smlabt(odd, both, z1);
+        z3 = eft_smlatt(odd, both, z3);
+        w += step;
+    }
+    /* Without a second place z is x, and its sums have nothing added. */
+    z[0] = z0;
+    z[1] = z1;
+    z[2] = z2;
+    z[3] = z3;
+    x[0] = x0;
+    x[1] = x1;
+    x[2] = x2;
+    x[3] = x3;
+}
+
+#endif
+
+/** Add what some output channels send back to input channels [0, inputs) of both places. */
+static EFT_OUT_OF_LINE void add_products(const operands *h, int32_t count, const int8_t *w, int32_t step, int32_t inputs,
+                                         int32_t *x, int32_t *z)
+{
+    int32_t i = 0;
+#if EFT_DSP
+    for (; i + 4 <= inputs; i += 4) {
+        add_four(h, count, w + i, step, x + i, z + i);
+    }
+    if (i == inputs) {
+        return;
+    }
+#endif
+    for (int32_t o = 0; o < count; o++) {
+        const int16_t hx = h[o].x;
+        const int16_t hz = h[o].z;
+        for (int32_t j = i; j < inputs; j++) {
+            x[j] += hx * (int16_t)w[j];
+            z[j] += hz * (int16_t)w[j];
+        }
+        w += step;
+    }
+}
+
+/** The output column that sees column ix through place kx of the kernel, or -1. */
+static int32_t seen_by(int32_t ix, int32_t kx, int32_t pad, int32_t stride, int32_t outputs)
+{
+    const int32_t at = ix + pad - kx;
+    return at >= 0 && at % stride == 0 && at / stride < outputs ? at / stride : -1;
+}
+
+/** Sums of input channels [first, first + inputs) of columns ix and, if pixels is 2, ix + 1. */
+static EFT_OUT_OF_LINE void add_window(const int16_t *g, int32_t shift, const eft_conv_shape *s, const eft_weights *weights,
+                                       const int16_t *scale, int32_t iy, int32_t ix, int32_t pixels, int32_t first,
+                                       int32_t inputs, int32_t *sums)
+{
+    const int32_t taps = s->kernel_h * s->kernel_w;
     const int32_t trained_c = weights->trained_c;
     const int32_t frozen_c = s->in_c - trained_c;
-    for (int32_t o = 0; o < s->out_c; o++) {
-        const int32_t value = eft_rsh32((int32_t)g[o] * channel_scale[o], shift);
-        const int32_t tap = (o * s->kernel_h + ky) * s->kernel_w + kx;
-        if (value == 0) {
+    const int32_t in_trained = first >= trained_c ? 0 : (first + inputs <= trained_c ? inputs : trained_c - first);
+    int32_t *const second = sums + (pixels == 2 ? inputs : 0);
+    operands h[BLOCK];
+    for (int32_t tap = 0; tap < taps; tap++) {
+        const int32_t ky = tap / s->kernel_w;
+        const int32_t oy = seen_by(iy, ky, s->pad_h, s->stride_h, s->out_h);
+        const int32_t ox = seen_by(ix, tap - ky * s->kernel_w, s->pad_w, s->stride_w, s->out_w);
+        const int32_t oz = pixels == 2 ? seen_by(ix + 1, tap - ky * s->kernel_w, s->pad_w, s->stride_w, s->out_w) : -1;
+        if (oy < 0 || (ox < 0 && oz < 0)) {
             continue;
         }
-        if (trained_c > 0) {
-            const int8_t *w = weights->trained + tap * trained_c;
-            for (int32_t i = 0; i < trained_c; i++) {
-                sums[i] += value * w[i];
+        for (int32_t o = 0; o < s->out_c; o += BLOCK) {
+            const int32_t count = s->out_c - o < BLOCK ? s->out_c - o : BLOCK;
+            const int16_t *const x = ox < 0 ? NULL : g + (oy * s->out_w + ox) * s->out_c + o;
+            const int16_t *const z = oz < 0 ? NULL : g + (oy * s->out_w + oz) * s->out_c + o;
+            fill(h, x, z, scale + o, shift, count);
+            if (in_trained > 0) {
+                const int8_t *const w = weights->trained + (o * taps + tap) * trained_c + first;
+                add_products(h, count, w, taps * trained_c, in_trained, sums, second);
             }
-        }
-        if (frozen_c > 0) {
-            const int8_t *w = weights->frozen + tap * frozen_c;
-            for (int32_t i = 0; i < frozen_c; i++) {
-                sums[trained_c + i] += value * w[i];
+            if (in_trained < inputs) {
+                const int8_t *const w = weights->frozen + (o * taps + tap) * frozen_c + first + in_trained - trained_c;
+                add_products(h, count, w, taps * frozen_c, inputs - in_trained, sums + in_trained, second + in_trained);
             }
         }
     }
@@ -33,36 +128,27 @@ int32_t eft_conv_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv
     const eft_conv_shape *s = shape;
     /* In [0, 30]: the bits are at most 15, and so are the operand bits. */
     const int32_t shift = 15 - (constants->operand_bits - g_bits);
+    /* Two columns at a time, each with a part of the channels, share the scratch. */
+    const int32_t half = s->in_c >= 8 ? s->in_c / 8 * 4 : s->in_c / 2;
     uint32_t seen = 0;
     int32_t index = 0;
     for (int32_t iy = 0; iy < s->in_h; iy++) {
-        for (int32_t ix = 0; ix < s->in_w; ix++) {
-            for (int32_t i = 0; i < s->in_c; i++) {
-                scratch[i] = 0;
-            }
-            for (int32_t ky = 0; ky < s->kernel_h; ky++) {
-                const int32_t y = iy + s->pad_h - ky;
-                if (y < 0 || y % s->stride_h != 0 || y / s->stride_h >= s->out_h) {
-                    continue;
+        for (int32_t ix = 0; ix < s->in_w;) {
+            const int32_t pixels = s->stride_w == 1 && ix + 1 < s->in_w && half > 0 ? 2 : 1;
+            const int32_t part = pixels == 2 ? half : s->in_c;
+            for (int32_t first = 0; first < s->in_c; first += part) {
+                const int32_t inputs = s->in_c - first < part ? s->in_c - first : part;
+                for (int32_t i = 0; i < pixels * inputs; i++) {
+                    scratch[i] = 0;
                 }
-                for (int32_t kx = 0; kx < s->kernel_w; kx++) {
-                    const int32_t x = ix + s->pad_w - kx;
-                    if (x < 0 || x % s->stride_w != 0 || x / s->stride_w >= s->out_w) {
-                        continue;
-                    }
-                    const int32_t pixel = (y / s->stride_h) * s->out_w + x / s->stride_w;
-                    add_tap(g + pixel * s->out_c, shift, s, weights, constants->channel_scale, ky, kx, scratch);
+                add_window(g, shift, s, weights, constants->channel_scale, iy, ix, pixels, first, inputs, scratch);
+                for (int32_t pixel = 0; pixel < pixels; pixel++) {
+                    const int32_t at = index + pixel * s->in_c + first;
+                    seen |= eft_store_gradient(scratch + pixel * inputs, inputs, constants->shift, x_mask, at, gx);
                 }
             }
-            for (int32_t i = 0; i < s->in_c; i++) {
-                int64_t value = 0;
-                if (eft_passes(x_mask, index)) {
-                    value = eft_clamp64(eft_rsh(scratch[i], constants->shift), -32767, 32767);
-                }
-                gx[index] = (int16_t)value;
-                seen |= eft_magnitude((int32_t)value);
-                index++;
-            }
+            index += pixels * s->in_c;
+            ix += pixels;
         }
     }
     return eft_bit_length(seen);

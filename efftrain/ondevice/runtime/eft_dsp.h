@@ -26,6 +26,14 @@ static inline uint32_t eft_load4(const int8_t *at)
     return word;
 }
 
+/** Two int16 at any address. */
+static inline uint32_t eft_load2(const int16_t *at)
+{
+    uint32_t word;
+    __builtin_memcpy(&word, at, 4);
+    return word;
+}
+
 /** Bytes 0 and 2 as two int16, each with an int16 of plus added. */
 static inline uint32_t eft_even(uint32_t word, uint32_t plus)
 {
@@ -79,6 +87,22 @@ static inline int32_t eft_smlatt(uint32_t a, uint32_t b, int32_t sum)
 {
     int32_t result;
     __asm("smlatt %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+/** sum + product of the lower int16 of a and the upper of b. */
+static inline int32_t eft_smlabt(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm("smlabt %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+/** sum + product of the upper int16 of a and the lower of b. */
+static inline int32_t eft_smlatb(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm("smlatb %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
     return result;
 }
 
