@@ -5,6 +5,7 @@ A codec knows no transport. It says how its payloads combine, and the transport 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -50,7 +51,7 @@ class Codec(ABC):
         payload = self._try_fused(values, None, key, None)
         if payload is None:
             refuse_non_finite(values)
-            payload = pack(self.codec_id, self._params(), values.size, self._encode_body(values, key))
+            payload = pack(self.codec_id, self.params, values.size, self._encode_body(values, key))
         return payload
 
     def encode_with_residual(
@@ -85,7 +86,7 @@ class Codec(ABC):
             return fused, left
         owed = add(values, residual)
         refuse_non_finite(owed)
-        payload = pack(self.codec_id, self._params(), values.size, self._encode_body(owed, key))
+        payload = pack(self.codec_id, self.params, values.size, self._encode_body(owed, key))
         np.negative(self.decode(payload, max_elements=owed.size), out=left)
         left += owed
         return payload, left
@@ -133,14 +134,19 @@ class Codec(ABC):
         Raises:
             PayloadError: As ``decode_add``.
         """
-        if crc != checksum_of(self.codec_id, self._params(), out.size, body):
+        if crc != checksum_of(self.codec_id, self.params, out.size, body):
             raise PayloadError("payload checksum does not match: the bytes were changed, or are of another codec")
         self._add_body(body, out, np.float32(weight))
 
+    @cached_property
+    def params(self) -> bytes:
+        """The codec's parameters, as they stand behind the header of each payload."""
+        return self._params()
+
     @property
     def num_param_bytes(self) -> int:
-        """Bytes of the codec's parameters behind the header of each payload."""
-        return len(self._params())
+        """Length of ``params``."""
+        return len(self.params)
 
     def body_of(self, payload: Payload) -> Bytes:
         """The bytes of a payload of this codec behind header and parameters; a view."""
@@ -222,7 +228,7 @@ class Codec(ABC):
         out += weight * self._decode_body(body, out.size)
 
     def _check_is_mine(self, parts: Parts) -> None:
-        if parts.codec_id != self.codec_id or parts.params != self._params():
+        if parts.codec_id != self.codec_id or parts.params != self.params:
             raise PayloadError(f"payload was not written by {self}; both ends of a wire need the same codec")
 
 

@@ -6,6 +6,7 @@ in front of them, the length of its body, and a slot with room for the largest.
 """
 
 import struct
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from efftrain.errors import PayloadError
 _LENGTH = struct.Struct("<I")
 
 
+@lru_cache(maxsize=1 << 14)
 def slot_bytes(codec: Codec, num_elements: int) -> int:
     """Bytes of a tensor's slot; 0 for an empty tensor."""
     if not num_elements:

@@ -86,7 +86,7 @@ class Half(Codec):
         return [codes.view(np.uint8)]
 
     def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
-        data, body = start(self.codec_id, self._params(), values.size, 2 * values.size)
+        data, body = start(self.codec_id, self.params, values.size, 2 * values.size)
         done = kernels.half_encode(values, residual, self.format == "bf16", body, left)
         return None if done is kernels.MISSING else seal(data)
 
@@ -153,7 +153,7 @@ class Fp8(Codec):
 
     def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
         small, split = _MINIFLOATS[self.format], 4 * num_blocks(values.size, self.block)
-        data, body = start(self.codec_id, self._params(), values.size, split + values.size)
+        data, body = start(self.codec_id, self.params, values.size, split + values.size)
         number = small.for_kernels(float(largest_scale(int(small.largest))))
         scales = kernels.encode_minifloats(values, residual, self.block, number, body[split:], left)
         if scales is kernels.MISSING:
@@ -243,7 +243,7 @@ class Mx(Codec):
 
     def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
         split, bits = num_blocks(values.size, _MX_BLOCK), self._bits
-        data, body = start(self.codec_id, self._params(), values.size, split + packed_bytes(values.size, bits))
+        data, body = start(self.codec_id, self.params, values.size, split + packed_bytes(values.size, bits))
         codes = body[split:] if bits == 8 else np.empty(values.size, np.uint8)
         number = _INT8_FOR_KERNELS if self.format == "int8" else _MINIFLOATS[self.format].for_kernels(0.0)
         scales = kernels.encode_minifloats(values, residual, _MX_BLOCK, number, codes, left)

@@ -113,7 +113,7 @@ class Int8(Codec):
         if self.rounding == "stochastic":
             return None
         split = 4 * num_blocks(values.size, self.block)
-        data, body = start(self.codec_id, self._params(), values.size, split + values.size)
+        data, body = start(self.codec_id, self.params, values.size, split + values.size)
         q = body[split:].view(np.int8)
         scales = kernels.quantize(values, residual, self.block, 127, largest_scale(127), q, left)
         if scales is kernels.MISSING:
@@ -201,7 +201,7 @@ class IntN(Codec):
         if scales is kernels.MISSING:
             return None
         num_body_bytes = split + packed_bytes(values.size, self.bits)
-        data, body = start(self.codec_id, self._params(), values.size, num_body_bytes)
+        data, body = start(self.codec_id, self.params, values.size, num_body_bytes)
         body[:split] = scale_bytes(scales)
         body[split:] = pack_codes(q.view(np.uint8), self.bits)
         return seal(data)

@@ -73,7 +73,7 @@ class Sign(Codec):
 
     def _encode_fused(self, values: Floats, residual: Floats | None, key: int, left: Floats | None) -> Payload | None:
         split = 4 * num_blocks(values.size, self.block)
-        data, body = start(self.codec_id, self._params(), values.size, split + packed_bytes(values.size, 1))
+        data, body = start(self.codec_id, self.params, values.size, split + packed_bytes(values.size, 1))
         scales = kernels.sign_encode(values, residual, self.block, body[split:], left)
         if scales is kernels.MISSING:
             return None
@@ -163,7 +163,7 @@ class Ternary(Codec):
         if found is kernels.MISSING:
             return None
         scales, digits = found
-        return pack(self.codec_id, self._params(), values.size, [scale_bytes(scales), _pack(digits)])
+        return pack(self.codec_id, self.params, values.size, [scale_bytes(scales), _pack(digits)])
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         scales, digits = self._split(body, num_elements)

@@ -101,7 +101,7 @@ class Sparse(Codec):
         if left is not None:
             left[indices_K] = left_K
         body = self.values.body_of(payload)
-        return pack(self.codec_id, self._params(), n, [*self._write_places(indices_K, n, key), body])
+        return pack(self.codec_id, self.params, n, [*self._write_places(indices_K, n, key), body])
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
         indices_K, values_K = self._decode_sparse(body, num_elements)
@@ -119,10 +119,10 @@ class Sparse(Codec):
         return indices_K, self.values._decode_body(np.ascontiguousarray(rest), indices_K.size)
 
     def _value_params(self) -> bytes:
-        return bytes([self.values.codec_id]) + self.values._params()
+        return bytes([self.values.codec_id]) + self.values.params
 
     def _value_bytes(self, k: int) -> int:
-        return self.values.encoded_bytes(k) - HEADER.size - len(self.values._params())
+        return self.values.encoded_bytes(k) - HEADER.size - len(self.values.params)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class TopK(Sparse):
     def encoded_bytes(self, num_elements: int) -> int:
         """Header, places and values; depends on the number of elements alone."""
         k = self.num_sent(num_elements)
-        return HEADER.size + len(self._params()) + index_bytes(k, num_elements) + self._value_bytes(k)
+        return HEADER.size + len(self.params) + index_bytes(k, num_elements) + self._value_bytes(k)
 
     def _params(self) -> bytes:
         return struct.pack("<dI", self.ratio, self.dense_below) + self._value_params()
@@ -244,7 +244,7 @@ class RandomK(Sparse):
 
     def encoded_bytes(self, num_elements: int) -> int:
         """Header, 8 bytes of key, values."""
-        return HEADER.size + len(self._params()) + 8 + self._value_bytes(self.num_sent(num_elements))
+        return HEADER.size + len(self.params) + 8 + self._value_bytes(self.num_sent(num_elements))
 
     def _params(self) -> bytes:
         return struct.pack("<d", self.ratio) + self._value_params()
@@ -304,7 +304,7 @@ class Threshold(Sparse):
     def encoded_bytes(self, num_elements: int) -> int:
         """Header, 8 bytes for the number sent, places and values, where ``2 K`` elements are sent."""
         k = self.most_sent(num_elements)
-        return HEADER.size + len(self._params()) + 8 + largest_index_bytes(k, num_elements) + self._value_bytes(k)
+        return HEADER.size + len(self.params) + 8 + largest_index_bytes(k, num_elements) + self._value_bytes(k)
 
     def _params(self) -> bytes:
         return struct.pack("<dd", self.ratio, self.sample) + self._value_params()
