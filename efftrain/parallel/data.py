@@ -47,7 +47,7 @@ class DataParallel:
             yield
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """One all-reduce of a few float64."""
+        """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
 
     def sync_buffers(self, model: nn.Module) -> None:

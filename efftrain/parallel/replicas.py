@@ -19,9 +19,13 @@ def broadcast(transport: Transport, value: Tensor) -> None:
 
 
 def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
-    """Each value added up over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=transport.device)
-    return [float(v) for v in transport.all_reduce(tensor).wait().tolist()]
+    """Each value added up over all ranks in their order, in float64.
+
+    Gathered, since a ring takes ``2 (W - 1)`` messages one after the other, and few bytes cost nothing but time.
+    """
+    message = torch.from_numpy(np.array(values, np.float64).view(np.uint8)).to(transport.device)
+    rows = transport.all_gather(message).wait().cpu().numpy()
+    return [float(total) for total in rows.view(np.float64).sum(axis=0)]
 
 
 def refuse_other_models(transport: Transport, model: nn.Module) -> None:

@@ -158,7 +158,7 @@ class GradSync:
             self._suspended = False
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """One all-reduce of a few float64."""
+        """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
 
     def sync_buffers(self, model: nn.Module) -> None:
