@@ -1,4 +1,4 @@
-#include "eft_internal.h"
+#include "eft_conv_weight_sums.h"
 
 void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
                                const eft_factors *rate, int32_t lr_shift, int8_t *trained, int8_t *residual, int32_t trained_c,
@@ -10,7 +10,8 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
         const int32_t shift = rate->shift[o] - (gradient->exponent + cut) - 16 + lr_shift;
         for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
             for (int32_t kx = 0; kx < shape->kernel_w; kx++) {
-                eft_conv_weight_sums(x, x_zero_point, gradient->g, cut, shape, o, ky, kx, trained_c, scratch);
+                const eft_seen seen = eft_seen_through(x, gradient->g, shape, ky, kx);
+                eft_conv_weight_sums(&seen, x_zero_point, cut, o, trained_c, scratch);
                 for (int32_t i = 0; i < trained_c; i++) {
                     const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
                     eft_move_master(trained + index, residual + index, step);

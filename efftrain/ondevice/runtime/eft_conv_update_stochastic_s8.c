@@ -1,4 +1,4 @@
-#include "eft_internal.h"
+#include "eft_conv_weight_sums.h"
 
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                    const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
@@ -12,7 +12,8 @@ void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const 
             for (int32_t kx = 0; kx < shape->kernel_w; kx++) {
                 const int32_t tap = (o * shape->kernel_h + ky) * shape->kernel_w + kx;
                 const uint32_t first = first_index + (uint32_t)(tap * shape->in_c);
-                eft_conv_weight_sums(x, x_zero_point, gradient->g, cut, shape, o, ky, kx, trained_c, scratch);
+                const eft_seen seen = eft_seen_through(x, gradient->g, shape, ky, kx);
+                eft_conv_weight_sums(&seen, x_zero_point, cut, o, trained_c, scratch);
                 for (int32_t i = 0; i < trained_c; i++) {
                     const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
                     eft_move_stochastic(trained + index, step, key, first + (uint32_t)i);

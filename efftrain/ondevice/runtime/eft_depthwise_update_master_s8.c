@@ -1,4 +1,4 @@
-#include "eft_internal.h"
+#include "eft_depthwise_weight_sums.h"
 
 void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                     const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, int8_t *trained,
@@ -8,7 +8,8 @@ void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const
     int32_t index = 0;
     for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
         for (int32_t kx = 0; kx < shape->kernel_w; kx++) {
-            eft_depthwise_weight_sums(x, x_zero_point, gradient->g, cut, shape, ky, kx, trained_c, scratch);
+            const eft_seen seen = eft_seen_through(x, gradient->g, shape, ky, kx);
+            eft_depthwise_weight_sums(&seen, x_zero_point, cut, trained_c, scratch);
             for (int32_t c = 0; c < trained_c; c++) {
                 const int32_t shift = rate->shift[c] - (gradient->exponent + cut) - 16 + lr_shift;
                 const int64_t step = eft_rsh((int64_t)scratch[c] * rate->multiplier[c], shift);

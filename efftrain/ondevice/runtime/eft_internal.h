@@ -130,68 +130,6 @@ static inline void eft_set_bits(uint8_t *mask, int32_t index, int32_t count, uin
     }
 }
 
-/** Weight of a depthwise layer. */
-static inline int32_t eft_depthwise_weight(const eft_weights *weights, int32_t channels, int32_t tap, int32_t c)
-{
-    const int32_t frozen_c = channels - weights->trained_c;
-    return c < weights->trained_c ? weights->trained[tap * weights->trained_c + c]
-                                  : weights->frozen[tap * frozen_c + c - weights->trained_c];
-}
-
-/** scratch[i] = sum over pixels of gradient * input, for output channel o and one tap of the kernel. */
-static inline void eft_conv_weight_sums(const int8_t *x, int32_t x_zero_point, const int16_t *g, int32_t cut,
-                                        const eft_conv_shape *s, int32_t o, int32_t ky, int32_t kx, int32_t trained_c,
-                                        int32_t *scratch)
-{
-    for (int32_t i = 0; i < trained_c; i++) {
-        scratch[i] = 0;
-    }
-    for (int32_t oy = 0; oy < s->out_h; oy++) {
-        const int32_t iy = oy * s->stride_h - s->pad_h + ky;
-        if (iy < 0 || iy >= s->in_h) {
-            continue;
-        }
-        for (int32_t ox = 0; ox < s->out_w; ox++) {
-            const int32_t ix = ox * s->stride_w - s->pad_w + kx;
-            const int32_t value = eft_rsh32(g[(oy * s->out_w + ox) * s->out_c + o], cut);
-            if (value == 0 || ix < 0 || ix >= s->in_w) {
-                continue;
-            }
-            const int8_t *pixel = x + (iy * s->in_w + ix) * s->in_c;
-            for (int32_t i = 0; i < trained_c; i++) {
-                scratch[i] += value * ((int32_t)pixel[i] - x_zero_point);
-            }
-        }
-    }
-}
-
-/** scratch[c] = sum over pixels of gradient * input, for one tap of a depthwise kernel. */
-static inline void eft_depthwise_weight_sums(const int8_t *x, int32_t x_zero_point, const int16_t *g, int32_t cut,
-                                             const eft_conv_shape *s, int32_t ky, int32_t kx, int32_t trained_c,
-                                             int32_t *scratch)
-{
-    for (int32_t c = 0; c < trained_c; c++) {
-        scratch[c] = 0;
-    }
-    for (int32_t oy = 0; oy < s->out_h; oy++) {
-        const int32_t iy = oy * s->stride_h - s->pad_h + ky;
-        if (iy < 0 || iy >= s->in_h) {
-            continue;
-        }
-        for (int32_t ox = 0; ox < s->out_w; ox++) {
-            const int32_t ix = ox * s->stride_w - s->pad_w + kx;
-            if (ix < 0 || ix >= s->in_w) {
-                continue;
-            }
-            const int16_t *value = g + (oy * s->out_w + ox) * s->out_c;
-            const int8_t *pixel = x + (iy * s->in_w + ix) * s->in_c;
-            for (int32_t c = 0; c < trained_c; c++) {
-                scratch[c] += eft_rsh32(value[c], cut) * ((int32_t)pixel[c] - x_zero_point);
-            }
-        }
-    }
-}
-
 /** A step of a master weight 256 * trained + residual. */
 static inline void eft_move_master(int8_t *trained, int8_t *residual, int64_t step)
 {

@@ -1,0 +1,37 @@
+/** What the gradient of one place of a kernel is made of. Not part of the contract. */
+#ifndef EFT_SEEN_H
+#define EFT_SEEN_H
+
+#include "eft_internal.h"
+
+/** The outputs whose windows have a place of the kernel on the input. */
+typedef struct {
+    const int16_t *g; /**< The first, channel 0 */
+    const int8_t *x;  /**< What it sees there, channel 0 */
+    int32_t rows, columns;
+    int32_t g_row, g_column, x_row, x_column; /**< Distances */
+} eft_seen;
+
+static inline eft_seen eft_seen_through(const int8_t *x, const int16_t *g, const eft_conv_shape *s, int32_t ky, int32_t kx)
+{
+    /* Of the outputs in a row or column, the first and the one after the last that see input 0 or more, and less than all. */
+    const int32_t first_y = s->pad_h > ky ? (s->pad_h - ky + s->stride_h - 1) / s->stride_h : 0;
+    const int32_t first_x = s->pad_w > kx ? (s->pad_w - kx + s->stride_w - 1) / s->stride_w : 0;
+    const int32_t reach_y = s->in_h + s->pad_h - ky - 1;
+    const int32_t reach_x = s->in_w + s->pad_w - kx - 1;
+    const int32_t end_y = reach_y < 0 ? 0 : eft_end_output(reach_y, s->stride_h, s->out_h);
+    const int32_t end_x = reach_x < 0 ? 0 : eft_end_output(reach_x, s->stride_w, s->out_w);
+    const int some = end_y > first_y && end_x > first_x;
+    eft_seen seen;
+    seen.rows = some ? end_y - first_y : 0;
+    seen.columns = some ? end_x - first_x : 0;
+    seen.g_column = s->out_c;
+    seen.g_row = s->out_w * s->out_c;
+    seen.x_column = s->stride_w * s->in_c;
+    seen.x_row = s->stride_h * s->in_w * s->in_c;
+    seen.g = some ? g + first_y * seen.g_row + first_x * seen.g_column : g;
+    seen.x = some ? x + ((first_y * s->stride_h - s->pad_h + ky) * s->in_w + first_x * s->stride_w - s->pad_w + kx) * s->in_c : x;
+    return seen;
+}
+
+#endif
