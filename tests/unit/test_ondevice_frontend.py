@@ -287,12 +287,13 @@ class Tail(nn.Module):
 
 
 def kinds(between: object) -> list[str]:
-    """What ``between`` becomes: the ops before the average and the head."""
+    """What ``between`` becomes: the ops before the head, without an average over everything."""
     graph = assert_same_function(randomize(Tail(between)), EXAMPLE_1D)
-    assert [type(op) for op in graph.ops[-2:]] == [GlobalAverage, Conv]
+    assert isinstance(graph.ops[-1], Conv)
+    body = [op for op in graph.ops[:-1] if not isinstance(op, GlobalAverage)]
     return [
         op.activation if isinstance(op, Conv | Add) else op.function if isinstance(op, Apply) else type(op).__name__
-        for op in graph.ops[:-2]
+        for op in body
     ]
 
 
@@ -323,6 +324,9 @@ def kinds(between: object) -> list[str]:
         (nn.MaxPool1d(2, ceil_mode=True), ["none", "Pool"]),
         (nn.AdaptiveAvgPool1d(31), ["none", "Pool"]),
         (nn.AvgPool1d(124), ["none"]),
+        (nn.AdaptiveMaxPool1d(1), ["none", "Pool"]),
+        (nn.Sequential(nn.AdaptiveMaxPool1d(4), nn.ReLU()), ["relu", "Pool"]),
+        (lambda x: x.amax(2, keepdim=True), ["none", "Pool"]),
         (nn.MaxPool1d(1), ["none"]),
         (nn.MaxPool1d(5, stride=2, padding=2), ["none", "Pool"]),
     ],
@@ -447,6 +451,7 @@ def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
             ["average pooling at", "acts on one position and its padding", "leave it out"],
         ),
         (Tail(nn.MaxPool1d(3, dilation=2)), ["aten.max_pool1d", "with dilation"]),
+        (Tail(lambda x: F.adaptive_max_pool1d(x, 1, return_indices=True)[1].float()), ["aten.to", "with a number"]),
         (Tail(lambda x: F.max_pool1d(x, 2, return_indices=True)[0]), ["max_pool1d_with_indices", "without indices"]),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(768, 3), nn.Softmax(1)),

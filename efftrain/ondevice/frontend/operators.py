@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 SUPPORTED = (
     "conv1d and conv2d (dense or depthwise, dilation 1), linear, batch norm, relu, relu6, sigmoid, hard-sigmoid, "
-    "hard-swish, add and mul of two tensors, cat over channels, average and max pooling, adaptive average pooling, "
-    "mean over all positions, zero padding before a convolution, flatten, dropout"
+    "hard-swish, add and mul of two tensors, cat over channels, average and max pooling, adaptive pooling, mean and "
+    "amax over all positions, zero padding before a convolution, flatten, dropout"
 )
 _REMEDIES = {
     "the loss contains it; return the logits": ("softmax", "log_softmax", "cross_entropy_loss", "nll_loss"),
@@ -64,9 +64,7 @@ _REMEDIES = {
         *("_weight_norm_interface", "_weight_norm", "norm_except_dim", "linalg_vector_norm"),
     ),
     "freeze layers with the update scheme": ("detach", "wrap_with_set_grad_enabled"),
-    "use max_pool without indices, or average pooling": (
-        *("max_pool1d_with_indices", "max_pool2d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d"),
-    ),
+    "use max_pool without indices": ("max_pool1d_with_indices", "max_pool2d_with_indices"),
 }
 _REMEDY = {operator: remedy for remedy, operators in _REMEDIES.items() for operator in operators}
 
@@ -306,30 +304,32 @@ def _pool(reader: "Reader", call: Call) -> FloatOp:
     return Pool(**call.common, kind="average" if average else "max", kernel=kernel, stride=stride, padding=padding)
 
 
-def _adaptive_average(reader: "Reader", call: Call) -> FloatOp:
+def _adaptive_pool(reader: "Reader", call: Call) -> FloatOp:
     _check_batched(call, 1 if call.operator.endswith("1d") else 2)
     (in_h, in_w, _), (out_h, out_w, _) = shape_of(call.before), shape_of(call.after)
-    if (out_h, out_w) == (1, 1):
-        return GlobalAverage(**call.common)
     if in_h % out_h or in_w % out_w:
         raise unsupported(
             call,
             f"from {call.before[2:]} to {call.after[2:]}",
-            "Use adaptive average pooling to 1, or to sizes that divide those before",
+            "Use adaptive pooling to 1, or to sizes that divide those before",
         )
     kernel = (in_h // out_h, in_w // out_w)
-    return Pool(**call.common, kind="average", kernel=kernel, stride=kernel, padding=(0, 0))
+    average = call.operator.startswith("adaptive_avg")
+    return Pool(**call.common, kind="average" if average else "max", kernel=kernel, stride=kernel, padding=(0, 0))
 
 
-def _mean(reader: "Reader", call: Call) -> FloatOp:
+def _over_all(reader: "Reader", call: Call) -> FloatOp:
     ndim, dims = len(call.before), call.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     wanted = set(range(2, ndim))
     if not dims or {int(dim) % ndim for dim in dims} != wanted:
         raise unsupported(
-            call, f"over {dims}", f"Take the mean over all positions: dim={tuple(sorted(wanted))}" if wanted else ""
+            call, f"over {dims}", f"Take it over all positions: dim={tuple(sorted(wanted))}" if wanted else ""
         )
-    return GlobalAverage(**call.common)
+    if call.operator == "mean":
+        return GlobalAverage(**call.common)
+    whole = shape_of(call.before)[:2]
+    return Pool(**call.common, kind="max", kernel=whole, stride=whole, padding=(0, 0))
 
 
 def _pad(reader: "Reader", call: Call) -> FloatOp:
@@ -414,9 +414,12 @@ READERS: Mapping[str, Callable[["Reader", Call], FloatOp | None]] = {
     "avg_pool2d": _pool,
     "max_pool1d": _pool,
     "max_pool2d": _pool,
-    "adaptive_avg_pool1d": _adaptive_average,
-    "adaptive_avg_pool2d": _adaptive_average,
-    "mean": _mean,
+    "adaptive_avg_pool1d": _adaptive_pool,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "adaptive_max_pool1d": _adaptive_pool,
+    "adaptive_max_pool2d": _adaptive_pool,
+    "mean": _over_all,
+    "amax": _over_all,
     "pad": _pad,
     "constant_pad_nd": _pad,
     "flatten": _reshape,

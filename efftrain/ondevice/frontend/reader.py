@@ -13,6 +13,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,10 @@ class Reader:
         operator = target.removeprefix("aten.").split(".")[0]
         if operator == "_assert_tensor_metadata":
             return
+        if node.target is getitem and node.args[0].name in self._values:
+            if node.args[1] == 0:  # of a maximum and its index, which has no meaning on the device
+                self._define(node, self._values[node.args[0].name], node.args[0])
+            return
         in_place = operator.endswith("_") and not operator.endswith("__")
         operator = operator.rstrip("_") if in_place else operator
         arguments = _arguments(node)
@@ -264,8 +269,9 @@ def _arguments(node: Any) -> dict[str, Any]:
 
 
 def _shape(node: Any) -> tuple[int, ...]:
-    """Torch's shape of what a node makes; empty if that is no tensor."""
+    """Torch's shape of what a node makes, of several tensors the first; empty if that is no tensor."""
     value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    value = value[0] if isinstance(value, tuple) and value else value
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
