@@ -4,142 +4,198 @@
 /** Channels at a time. */
 #define BLOCK 16
 
-/** What the kernel sees of one channel at one place of the output, or at two neighboring places that see as much. */
+/** Places of the kernel at a time. */
+#define TAPS 49
+
+/** A place of the kernel that lies on the input: its distance from the first column of the window in row 0, and of its weights. */
 typedef struct {
-    const int8_t *x;       /**< First row and column that lie on the input, channel 0 */
-    const int8_t *end;     /**< Of the ring */
-    int32_t ring_bytes, row_bytes;
-    int32_t rows, columns; /**< How many lie on the input */
-    int32_t first_tap;     /**< Where the first of them is in the kernel */
-    int32_t channels;      /**< Of the input */
-    int32_t next;          /**< Bytes to what the second place sees; 0 if there is none */
-    int32_t kernel_w, zero_point;
-} view;
+    int32_t x, w;
+} tap;
 
-static inline const int8_t *next_row(const view *v, const int8_t *row)
+/** The part of a kernel that lies on the input. */
+typedef struct {
+    int32_t first_row, rows, first_column, columns;
+} window;
+
+static inline window window_at(const eft_conv_shape *s, int32_t oy, int32_t ox)
 {
-    row += v->row_bytes;
-    return row >= v->end ? row - v->ring_bytes : row;
+    const int32_t top = oy * s->stride_h - s->pad_h;
+    const int32_t left = ox * s->stride_w - s->pad_w;
+    const int32_t end_row = top + s->kernel_h > s->in_h ? s->in_h - top : s->kernel_h;
+    const int32_t end_column = left + s->kernel_w > s->in_w ? s->in_w - left : s->kernel_w;
+    window found;
+    found.first_row = top < 0 ? -top : 0;
+    found.first_column = left < 0 ? -left : 0;
+    found.columns = end_column > found.first_column ? end_column - found.first_column : 0;
+    found.rows = end_row > found.first_row && found.columns > 0 ? end_row - found.first_row : 0;
+    return found;
 }
 
-#if EFT_DSP
-
-/** Sums of four channels: one product of each, for both places. */
-static inline void add_four(const view *v, const int8_t *x, const int8_t *w, int32_t w_step, const int32_t *bias, int32_t *sums)
+/** Taps [first, first + count) of those in the window. */
+static EFT_OUT_OF_LINE void list_taps(tap *taps, const window *in, int32_t first, int32_t count, const eft_conv_shape *s,
+                                      int32_t ring, int32_t oy, int32_t w_step)
 {
-    const uint32_t plus = eft_minus(v->zero_point);
-    const int32_t x_step = v->channels;
-    const int32_t next = v->next;
-    int32_t x0 = bias[0], x1 = bias[1], x2 = bias[2], x3 = bias[3];
-    int32_t z0 = x0, z1 = x1, z2 = x2, z3 = x3;
-    for (int32_t y = v->rows; y > 0; y--) {
-        const int8_t *at = x;
-        const int8_t *weight = w;
-        for (int32_t column = v->columns; column > 0; column--) {
-            const uint32_t w4 = eft_load4(weight);
-            const uint32_t x4 = eft_load4(at);
-            const uint32_t z4 = eft_load4(at + next);
-            const uint32_t w_even = eft_even0(w4), w_odd = eft_odd0(w4);
-            const uint32_t x_even = eft_even(x4, plus), x_odd = eft_odd(x4, plus);
-            x0 = eft_smlabb(x_even, w_even, x0);
-            x2 = eft_smlatt(x_even, w_even, x2);
-            x1 = eft_smlabb(x_odd, w_odd, x1);
-            x3 = eft_smlatt(x_odd, w_odd, x3);
-            const uint32_t z_even = eft_even(z4, plus), z_odd = eft_odd(z4, plus);
-            z0 = eft_smlabb(z_even, w_even, z0);
-            z2 = eft_smlatt(z_even, w_even, z2);
-            z1 = eft_smlabb(z_odd, w_odd, z1);
-            z3 = eft_smlatt(z_odd, w_odd, z3);
-            at += x_step;
-            weight += w_step;
+    int32_t row = in->columns > 0 ? first / in->columns : 0;
+    int32_t column = first - row * in->columns;
+    for (const tap *const end = taps + count; taps != end;) {
+        const int32_t ky = in->first_row + row;
+        const int32_t iy = oy * s->stride_h - s->pad_h + ky;
+        int32_t x = ((iy % ring) * s->in_w + column) * s->in_c;
+        int32_t w = (ky * s->kernel_w + in->first_column + column) * w_step;
+        for (; column < in->columns && taps != end; column++) {
+            taps->x = x;
+            taps->w = w;
+            taps++;
+            x += s->in_c;
+            w += w_step;
         }
-        x = next_row(v, x);
-        w += v->kernel_w * w_step;
+        column = 0;
+        row++;
     }
-    sums[0] = x0;
-    sums[1] = z0;
-    sums[2] = x1;
-    sums[3] = z1;
-    sums[4] = x2;
-    sums[5] = z2;
-    sums[6] = x3;
-    sums[7] = z3;
+}
+
+#if EFT_DSP
+
+/** Four channels, whose sums lie at every other place. */
+static inline void add_four(const tap *taps, int32_t count, const int8_t *x, const int8_t *w, uint32_t plus,
+                            const int32_t *bias, int32_t *sums)
+{
+    int32_t s0 = bias != NULL ? bias[0] : sums[0];
+    int32_t s1 = bias != NULL ? bias[1] : sums[2];
+    int32_t s2 = bias != NULL ? bias[2] : sums[4];
+    int32_t s3 = bias != NULL ? bias[3] : sums[6];
+    const tap *const end = taps + count;
+    if ((count & 1) != 0) {
+        const uint32_t x4 = eft_load4(x + taps->x);
+        const uint32_t w4 = eft_load4(w + taps->w);
+        s0 = eft_smlabb(eft_even(x4, plus), eft_even0(w4), s0);
+        s2 = eft_smlatt(eft_even(x4, plus), eft_even0(w4), s2);
+        s1 = eft_smlabb(eft_odd(x4, plus), eft_odd0(w4), s1);
+        s3 = eft_smlatt(eft_odd(x4, plus), eft_odd0(w4), s3);
+        taps++;
+    }
+    if (taps != end) {
+        uint32_t a, b, c, d;
+        /* Two taps: 8 products in 26 instructions. */
+        __asm volatile("1:\n\t"
+                       "ldrd %[a], %[b], [%[taps], #0]\n\t"
+                       "ldr %[a], [%[x], %[a]]\n\t"
+                       "ldr %[b], [%[w], %[b]]\n\t"
+                       "sxtab16 %[c], %[plus], %[a]\n\t"
+                       "sxtb16 %[d], %[b]\n\t"
+                       "smlabb %[s0], %[c], %[d], %[s0]\n\t"
+                       "smlatt %[s2], %[c], %[d], %[s2]\n\t"
+                       "sxtab16 %[c], %[plus], %[a], ror #8\n\t"
+                       "sxtb16 %[d], %[b], ror #8\n\t"
+                       "smlabb %[s1], %[c], %[d], %[s1]\n\t"
+                       "smlatt %[s3], %[c], %[d], %[s3]\n\t"
+                       "ldrd %[a], %[b], [%[taps], #8]\n\t"
+                       "ldr %[a], [%[x], %[a]]\n\t"
+                       "ldr %[b], [%[w], %[b]]\n\t"
+                       "sxtab16 %[c], %[plus], %[a]\n\t"
+                       "sxtb16 %[d], %[b]\n\t"
+                       "smlabb %[s0], %[c], %[d], %[s0]\n\t"
+                       "smlatt %[s2], %[c], %[d], %[s2]\n\t"
+                       "sxtab16 %[c], %[plus], %[a], ror #8\n\t"
+                       "sxtb16 %[d], %[b], ror #8\n\t"
+                       "ldr %[a], %[end]\n\t"
+                       "adds %[taps], #16\n\t"
+                       "smlabb %[s1], %[c], %[d], %[s1]\n\t"
+                       "smlatt %[s3], %[c], %[d], %[s3]\n\t"
+                       "cmp %[a], %[taps]\n\t"
+                       "bne 1b"
+                       : [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [taps] "+r"(taps), [a] "=&r"(a),
+                         [b] "=&r"(b), [c] "=&r"(c), [d] "=&r"(d)
+                       : [x] "r"(x), [w] "r"(w), [plus] "r"(plus), [end] "m"(end)
+                       : "cc", "memory");
+    }
+    sums[0] = s0;
+    sums[2] = s1;
+    sums[4] = s2;
+    sums[6] = s3;
 }
 
 #endif
 
-/** Sums of channels [c, c + count), each with both places, whose weights of one place of the kernel lie at w. */
-static EFT_OUT_OF_LINE void add_channels(const view *v, int32_t c, const int8_t *w, int32_t w_step, int32_t count,
-                                         const int32_t *bias, int32_t *sums)
+/** What some taps give to count channels, the first of which is at x and w; sums lie at every other place. */
+static EFT_OUT_OF_LINE void add_taps(const tap *taps, int32_t num_taps, const int8_t *x, const int8_t *w, int32_t zero_point,
+                                     int32_t count, const int32_t *bias, int32_t *sums)
 {
-    int32_t done = 0;
 #if EFT_DSP
-    for (; done + 4 <= count; done += 4) {
-        add_four(v, v->x + c + done, w + v->first_tap * w_step + done, w_step, bias + done, sums + 2 * done);
+    const uint32_t plus = eft_minus(zero_point);
+    for (; count >= 4; count -= 4) {
+        add_four(taps, num_taps, x, w, plus, bias, sums);
+        x += 4;
+        w += 4;
+        bias = bias != NULL ? bias + 4 : NULL;
+        sums += 8;
     }
-#endif
-    if (done == count) {
+    if (count == 0) {
         return;
     }
-    for (int32_t place = 0; place < 2; place++) {
-        const int8_t *row = v->x + c;
-        const int8_t *weight = w + v->first_tap * w_step;
-        int32_t totals[BLOCK];
-        for (int32_t j = done; j < count; j++) {
-            totals[j] = bias[j];
+#endif
+    int32_t totals[BLOCK];
+    for (int32_t j = 0; j < count; j++) {
+        totals[j] = bias != NULL ? bias[j] : sums[2 * j];
+    }
+    for (int32_t t = 0; t < num_taps; t++) {
+        const int8_t *const inputs = x + taps[t].x;
+        const int8_t *const weights = w + taps[t].w;
+        for (int32_t j = 0; j < count; j++) {
+            totals[j] += ((int32_t)inputs[j] - zero_point) * weights[j];
         }
-        for (int32_t y = 0; y < v->rows; y++) {
-            for (int32_t column = 0; column < v->columns; column++) {
-                const int8_t *const at = row + place * v->next + column * v->channels;
-                for (int32_t j = done; j < count; j++) {
-                    totals[j] += ((int32_t)at[j] - v->zero_point) * weight[column * w_step + j];
-                }
-            }
-            row = next_row(v, row);
-            weight += v->kernel_w * w_step;
-        }
-        for (int32_t j = done; j < count; j++) {
-            sums[2 * j + place] = totals[j];
-        }
+    }
+    for (int32_t j = 0; j < count; j++) {
+        sums[2 * j] = totals[j];
     }
 }
 
 void eft_depthwise_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
                       const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask)
 {
-    const eft_conv_shape *s = shape;
-    const int32_t channels = s->in_c;
+    const int32_t channels = shape->in_c;
     const int32_t trained_c = weights->trained_c;
-    int32_t index = rows->first * s->out_w * channels;
+    int32_t index = rows->first * shape->out_w * channels;
     int32_t sums[2 * BLOCK];
-    view v;
-    v.row_bytes = s->in_w * channels;
-    v.ring_bytes = rows->ring * v.row_bytes;
-    v.end = x + v.ring_bytes;
-    v.channels = channels;
-    v.kernel_w = s->kernel_w;
-    v.zero_point = x_zero_point;
+    tap taps[TAPS];
     for (int32_t oy = rows->first; oy < rows->first + rows->count; oy++) {
-        const int32_t top = oy * s->stride_h - s->pad_h;
-        const int32_t first_y = top < 0 ? 0 : top;
-        const int32_t end_y = top + s->kernel_h > s->in_h ? s->in_h : top + s->kernel_h;
-        const int8_t *const row = x + (first_y % rows->ring) * v.row_bytes;
-        v.rows = end_y > first_y ? end_y - first_y : 0;
-        for (int32_t ox = 0; ox < s->out_w;) {
-            const int32_t left = ox * s->stride_w - s->pad_w;
-            const int32_t first_x = left < 0 ? 0 : left;
-            const int32_t end_x = left + s->kernel_w > s->in_w ? s->in_w : left + s->kernel_w;
-            const int pair = ox + 1 < s->out_w && left >= 0 && left + s->stride_w + s->kernel_w <= s->in_w;
-            v.x = row + first_x * channels;
-            v.columns = end_x > first_x ? end_x - first_x : 0;
-            v.first_tap = (first_y - top) * s->kernel_w + first_x - left;
-            v.next = pair ? s->stride_w * channels : 0;
+        window listed = {0, 0, 0, 0};
+        int32_t listed_first = -1; /* First tap of the list, -1 if there is none */
+        int32_t listed_c = 0;
+        for (int32_t ox = 0; ox < shape->out_w;) {
+            const window in = window_at(shape, oy, ox);
+            const window second = window_at(shape, oy, ox + 1);
+            const int32_t num_taps = in.rows * in.columns;
+            /* Two pixels that see as much, at once. */
+            const int pair = ox + 1 < shape->out_w && in.first_column == second.first_column && in.columns == second.columns;
+            const int32_t left = ox * shape->stride_w - shape->pad_w + in.first_column;
+            const int8_t *const inputs = x + left * channels;
+            if (in.first_column != listed.first_column || in.columns != listed.columns) {
+                listed = in;
+                listed_first = -1;
+            }
             for (int32_t c = 0; c < channels;) {
                 const int trained = c < trained_c;
                 const int32_t part_c = trained ? trained_c : channels - trained_c;
-                const int32_t first = trained ? c : c - trained_c;
-                const int32_t count = part_c - first < BLOCK ? part_c - first : BLOCK;
-                add_channels(&v, c, (trained ? weights->trained : weights->frozen) + first, part_c, count, bias + c, sums);
+                const int32_t part = trained ? c : c - trained_c;
+                const int32_t count = part_c - part < BLOCK ? part_c - part : BLOCK;
+                const int8_t *const w = (trained ? weights->trained : weights->frozen) + part;
+                const int32_t *begin = bias + c;
+                int32_t first = 0;
+                do {
+                    const int32_t some = num_taps - first < TAPS ? num_taps - first : TAPS;
+                    if (listed_first != first || listed_c != part_c) {
+                        list_taps(taps, &in, first, some, shape, rows->ring, oy, part_c);
+                        listed_first = first;
+                        listed_c = part_c;
+                    }
+                    add_taps(taps, some, inputs + c, w, x_zero_point, count, begin, sums);
+                    if (pair) {
+                        add_taps(taps, some, inputs + shape->stride_w * channels + c, w, x_zero_point, count, begin, sums + 1);
+                    }
+                    begin = NULL;
+                    first += TAPS;
+                } while (first < num_taps);
                 eft_requantize_pixels(sums, pair ? 2 : 1, count, out, c, y + c, channels, mask, index + c);
                 c += count;
             }

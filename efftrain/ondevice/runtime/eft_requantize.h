@@ -59,6 +59,17 @@ static inline void eft_requantize_masked(const int32_t *sums, int32_t step, int3
     eft_set_bits(mask, index, count, passes);
 }
 
+/** Channels of the first pixel. */
+static inline void eft_requantize_one(const int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
+                                      int32_t round, int32_t minimum, int8_t *y)
+{
+    const int8_t *const end = y + count;
+    while (y != end) {
+        *y++ = (int8_t)eft_stored(eft_doubled(*sums, *multiplier++, *shift++, round), minimum);
+        sums += 2;
+    }
+}
+
 /** Channels of two pixels, whose outputs are y and z. */
 static inline void eft_requantize_both(const int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
                                        int32_t round, int32_t minimum, int8_t *y, int8_t *z)
@@ -100,10 +111,10 @@ static EFT_OUT_OF_LINE void eft_requantize_pixels(const int32_t *sums, int32_t p
     const int32_t *const multiplier = out->factors.multiplier + o;
     const int16_t *const shift = out->factors.shift + o;
     const int32_t round = 1 + 2 * out->zero_point;
-    if (pixels == 1) {
-        for (int32_t j = 0; j < count; j++) {
-            y[j] = (int8_t)eft_stored(eft_doubled(sums[2 * j], multiplier[j], shift[j], round), out->minimum);
-        }
+    if (pixels == 1 && out->minimum == -128) {
+        eft_requantize_one(sums, count, multiplier, shift, round, -128, y);
+    } else if (pixels == 1) {
+        eft_requantize_one(sums, count, multiplier, shift, round, out->minimum, y);
     } else if (out->minimum == -128) {
         eft_requantize_both(sums, count, multiplier, shift, round, -128, y, y + pixel_step);
     } else {
