@@ -430,7 +430,7 @@ def _scheme_dict(name: str, plan: MemoryPlan, board: str | None) -> dict[str, An
 
 
 def _run(program: Program, samples: Samples, target: str, steps: int, seed: int) -> dict[str, Any]:
-    """The same steps on target, simulator and host; on a board the last one is counted."""
+    """The same steps on target, simulator and host; on a board the first one is counted, too."""
     import numpy as np
 
     xs = program.quantize_input(samples[np.arange(steps) % len(samples)])
@@ -450,13 +450,14 @@ def _run(program: Program, samples: Samples, target: str, steps: int, seed: int)
                 advance(name)
             hashes[name] = engine.state_sha256()
         if target not in hashes:
-            board = program.board(cast('Literal["m4", "m7"]', target.partition("-")[2]))
-            for x, label in zip(xs[:-1], labels[:-1], strict=True):
+            cpu = cast('Literal["m4", "m7"]', target.partition("-")[2])
+            # On boards of their own: the emulator counts only code that it has not run, and so translated, before.
+            found["instructions_forward"] = program.board(cpu).count_instructions(xs[0])
+            found["instructions_per_step"] = program.board(cpu).count_instructions(xs[0], int(labels[0]))
+            board = program.board(cpu)
+            for x, label in zip(xs, labels, strict=True):
                 board.train_step(x, int(label))
                 advance(target)
-            found["instructions_forward"] = board.count_instructions(xs[-1])
-            found["instructions_per_step"] = board.count_instructions(xs[-1], int(labels[-1]))
-            advance(target)
             found["measured_ram_bytes"] = board.measured_ram_bytes
             found["measured_stack_bytes"] = board.measured_stack_bytes
             hashes[target] = board.state_sha256()

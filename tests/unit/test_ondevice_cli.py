@@ -176,11 +176,16 @@ def test_build_writes_a_project(run: Command, tmp_path: Path) -> None:
 
 @pytest.mark.firmware
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_run_compares_every_bit(run: Command, rounding: str) -> None:
-    arguments = ("run", "--model", "watch-cnn", "--steps", 4, "--rounding", rounding, "--synthetic", "--json")
+def test_run_compares_every_bit(run: Command, tmp_path: Path, rounding: str) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\ncpu = "cortex-m7"\nclock_hz = 1_000_000\n'
+        "ram_bytes = 65_536\nflash_bytes = 131_072\nstack_bytes = 4096\n"
+    )
+    arguments: tuple[object, ...] = ("run", "--model", "watch-cnn", "--steps", 4, "--rounding", rounding, "--synthetic")
+    arguments += ("--board", "mine.toml", "--json")
     found = object_of(run(*arguments, "--target", "unicorn-m7"))
     assert found.keys() >= RUN_KEYS
-    assert found["bit_equal"] is True
+    assert (found["bit_equal"], found["board"]) == (True, "mine")
     assert found["state_sha256"] == found["simulator_state_sha256"] == found["host_state_sha256"]
     assert found["measured_stack_bytes"] <= found["stack_bytes"]
     linked = found["total_ram_bytes"] - found["stack_bytes"]
@@ -255,6 +260,7 @@ def test_wrong_runs_are_one_line(run: Command) -> None:
     line = error_of(run("run", "watch-cnn", "--target", "unicorn"))
     assert "--target: expected one of simulator, host, unicorn-m7" in line
     assert "Did you mean 'unicorn-m" in line
+    assert "has no QEMU back end. unicorn-m7 runs the same" in error_of(run("run", "watch-cnn", "--target", "qemu-m7"))
     assert "--steps: expected 1 or more, found 0" in error_of(run("run", "watch-cnn", "--steps", 0))
     assert "cannot be a C prefix" in error_of(run("build", "watch-cnn", "--name", "a b"))
 
