@@ -9,19 +9,26 @@
 #include "eft_internal.h"
 
 /** Inputs of one pixel in a patch. More are taken in several. A multiple of 4; a patch is 4 times as many bytes of stack. */
-#define EFT_PATCH 128
+#define EFT_PATCH 64
 
 typedef union {
     uint32_t aligned; /**< Not used; pairs of int16 are read as words */
     int16_t half[2 * EFT_PATCH];
 } eft_patch;
 
-/** Which of its inputs: the channels [first_c, first_c + channels) of all places of the kernel. */
+/** A call of a convolution, as much as inputs and weights depend on. */
 typedef struct {
     const int8_t *x;
     const eft_conv_shape *shape;
-    int32_t ring, zero_point, first_c, channels;
-} eft_patch_source;
+    const eft_weights *weights;
+    int32_t ring, zero_point;
+} eft_layer;
+
+/** Input channels whose weights lie together: part 0 are those that learn, part 1 the others. */
+static inline int32_t eft_part_channels(const eft_layer *layer, int32_t part)
+{
+    return part == 0 ? layer->weights->trained_c : layer->shape->in_c - layer->weights->trained_c;
+}
 
 /** Where input k of a pixel is: with DSP four inputs of both pixels are x0 x2 z0 z2 x1 x3 z1 z3, as sxtb16 takes weights apart. */
 static inline int32_t eft_patch_index(int32_t pixel, int32_t k)
@@ -80,23 +87,27 @@ static inline void eft_copy_run(int8_t *to, const int8_t *from, int32_t count)
     }
 }
 
-/** Inputs [first, first + count) of the window of output (oy, ox), counted as the weights are: places of the kernel, channels. */
-static inline void eft_patch_gather(eft_patch *patch, int32_t pixel, const eft_patch_source *source, int32_t oy, int32_t ox,
+/**
+ * Inputs [first, first + count) of a part of the channels that the window of output (oy, ox) sees, counted as their weights are:
+ * places of the kernel, channels.
+ */
+static inline void eft_patch_gather(eft_patch *patch, int32_t pixel, const eft_layer *layer, int32_t part, int32_t oy, int32_t ox,
                                     int32_t first, int32_t count)
 {
-    const eft_conv_shape *s = source->shape;
+    const eft_conv_shape *s = layer->shape;
+    const int32_t channels = eft_part_channels(layer, part);
     const int32_t in_c = s->in_c;
     const int32_t row_bytes = s->in_w * in_c;
     const int32_t top = oy * s->stride_h - s->pad_h;
-    const int32_t left = (ox * s->stride_w - s->pad_w) * in_c + source->first_c;
+    const int32_t left = (ox * s->stride_w - s->pad_w) * in_c + (part == 0 ? 0 : layer->weights->trained_c);
     if (s->kernel_h == 1 && s->kernel_w == 1 && s->pad_h == 0 && s->pad_w == 0) {
-        eft_patch_fill(patch, pixel, count, source->x + (top % source->ring) * row_bytes + left + first, source->zero_point);
+        eft_patch_fill(patch, pixel, count, layer->x + (top % layer->ring) * row_bytes + left + first, layer->zero_point);
         return;
     }
     /* With all channels, a row of the kernel is one run of the input; otherwise each place is. */
-    const int whole = source->channels == in_c;
+    const int whole = channels == in_c;
     const int32_t per_row = whole ? 1 : s->kernel_w;
-    const int32_t length = whole ? s->kernel_w * in_c : source->channels;
+    const int32_t length = whole ? s->kernel_w * in_c : channels;
     int32_t run = first / length;
     int32_t skip = first - run * length;
     int32_t k = 0;
@@ -114,19 +125,19 @@ static inline void eft_patch_gather(eft_patch *patch, int32_t pixel, const eft_p
             end = n;
         }
         for (int32_t i = 0; i < before; i++) {
-            inputs[k + i] = (int8_t)source->zero_point;
+            inputs[k + i] = (int8_t)layer->zero_point;
         }
         if (before < end) {
-            eft_copy_run(inputs + k + before, source->x + (iy % source->ring) * row_bytes + start + before, end - before);
+            eft_copy_run(inputs + k + before, layer->x + (iy % layer->ring) * row_bytes + start + before, end - before);
         }
         for (int32_t i = end; i < n; i++) {
-            inputs[k + i] = (int8_t)source->zero_point;
+            inputs[k + i] = (int8_t)layer->zero_point;
         }
         k += n;
         skip = 0;
         run++;
     }
-    eft_patch_fill(patch, pixel, count, inputs, source->zero_point);
+    eft_patch_fill(patch, pixel, count, inputs, layer->zero_point);
 }
 
 /** Four weights of two channels, and the same four inputs of two pixels. */
