@@ -6,6 +6,7 @@ Without data of the user's, programs are calibrated on noise. Memory, MACs and f
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -34,6 +35,7 @@ app = typer.Typer(no_args_is_help=True, help="Train on a microcontroller: memory
 
 TARGETS = ("simulator", "host", "unicorn-m7", "unicorn-m4", "qemu-m7", "qemu-m4")
 _NUM_SAMPLES = 16
+_LARGEST_INPUT = 1 << 24
 _UNLIMITED_BYTES = 1 << 40
 _COMPARED = ("last_layer", "bias_only", "sparse", "last_k=3", "full")
 
@@ -239,8 +241,8 @@ class _Compiler:
         self.request = request
         if request.rounding not in ("master", "stochastic"):
             raise ConfigError(f"--rounding: expected master or stochastic, found {request.rounding!r}.")
-        if request.seed < 0:
-            raise ConfigError(f"--seed: expected 0 or more, found {request.seed}.")
+        if not 0 <= request.seed < 1 << 32:
+            raise ConfigError(f"--seed: expected 0 or more and less than 2^32, found {request.seed}.")
         if request.calibration is not None and request.synthetic:
             raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
         if request.loss not in (None, "cross_entropy", "squared_error"):
@@ -358,6 +360,8 @@ def _example(request: _Request, model: nn.Module) -> Tensor:
             f"Model {request.model!r} does not say what its input is. Give the shape of one sample with --input, such "
             "as --input 3x96x96, or set input_shape in the class."
         )
+    if math.prod(shape) > _LARGEST_INPUT:
+        raise ConfigError(f"--input: expected at most {_LARGEST_INPUT} elements, found {request.input_shape!r}.")
     dtype = getattr(model, "input_dtype", torch.float32)
     if dtype != torch.float32:
         raise ConfigError(f"Model {request.model!r} takes {dtype}; a device program takes real numbers.")

@@ -242,6 +242,8 @@ def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
         (("watch-cnn", "--loss", "squared_error"), "compares 7 outputs with 768 inputs"),
         (("watch-cnn", "--lr", "nan"), "the learning rate is nan"),
         (("watch-cnn", "--seed", "-1"), "--seed: expected 0 or more"),
+        (("watch-cnn", "--seed", "9" * 20), "less than 2^32"),
+        (("watch-cnn", "--input", "6x100000000"), "--input: expected at most 16777216 elements"),
         (("watch-cnn", "--classes", "0"), "expected counts above 0"),
         (("watch-cnn", "--weights", "nope"), "--weights: there is no file nope"),
         (("watch-cnn", "--weights", "net.py"), "net.py does not fit the model"),
