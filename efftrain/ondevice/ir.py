@@ -431,6 +431,16 @@ class BiasUpdate(LayerOp):
     g: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move(Op):
+    """``eft_move``: the same values at another place, which may overlap the old one. Exponent and bits stay."""
+
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("y",)
+    x: str
+    y: str
+
+
 ForwardOp = RowOp | TableForward | MultiplyForward | ConcatForward | AverageForward | HeadForward
 StepOp = (
     ForwardOp
@@ -444,6 +454,7 @@ StepOp = (
     | MultiplyGrad
     | ConcatGrad
     | GradientSum
+    | Move
     | WeightUpdate
     | BiasUpdate
 )

@@ -14,6 +14,7 @@ from efftrain.ondevice.ir import (
     ConvInputGrad,
     GradientSum,
     MaxPoolForward,
+    Move,
     MultiplyForward,
     MultiplyGrad,
     RowOp,
@@ -26,7 +27,8 @@ from efftrain.ondevice.ir import (
 )
 
 Leads = Mapping[tuple[str, str], int]
-"""For (written, read): the written tensor may overlap the read one if it starts at least so many bytes below it."""
+"""For (written, read): the written tensor may overlap the read one if it starts at least so many bytes below it. Minus
+the read one's size: it may lie anywhere."""
 
 
 def leads(graph: StepGraph, layers: Layers) -> dict[tuple[str, str], int]:
@@ -57,6 +59,8 @@ def _of(op: StepOp, tensors: Mapping[str, TensorType], layers: Layers) -> Iterat
             yield (op.gx, op.g), 0
         case MultiplyGrad() if op.scratch is None:
             yield (op.gx, op.g), 0
+        case Move():
+            yield (op.y, op.x), -tensors[op.x].num_bytes
         case GradientSum():
             yield (op.g, op.a), 0
             if op.b is not None:

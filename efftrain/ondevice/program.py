@@ -30,6 +30,7 @@ from efftrain.ondevice.ir import (
     WeightUpdate,
 )
 from efftrain.ondevice.memory import Arena, MemoryPlan
+from efftrain.ondevice.moves import plan_with_moves
 from efftrain.ondevice.passes import OVERLAP, run_passes
 from efftrain.ondevice.quantize import calibrate, quantize
 from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
@@ -38,7 +39,7 @@ from efftrain.ondevice.target import Board
 
 STATIC_BYTES = 8
 """Seed and learning-rate shift in the context."""
-KERNEL_CODE_BYTES, CALL_CODE_BYTES = 12_288, 80
+KERNEL_CODE_BYTES, CALL_CODE_BYTES = 16_384, 128
 """Allowance in flash for the kernels with their tables, and for each op's call of one; the build checks that the linked
 firmware keeps to it."""
 
@@ -245,7 +246,10 @@ def compile(
     graph = run_passes(differentiate(quantized, trained), quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding)
     initial = initial_state(layout, quantized.layers)
-    arena = memory.plan_arena(graph, quantized.layers, overlap=OVERLAP not in switch_off)
+    if OVERLAP in switch_off:
+        arena = memory.plan_arena(graph, quantized.layers, overlap=False)
+    else:
+        graph, arena = plan_with_moves(graph, quantized.layers)
     code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss)
     num_calls = sum(len(op.ops) if isinstance(op, RowStream) else 1 for op in graph.ops)
     code_bytes = KERNEL_CODE_BYTES + CALL_CODE_BYTES * num_calls

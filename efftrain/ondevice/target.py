@@ -24,7 +24,7 @@ class Board:
     data_origin: int = 0x9000_0000
     """Read-only memory outside the chip from which samples come: serial flash, a sensor's window. Not RAM."""
 
-    stack_bytes: int = 1024
+    stack_bytes: int = 1536
     """Reserved for the deepest call of the program and one exception frame. The linker places it at the bottom of RAM,
     so that an overflow leaves the mapped memory instead of writing over data."""
 

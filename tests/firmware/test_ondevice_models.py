@@ -1,13 +1,11 @@
 """Every operator on all three back ends: one trained state to the bit, whatever the passes did to the memory."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from efftrain.ondevice import Board, Program, compile
+from efftrain.ondevice import Program, compile
 from efftrain.ondevice.passes import OVERLAP, PASSES
 from tests.ondevice_models import CLASSIFIERS, Autoencoder, build
 
@@ -21,7 +19,7 @@ def program_of(model: type[nn.Module], scheme: str, **settings: object) -> Progr
         build(model),
         torch.zeros(1, *shape),
         scheme=scheme,
-        board=replace(Board.named("stm32f746"), stack_bytes=2048),
+        board="stm32f746",
         calibration=data,
         learning_rate=0.02,
         loss="squared_error" if model is Autoencoder else "cross_entropy",

@@ -5,7 +5,7 @@ from itertools import permutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efftrain.ondevice.memory import Item, _conflicts, _first_fit, _height, lower_bound, place
+from efftrain.ondevice.placement import Item, _conflicts, _first_fit, height, lower_bound, place
 
 STEPS = 12
 
@@ -31,7 +31,7 @@ def test_no_two_live_buffers_overlap_and_the_bound_is_one(items: list[Item]) -> 
             assert apart or not a.overlaps(b)
     live = [sum(i.num_bytes for i in items if i.first_op <= step <= i.last_op) for step in range(STEPS)]
     assert lower_bound(items) == max(live)
-    assert _height(items, offsets) >= lower_bound(items)
+    assert height(items, offsets) >= lower_bound(items)
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,5 +40,5 @@ def test_small_plans_are_optimal(items: list[Item]) -> None:
     # Some order of placing each buffer as low as it can go gives the optimum.
     conflicts = _conflicts(items, {})
     orders = permutations(range(len(items)))
-    best = min((_height(items, _first_fit(conflicts, order)) for order in orders), default=0)
-    assert _height(items, place(items)) == best
+    best = min((height(items, _first_fit(conflicts, order)) for order in orders), default=0)
+    assert height(items, place(items)) == best

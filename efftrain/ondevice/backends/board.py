@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from efftrain.errors import BudgetError, DeviceFault, ToolError
 from efftrain.ondevice.backends.engine import Engine, Samples
-from efftrain.ondevice.backends.toolchain import Cpu, Kind, board_toolchain, build, stack_bound
+from efftrain.ondevice.backends.stack import stack_bound
+from efftrain.ondevice.backends.toolchain import Cpu, Kind, board_toolchain, build
 from efftrain.ondevice.emit.c_source import CSource
 from efftrain.ondevice.emit.project import firmware_sources, linker_script
 from efftrain.ondevice.memory import MemoryPlan

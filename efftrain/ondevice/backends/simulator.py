@@ -41,6 +41,7 @@ from efftrain.ondevice.ir import (
     HeadForward,
     MaxPoolForward,
     MaxPoolGrad,
+    Move,
     MultiplyForward,
     MultiplyGrad,
     RowStream,
@@ -204,6 +205,10 @@ class Simulator(Engine):
                 self._set_gradient(op.gx, g, self.exponents[op.g] + bits - 15, op.mask)
             case GradientSum():
                 self._gradient_sum(op)
+            case Move():
+                values[op.y] = values[op.x]
+                if op.x in self.exponents:
+                    self.exponents[op.y], self._bits[op.y] = self.exponents[op.x], self._bits[op.x]
             case WeightUpdate():
                 self._update_weights(op)
             case BiasUpdate():

@@ -64,11 +64,12 @@ def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
         ToolError: There is none.
     """
     gcc = shutil.which("arm-none-eabi-gcc")
-    common = (*_COMMON, "-O2", "-ffreestanding", "-fno-builtin", "-ffunction-sections", "-fstack-usage")
+    common = (*_COMMON, "-O2", "-ffreestanding", "-fno-builtin", "-ffunction-sections")
     link = ("-nostdlib", "-Wl,--gc-sections")
     if kind != "zig" and gcc:
         machine = (f"-mcpu={cpu}", "-mthumb", "-mfloat-abi=soft")
-        return Toolchain("arm-none-eabi-gcc", (gcc,), (*common, *machine), (*machine, *link, "-lgcc"))
+        graph = "-fcallgraph-info=su"
+        return Toolchain("arm-none-eabi-gcc", (gcc,), (*common, graph, *machine), (*machine, *link, "-lgcc"))
     if kind != "gcc" and _has_zig():
         machine = ("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}")
         command = (sys.executable, "-m", "ziglang", "cc")
@@ -94,7 +95,7 @@ def build(
         script: Text of a linker script.
 
     Returns:
-        Path of the result in the cache. Beside it lie ``<source>.su`` files if the compiler wrote stack usage.
+        Path of the result in the cache. Beside it lie ``<source>.ci`` files if the compiler wrote its call graph.
 
     Raises:
         ToolError: The compiler failed; the message has its first lines.
@@ -123,35 +124,10 @@ def build(
             folder,
         )
         for number, path in enumerate(objects):
-            for usage in path.glob("*.su"):
-                shutil.copyfile(usage, folder / f"{number}-{usage.name}")
+            for graph in path.glob("*.ci"):
+                shutil.copyfile(graph, folder / f"{number}-{graph.name}")
 
     return _cached("link", key, link) / output
-
-
-def stack_bound(program: Path) -> int | None:
-    """Most stack that the deepest chain of calls can take, from the compiler's own stack usage; ``None`` if it wrote
-    none.
-
-    The chain is driver -> model -> model's own function -> kernel -> kernel's helper; the largest frames of each
-    level are added, whether or not they call each other, so this is never less than what is used.
-    """
-    frames: dict[str, list[int]] = {"driver": [], "model": [], "kernel": []}
-    found = False
-    for usage in program.parent.glob("*.su"):
-        for line in usage.read_text().splitlines():
-            place, num_bytes, qualifier = line.rsplit("\t", 2)
-            if qualifier != "static":
-                raise ToolError(f"the stack usage of {place} is {qualifier}, not static; it cannot be bounded")
-            file = Path(place.split(":")[0]).name
-            if file == "startup.c":
-                continue
-            level = "driver" if file == "driver.c" else "kernel" if file.startswith("eft_") else "model"
-            frames[level].append(int(num_bytes))
-            found = True
-    if not found:
-        return None
-    return max(frames["driver"], default=0) + sum(sorted(frames["model"])[-2:]) + sum(sorted(frames["kernel"])[-2:])
 
 
 def cache_folder() -> Path:
@@ -171,9 +147,9 @@ def _object(toolchain: Toolchain, name: str, text: str, headers: Mapping[str, st
             (folder / file).write_text(body)
         compiling = [option for option in extra if not option.startswith(("-Wl,", "-l"))]
         _run([*toolchain.command, *toolchain.compile_flags, *compiling, "-c", name, "-o", "out.o"], folder)
-        usage = folder / "out.su"
-        if usage.exists():
-            usage.rename(folder / f"{Path(name).stem}.su")
+        graph = folder / "out.ci"
+        if graph.exists():
+            graph.rename(folder / f"{Path(name).stem}.ci")
 
     return _cached("object", key, compile_one)
 

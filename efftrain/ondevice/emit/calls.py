@@ -26,6 +26,7 @@ from efftrain.ondevice.ir import (
     HeadForward,
     MaxPoolForward,
     MaxPoolGrad,
+    Move,
     MultiplyForward,
     MultiplyGrad,
     RowOp,
@@ -89,6 +90,9 @@ class Calls:
                 self._bits_read.add(op.g)
             elif isinstance(op, GradientSum):
                 self._bits_read.update((op.a, op.b or op.a))
+        for op in reversed(graph.ops):
+            if isinstance(op, Move) and op.y in self._bits_read:
+                self._bits_read.add(op.x)
         streams = [op for op in graph.ops if isinstance(op, RowStream)]
         self._stream_numbers = {op.name: number for number, op in enumerate(streams)}
 
@@ -221,6 +225,10 @@ class Calls:
                     self._keep_bits(op.g, call),
                     f"{v[op.g]}_exponent = exponent;",
                 ]
+            case Move():
+                call = f"eft_move({v[op.y]}, {v[op.x]}, {self._graph.tensors[op.x].num_bytes}u);"
+                bits = [f"{v[op.y]}_bits = {v[op.x]}_bits;"] if op.y in self._bits_read else []
+                return [call, *bits, f"{v[op.y]}_exponent = {v[op.x]}_exponent;"]
             case WeightUpdate():
                 return [self._view("gradient", op.g), self._weight_update(op)]
             case BiasUpdate():
