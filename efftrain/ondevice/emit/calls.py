@@ -250,8 +250,8 @@ class Calls:
         if op.scratch is None:
             pixels = product.z_pixels if op.other == forward.z else product.pixels
             call = (
-                f"eft_multiply_grad_s16({v[op.g]}, {v[op.g]}_bits, {v[op.other]}, {zero_point}, {pixels}, {product.pixels}, "
-                f"{product.channels}, {self._mask(op.mask)}, {v[op.gx]})"
+                f"eft_multiply_grad_s16({v[op.g]}, {v[op.g]}_bits, {v[op.other]}, {zero_point}, {pixels}, "
+                f"{product.pixels}, {product.channels}, {self._mask(op.mask)}, {v[op.gx]})"
             )
             shift = f"({v[op.g]}_bits > 7 ? {v[op.g]}_bits - 7 : 0)"
             return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent + {shift};"]
