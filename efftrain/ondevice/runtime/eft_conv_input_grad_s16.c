@@ -2,7 +2,7 @@
 #include "eft_gradient.h"
 
 /** Output channels at a time. */
-#define BLOCK 64
+#define BLOCK 128
 
 /** Scaled gradients of two neighboring places, as they are multiplied with the same weights; 0 where there is no place. */
 typedef struct {

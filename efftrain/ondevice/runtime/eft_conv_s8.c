@@ -2,7 +2,7 @@
 #include "eft_requantize.h"
 
 /** Output channels at a time. */
-#define BLOCK 8
+#define BLOCK 16
 
 /** Inputs [first, first + count) of one or two pixels. */
 static EFT_OUT_OF_LINE void gather(eft_patch *patch, int32_t pixels, const eft_layer *layer, int32_t part, int32_t oy, int32_t ox,

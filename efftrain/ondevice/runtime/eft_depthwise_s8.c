@@ -2,10 +2,10 @@
 #include "eft_requantize.h"
 
 /** Channels at a time. */
-#define BLOCK 8
+#define BLOCK 16
 
 /** Places of the kernel at a time. */
-#define TAPS 25
+#define TAPS 49
 
 /** A place of the kernel that lies on the input: its distance from the first column of the window in row 0, and of its weights. */
 typedef struct {

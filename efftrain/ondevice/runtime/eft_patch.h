@@ -9,7 +9,7 @@
 #include "eft_internal.h"
 
 /** Inputs of one pixel in a patch. More are taken in several. A multiple of 4; a patch is 4 times as many bytes of stack. */
-#define EFT_PATCH 64
+#define EFT_PATCH 128
 
 typedef union {
     uint32_t aligned; /**< Not used; pairs of int16 are read as words */
