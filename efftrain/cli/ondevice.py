@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor, nn
 
-    from efftrain.ondevice import Board, Engine, Program, Scheme
+    from efftrain.ondevice import Board, BoardEngine, Engine, Program, Scheme
+    from efftrain.ondevice.backends.qemu import QemuEngine
     from efftrain.ondevice.memory import MemoryPlan
 
     Samples = npt.NDArray[np.float32]
@@ -205,12 +206,6 @@ def run_command(
     )
     if target not in TARGETS:
         raise ConfigError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}.{_near(target, TARGETS)}")
-    emulator, _, cpu = target.partition("-")
-    if emulator == "qemu":
-        raise ConfigError(
-            f"--target {target}: this version has no QEMU back end. unicorn-{cpu} runs the same firmware in exactly "
-            "the board's memory and counts its instructions."
-        )
     if steps < 1:
         raise ConfigError(f"--steps: expected 1 or more, found {steps}.")
     compiler = _Compiler(request)
@@ -454,11 +449,10 @@ def _run(program: Program, samples: Samples, target: str, steps: int, seed: int)
                 advance(name)
             hashes[name] = engine.state_sha256()
         if target not in hashes:
-            cpu = cast('Literal["m4", "m7"]', target.partition("-")[2])
-            # On boards of their own: the emulator counts only code that it has not run, and so translated, before.
-            found["instructions_forward"] = program.board(cpu).count_instructions(xs[0])
-            found["instructions_per_step"] = program.board(cpu).count_instructions(xs[0], int(labels[0]))
-            board = program.board(cpu)
+            # On boards of their own: unicorn counts only code that it has not run, and so translated, before.
+            found["instructions_forward"] = _board_engine(program, target).count_instructions(xs[0])
+            found["instructions_per_step"] = _board_engine(program, target).count_instructions(xs[0], int(labels[0]))
+            board = _board_engine(program, target)
             for x, label in zip(xs, labels, strict=True):
                 board.train_step(x, int(label))
                 advance(target)
@@ -472,6 +466,19 @@ def _run(program: Program, samples: Samples, target: str, steps: int, seed: int)
         "host_state_sha256": hashes["host"],
         "bit_equal": len(set(hashes.values())) == 1,
     }
+
+
+def _board_engine(program: Program, target: str) -> BoardEngine | QemuEngine:
+    emulator, _, name = target.partition("-")
+    cpu = cast('Literal["m4", "m7"]', name)
+    if emulator == "unicorn":
+        return program.board(cpu)
+    from efftrain.ondevice.backends.qemu import QemuEngine
+
+    try:
+        return QemuEngine.of(program, cpu)
+    except ValueError as error:  # more memory than the emulated machine has
+        raise ConfigError(f"--target {target}: {error}") from error
 
 
 @contextmanager
