@@ -82,7 +82,9 @@ def error_of(ended: Ended) -> str:
     """The one line of an error, the last on stderr."""
     status, out, err = ended
     assert (status, out) == (1, ""), (status, out, err)
-    lines = [line for line in err.splitlines() if not line.startswith(("data:", "weights:", "training:", "a user's file"))]
+    lines = [
+        line for line in err.splitlines() if not line.startswith(("data:", "weights:", "training:", "a user's file"))
+    ]
     assert len(lines) == 1, err
     assert lines[0].startswith("efftrain: "), err
     return lines[0]
