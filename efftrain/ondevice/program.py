@@ -32,7 +32,7 @@ from efftrain.ondevice.ir import (
 from efftrain.ondevice.memory import Arena, MemoryPlan
 from efftrain.ondevice.moves import plan_with_moves
 from efftrain.ondevice.passes import OVERLAP, run_passes
-from efftrain.ondevice.quantize import calibrate, quantize
+from efftrain.ondevice.quantize import as_maps, calibrate, quantize
 from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
 from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
 from efftrain.ondevice.target import Board
@@ -101,7 +101,7 @@ class Program:
         """Real samples as the device takes them.
 
         Args:
-            x: ``(N, C, L)`` or ``(N, C, H, W)``, prepared as in training.
+            x: ``(N, F)``, ``(N, C, L)`` or ``(N, C, H, W)``, prepared as in training.
 
         Returns:
             int8, ``(N, H, W, C)``, to the nearest unit and clipped.
@@ -110,9 +110,7 @@ class Program:
             ValueError: The shape is not the model's, or a value is inf or NaN.
         """
         height, width, channels = self.input_shape
-        array = np.asarray(x, np.float32)
-        if array.ndim == 3:
-            array = array[:, :, None, :]
+        array = as_maps(x)
         if array.ndim != 4 or array.shape[1:] != (channels, height, width):
             raise ValueError(
                 f"samples have shape {np.shape(x)}; expected (N, {channels}, ...) with {height} x {width} positions"
@@ -216,8 +214,8 @@ def compile(
 
     Args:
         model: A module of the supported operators whose outputs are logits; not changed.
-        example: One input, ``(1, C, L)`` or ``(1, C, H, W)``.
-        scheme: What learns, or the name of a preset.
+        example: One input, ``(1, F)``, ``(1, C, L)`` or ``(1, C, H, W)``.
+        scheme: What learns, or what ``Scheme.parse`` takes: a preset, ``last_k=K`` or a TOML file.
         board: What it must fit, or the name of a board.
         calibration: Samples of the data that the model was trained on, ``(N, C, L)`` or ``(N, C, H, W)``.
         learning_rate: Of plain SGD at batch 1 in real units: what would be used in fp32.
@@ -237,7 +235,7 @@ def compile(
     check_identifier(name)
     if rounding not in ("master", "stochastic"):
         raise ConfigError(f"rounding {rounding!r} is not known; known are master and stochastic")
-    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example)
     quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate, loss)

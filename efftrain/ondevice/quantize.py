@@ -85,15 +85,13 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, 
 
     Args:
         graph: A canonical graph.
-        samples: ``(N, C, L)`` or ``(N, C, H, W)``, N >= 1, from the data that the model was trained on.
+        samples: ``(N, F)``, ``(N, C, L)`` or ``(N, C, H, W)``, N >= 1, from the data that the model was trained on.
 
     Raises:
         ConfigError: The samples do not fit the model or hold inf or NaN.
     """
     height, width, channels = graph.tensors[graph.input].shape
-    samples, given = np.asarray(samples, np.float32), np.shape(samples)
-    if samples.ndim == 3:
-        samples = samples[:, :, None, :]
+    given, samples = np.shape(samples), as_maps(samples)
     if samples.ndim != 4 or samples.shape[1:] != (channels, height, width) or not len(samples):
         raise ConfigError(
             f"calibration data has shape {given}; expected (N, {channels}, "
@@ -109,6 +107,14 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, 
             if name != graph.input:
                 ranges[name] = max(ranges.get(name, 1e-8), float(value.abs().max()))
     return ranges
+
+
+def as_maps(samples: npt.NDArray[np.floating] | torch.Tensor) -> npt.NDArray[np.float32]:
+    """Vectors ``(N, F)`` and signals ``(N, C, L)`` as maps ``(N, C, H, W)``; anything else as it is."""
+    array = np.asarray(samples, np.float32)
+    if array.ndim == 2:
+        return array[:, :, None, None]
+    return array[:, :, None, :] if array.ndim == 3 else array
 
 
 def quantize(
