@@ -2,19 +2,28 @@
 
 void eft_add_s8(const int8_t *x, const int8_t *z, const eft_sum *sum, int32_t count, int8_t *y, uint8_t *mask)
 {
-    uint32_t passes = 0;
-    for (int32_t i = 0; i < count; i++) {
-        /* Below 2^30, so that the rounding term has room. */
-        const int32_t total = ((int32_t)x[i] - sum->x_zero_point) * sum->x_multiplier +
-                              ((int32_t)z[i] - sum->z_zero_point) * sum->z_multiplier;
-        const int32_t value = eft_rsh32(total, sum->shift) + sum->zero_point;
-        if (mask != NULL) {
-            passes |= (value >= sum->pass_minimum && value <= 127 ? 1U : 0U) << (i & 7);
-            if ((i & 7) == 7 || i == count - 1) {
-                mask[i >> 3] = (uint8_t)passes;
-                passes = 0;
-            }
+    const int32_t x_multiplier = sum->x_multiplier;
+    const int32_t z_multiplier = sum->z_multiplier;
+    const int32_t shift = sum->shift;
+    /* All that is added to the products, below 2^30 with them, so that the rounding term has room. */
+    const int32_t constant = (1 << (shift - 1)) - sum->x_zero_point * x_multiplier - sum->z_zero_point * z_multiplier;
+    const int32_t zero_point = sum->zero_point;
+    const int32_t minimum = sum->minimum;
+    const int32_t lowest = sum->pass_minimum;
+    const uint32_t range = (uint32_t)(127 - lowest);
+    const int8_t *const end = x + count;
+    while (x != end) {
+        const int8_t *const part_end = end - x < 8 ? end : x + 8;
+        uint32_t passes = 0;
+        uint32_t bit = 1;
+        while (x != part_end) {
+            const int32_t value = ((*x++ * x_multiplier + constant + *z++ * z_multiplier) >> shift) + zero_point;
+            *y++ = (int8_t)eft_clamp(value, minimum, 127);
+            passes |= (uint32_t)(value - lowest) <= range ? bit : 0U;
+            bit <<= 1;
         }
-        y[i] = (int8_t)eft_clamp(value, sum->minimum, 127);
+        if (mask != NULL) {
+            *mask++ = (uint8_t)passes;
+        }
     }
 }

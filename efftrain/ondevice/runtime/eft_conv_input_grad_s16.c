@@ -27,20 +27,28 @@ static inline void add_four(const operands *h, int32_t count, const int8_t *w, i
     int32_t z0 = z[0], z1 = z[1], z2 = z[2], z3 = z[3];
     const eft_pair *pair = (const eft_pair *)(const void *)h;
     const eft_pair *const end = pair + count;
+#define EFT_STEP(at)                                                                                                               \
+    do {                                                                                                                           \
+        const uint32_t four = eft_load4(w), both = (at);                                                                           \
+        const uint32_t even = eft_even0(four), odd = eft_odd0(four);                                                               \
+        x0 = eft_smlabb(even, both, x0);                                                                                           \
+        x2 = eft_smlatb(even, both, x2);                                                                                           \
+        z0 = eft_smlabt(even, both, z0);                                                                                           \
+        z2 = eft_smlatt(even, both, z2);                                                                                           \
+        x1 = eft_smlabb(odd, both, x1);                                                                                            \
+        x3 = eft_smlatb(odd, both, x3);                                                                                            \
+        z1 = eft_smlabt(odd, both, z1);                                                                                            \
+        z3 = eft_smlatt(odd, both, z3);                                                                                            \
+        w += step;                                                                                                                 \
+    } while (0)
+    if ((count & 1) != 0) {
+        EFT_STEP(*pair);
+        pair++;
+    }
     while (pair != end) {
-        const uint32_t four = eft_load4(w);
-        const uint32_t both = *pair++;
-        const uint32_t even = eft_even0(four);
-        x0 = eft_smlabb(even, both, x0);
-        x2 = eft_smlatb(even, both, x2);
-        z0 = eft_smlabt(even, both, z0);
-        z2 = eft_smlatt(even, both, z2);
-        const uint32_t odd = eft_odd0(four);
-        x1 = eft_smlabb(odd, both, x1);
-        x3 = eft_smlatb(odd, both, x3);
-        z1 = eft_smlabt(odd, both, z1);
-        z3 = eft_smlatt(odd, both, z3);
-        w += step;
+        EFT_STEP(pair[0]);
+        EFT_STEP(pair[1]);
+        pair += 2;
     }
     /* Without a second place z is x, and its sums have nothing added. */
     z[0] = z0;

@@ -2,7 +2,22 @@
 #ifndef EFT_GRADIENT_H
 #define EFT_GRADIENT_H
 
+#include "eft_dsp.h"
 #include "eft_internal.h"
+
+/** rsh(sum, shift) held to 16 bits, for shifts in [1, 30] and sums that leave room for a 1. */
+static inline int32_t eft_half_up(int32_t sum, int32_t shift)
+{
+    /* (v + 2^(n-1)) >> n is ((v >> (n-1)) + 1) >> 1. */
+    const int32_t doubled = (sum >> (shift - 1)) + 1;
+#if EFT_DSP
+    int32_t value;
+    __asm("ssat %0, #16, %1, asr #1" : "=r"(value) : "r"(doubled));
+    return value < -32767 ? -32767 : value;
+#else
+    return eft_clamp(doubled >> 1, -32767, 32767);
+#endif
+}
 
 /**
  * Elements [index, index + count) of a gradient from their sums: rsh(sum, shift) held to 16 bits, 0 where the mask is 0.
@@ -23,14 +38,24 @@ static EFT_OUT_OF_LINE uint32_t eft_store_gradient(const int32_t *sums, int32_t 
         return seen;
     }
     int16_t *to = gx + index;
-    for (int32_t i = 0; i < count; i++) {
-        int32_t value = 0;
-        if (eft_passes(mask, index + i)) {
-            /* Rounded half up: ((v >> (n - 1)) + 1) >> 1, and the sums leave room for the 1. */
-            value = eft_clamp(((sums[i] >> (shift - 1)) + 1) >> 1, -32767, 32767);
+    while (count > 0) {
+        /* As far as one byte of the mask goes. */
+        const int32_t rest = 8 - (index & 7);
+        const int32_t n = rest < count ? rest : count;
+        const int16_t *const end = to + n;
+        uint32_t passes = mask != NULL ? (uint32_t)mask[index >> 3] >> (index & 7) : 255U;
+        while (to != end) {
+            int32_t value = 0;
+            if ((passes & 1U) != 0U) {
+                value = eft_half_up(*sums, shift);
+                seen |= eft_magnitude(value);
+            }
+            *to++ = (int16_t)value;
+            passes >>= 1;
+            sums++;
         }
-        to[i] = (int16_t)value;
-        seen |= eft_magnitude(value);
+        index += n;
+        count -= n;
     }
     return seen;
 }
