@@ -4,61 +4,96 @@
 /** Output channels at a time. */
 #define BLOCK 128
 
-/** Scaled gradients of two neighboring places, as they are multiplied with the same weights; 0 where there is no place. */
-typedef struct {
-    int16_t x, z;
+/**
+ * Scaled gradients of two neighboring places, as they are multiplied with the same weights; 0 where there is no place. Two output
+ * channels each, the second 0 if their number is odd.
+ */
+typedef union {
+    uint32_t word[2];
+    int16_t half[4]; /**< Two of the first place, two of the second */
 } operands;
 
 static EFT_OUT_OF_LINE void fill(operands *h, const int16_t *x, const int16_t *z, const int16_t *scale, int32_t shift,
                                  int32_t count)
 {
+    const int32_t half = shift > 0 ? 1 << (shift - 1) : 0;
     for (int32_t o = 0; o < count; o++) {
-        h[o].x = (int16_t)(x != NULL ? eft_rsh32((int32_t)x[o] * scale[o], shift) : 0);
-        h[o].z = (int16_t)(z != NULL ? eft_rsh32((int32_t)z[o] * scale[o], shift) : 0);
+        h[o >> 1].half[o & 1] = (int16_t)(x != NULL ? (x[o] * scale[o] + half) >> shift : 0);
+        h[o >> 1].half[2 + (o & 1)] = (int16_t)(z != NULL ? (z[o] * scale[o] + half) >> shift : 0);
+    }
+    if ((count & 1) != 0) {
+        h[count >> 1].half[1] = 0;
+        h[count >> 1].half[3] = 0;
     }
 }
 
 #if EFT_DSP
 
-/** Four input channels: the inner loop runs over the output channels, and the sums stay in registers. */
-static inline void add_four(const operands *h, int32_t count, const int8_t *w, int32_t step, int32_t *x, int32_t *z)
+/* Two pairs of output channels: 16 products in 27 instructions. */
+#define TWO_PAIRS(ROTATE)                                                                                                          \
+    __asm volatile("1:\n\t"                                                                                                        \
+                   "ldr %[a], [%[w]]\n\t"                                                                                          \
+                   "ldr %[b], [%[w], %[step]]\n\t"                                                                                 \
+                   "ldrd %[hx], %[hz], [%[h]], #8\n\t"                                                                             \
+                   "add %[w], %[w], %[step], lsl #1\n\t"                                                                           \
+                   "sxtb16 %[a], %[a]" ROTATE "\n\t"                                                                               \
+                   "sxtb16 %[b], %[b]" ROTATE "\n\t"                                                                               \
+                   "pkhbt %[c], %[a], %[b], lsl #16\n\t"                                                                           \
+                   "pkhtb %[b], %[b], %[a], asr #16\n\t"                                                                           \
+                   "smlad %[x0], %[c], %[hx], %[x0]\n\t"                                                                           \
+                   "smlad %[z0], %[c], %[hz], %[z0]\n\t"                                                                           \
+                   "smlad %[x2], %[b], %[hx], %[x2]\n\t"                                                                           \
+                   "smlad %[z2], %[b], %[hz], %[z2]\n\t"                                                                           \
+                   "ldr %[a], [%[w]]\n\t"                                                                                          \
+                   "ldr %[b], [%[w], %[step]]\n\t"                                                                                 \
+                   "ldrd %[hx], %[hz], [%[h]], #8\n\t"                                                                             \
+                   "add %[w], %[w], %[step], lsl #1\n\t"                                                                           \
+                   "sxtb16 %[a], %[a]" ROTATE "\n\t"                                                                               \
+                   "sxtb16 %[b], %[b]" ROTATE "\n\t"                                                                               \
+                   "pkhbt %[c], %[a], %[b], lsl #16\n\t"                                                                           \
+                   "pkhtb %[b], %[b], %[a], asr #16\n\t"                                                                           \
+                   "smlad %[x0], %[c], %[hx], %[x0]\n\t"                                                                           \
+                   "smlad %[z0], %[c], %[hz], %[z0]\n\t"                                                                           \
+                   "smlad %[x2], %[b], %[hx], %[x2]\n\t"                                                                           \
+                   "smlad %[z2], %[b], %[hz], %[z2]\n\t"                                                                           \
+                   "ldr %[a], %[end]\n\t"                                                                                          \
+                   "cmp %[a], %[h]\n\t"                                                                                            \
+                   "bne 1b"                                                                                                        \
+                   : [x0] "+r"(x0), [x2] "+r"(x2), [z0] "+r"(z0), [z2] "+r"(z2), [h] "+r"(h), [w] "+r"(w), [a] "=&r"(a),           \
+                     [b] "=&r"(b), [c] "=&r"(c), [hx] "=&r"(hx), [hz] "=&r"(hz)                                                    \
+                   : [step] "r"(step), [end] "m"(end)                                                                              \
+                   : "cc", "memory")
+
+/** Input channels 0 and 2, or 1 and 3, of four: the loop runs over pairs of output channels, and the sums stay in registers. */
+static inline void add_lanes(const operands *h, int32_t pairs, const int8_t *w, int32_t step, int odd, int32_t *x, int32_t *z)
 {
-    int32_t x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
-    int32_t z0 = z[0], z1 = z[1], z2 = z[2], z3 = z[3];
-    const eft_pair *pair = (const eft_pair *)(const void *)h;
-    const eft_pair *const end = pair + count;
-#define EFT_STEP(at)                                                                                                               \
-    do {                                                                                                                           \
-        const uint32_t four = eft_load4(w), both = (at);                                                                           \
-        const uint32_t even = eft_even0(four), odd = eft_odd0(four);                                                               \
-        x0 = eft_smlabb(even, both, x0);                                                                                           \
-        x2 = eft_smlatb(even, both, x2);                                                                                           \
-        z0 = eft_smlabt(even, both, z0);                                                                                           \
-        z2 = eft_smlatt(even, both, z2);                                                                                           \
-        x1 = eft_smlabb(odd, both, x1);                                                                                            \
-        x3 = eft_smlatb(odd, both, x3);                                                                                            \
-        z1 = eft_smlabt(odd, both, z1);                                                                                            \
-        z3 = eft_smlatt(odd, both, z3);                                                                                            \
-        w += step;                                                                                                                 \
-    } while (0)
-    if ((count & 1) != 0) {
-        EFT_STEP(*pair);
-        pair++;
+    int32_t x0 = x[0], x2 = x[2], z0 = z[0], z2 = z[2];
+    const operands *const end = h + pairs;
+    uint32_t a, b, c, hx, hz;
+    if ((pairs & 1) != 0) {
+        const uint32_t first = eft_load4(w);
+        const uint32_t second = eft_load4(w + step);
+        a = odd ? eft_odd0(first) : eft_even0(first);
+        b = odd ? eft_odd0(second) : eft_even0(second);
+        hx = h->word[0];
+        hz = h->word[1];
+        x0 = eft_smlad(eft_lower(a, b), hx, x0);
+        z0 = eft_smlad(eft_lower(a, b), hz, z0);
+        x2 = eft_smlad(eft_upper(a, b), hx, x2);
+        z2 = eft_smlad(eft_upper(a, b), hz, z2);
+        w += 2 * step;
+        h++;
     }
-    while (pair != end) {
-        EFT_STEP(pair[0]);
-        EFT_STEP(pair[1]);
-        pair += 2;
+    if (h != end && odd) {
+        TWO_PAIRS(", ror #8");
+    } else if (h != end) {
+        TWO_PAIRS("");
     }
     /* Without a second place z is x, and its sums have nothing added. */
     z[0] = z0;
-    z[1] = z1;
     z[2] = z2;
-    z[3] = z3;
     x[0] = x0;
-    x[1] = x1;
     x[2] = x2;
-    x[3] = x3;
 }
 
 #endif
@@ -70,15 +105,26 @@ static EFT_OUT_OF_LINE void add_products(const operands *h, int32_t count, const
     int32_t i = 0;
 #if EFT_DSP
     for (; i + 4 <= inputs; i += 4) {
-        add_four(h, count, w + i, step, x + i, z + i);
+        for (int32_t odd = 0; odd < 2; odd++) {
+            const int8_t *const last = w + i + (count - 1) * step;
+            if (odd == 0) {
+                add_lanes(h, count >> 1, w + i, step, 0, x + i, z + i);
+            } else {
+                add_lanes(h, count >> 1, w + i, step, 1, x + i + 1, z + i + 1);
+            }
+            if ((count & 1) != 0) {
+                /* The last output channel, paired with itself: the operands of its double are 0. */
+                add_lanes(h + (count >> 1), 1, last, 0, odd, x + i + odd, z + i + odd);
+            }
+        }
     }
     if (i == inputs) {
         return;
     }
 #endif
     for (int32_t o = 0; o < count; o++) {
-        const int16_t hx = h[o].x;
-        const int16_t hz = h[o].z;
+        const int16_t hx = h[o >> 1].half[o & 1];
+        const int16_t hz = h[o >> 1].half[2 + (o & 1)];
         for (int32_t j = i; j < inputs; j++) {
             x[j] += hx * (int16_t)w[j];
             z[j] += hz * (int16_t)w[j];
@@ -104,7 +150,7 @@ static EFT_OUT_OF_LINE void add_window(const int16_t *g, int32_t shift, const ef
     const int32_t frozen_c = s->in_c - trained_c;
     const int32_t in_trained = first >= trained_c ? 0 : (first + inputs <= trained_c ? inputs : trained_c - first);
     int32_t *const second = sums + (pixels == 2 ? inputs : 0);
-    operands h[BLOCK];
+    operands h[BLOCK / 2];
     for (int32_t tap = 0; tap < taps; tap++) {
         const int32_t ky = tap / s->kernel_w;
         const int32_t oy = seen_by(iy, ky, s->pad_h, s->stride_h, s->out_h);

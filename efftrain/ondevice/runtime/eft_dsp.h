@@ -106,6 +106,22 @@ static inline int32_t eft_smlatb(uint32_t a, uint32_t b, int32_t sum)
     return result;
 }
 
+/** The lower int16 of a, and above it that of b. */
+static inline uint32_t eft_lower(uint32_t a, uint32_t b)
+{
+    uint32_t result;
+    __asm("pkhbt %0, %1, %2, lsl #16" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+/** The upper int16 of a, and above it that of b. */
+static inline uint32_t eft_upper(uint32_t a, uint32_t b)
+{
+    uint32_t result;
+    __asm("pkhtb %0, %1, %2, asr #16" : "=r"(result) : "r"(b), "r"(a));
+    return result;
+}
+
 /** A zero point as eft_even and eft_odd take it away. */
 static inline uint32_t eft_minus(int32_t zero_point)
 {
