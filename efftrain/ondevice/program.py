@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from efftrain.errors import BudgetError, ConfigError
 from efftrain.ondevice import memory
 from efftrain.ondevice.autodiff import differentiate
-from efftrain.ondevice.backends.board import BoardEngine, CpuName, Firmware, build_firmware
+from efftrain.ondevice.backends.board import BoardEngine, Firmware, build_firmware
 from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
@@ -35,11 +35,11 @@ from efftrain.ondevice.passes import OVERLAP, run_passes
 from efftrain.ondevice.quantize import as_maps, calibrate, quantize
 from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
 from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
-from efftrain.ondevice.target import Board
+from efftrain.ondevice.target import Board, CpuName
 
 STATIC_BYTES = 8
 """Seed and learning-rate shift in the context."""
-KERNEL_CODE_BYTES, CALL_CODE_BYTES = 16_384, 128
+KERNEL_CODE_BYTES, CALL_CODE_BYTES = 18_432, 128
 """Allowance in flash for the kernels with their tables, and for each op's call of one; the build checks that the linked
 firmware keeps to it."""
 
@@ -168,7 +168,7 @@ class Program:
         """The program as firmware on an emulated board.
 
         Args:
-            cpu: ``m4`` or ``m7``; the board's own if not given.
+            cpu: A short name such as ``m4``; the board's own if not given.
             seed: Of the stochastic rounding.
             toolchain: Which cross compiler.
             board: Another board than the one planned for.

@@ -1,11 +1,23 @@
 """The boards that programs are planned for. A board is data: one TOML file each in ``boards/``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from efftrain.config.load import load_recipe
 from efftrain.errors import ConfigError
+
+Cpu = Literal["cortex-m0plus", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"]
+CpuName = Literal["m0plus", "m4", "m7", "m33", "m55"]
+CPUS: Mapping[CpuName, Cpu] = {
+    "m0plus": "cortex-m0plus",
+    "m4": "cortex-m4",
+    "m7": "cortex-m7",
+    "m33": "cortex-m33",
+    "m55": "cortex-m55",
+}
+"""Processors by their short names."""
 
 _FOLDER = Path(__file__).parent / "boards"
 
@@ -15,7 +27,7 @@ class Board:
     """Memory and processor of a board. Addresses and sizes are what the linker and the emulator enforce."""
 
     name: str
-    cpu: Literal["cortex-m4", "cortex-m7"]
+    cpu: Cpu
     clock_hz: int
     ram_bytes: int
     flash_bytes: int
@@ -27,6 +39,11 @@ class Board:
     stack_bytes: int = 1536
     """Reserved for the deepest call of the program and one exception frame. The linker places it at the bottom of RAM,
     so that an overflow leaves the mapped memory instead of writing over data."""
+
+    @property
+    def cpu_name(self) -> CpuName:
+        """The processor's short name."""
+        return next(name for name, cpu in CPUS.items() if cpu == self.cpu)
 
     def __post_init__(self) -> None:
         if self.ram_bytes <= 0 or self.flash_bytes <= 0 or self.clock_hz <= 0:

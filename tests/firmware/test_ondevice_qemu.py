@@ -14,8 +14,8 @@ from efftrain.errors import DeviceFault, ToolError
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, Program, Scheme, compile
 from efftrain.ondevice.backends import qemu
-from efftrain.ondevice.backends.board import CpuName
 from efftrain.ondevice.backends.qemu import INSTRUCTIONS_PER_TICK, RAM_GRANULE, QemuEngine, relocated
+from efftrain.ondevice.target import CpuName
 
 pytestmark = [
     pytest.mark.firmware,

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,12 @@ import numpy.typing as npt
 from efftrain.errors import BudgetError, DeviceFault, ToolError
 from efftrain.ondevice.backends.engine import Engine, Samples
 from efftrain.ondevice.backends.stack import stack_bound
-from efftrain.ondevice.backends.toolchain import Cpu, Kind, board_toolchain, build
+from efftrain.ondevice.backends.toolchain import Kind, board_toolchain, build
 from efftrain.ondevice.emit.c_source import CSource
 from efftrain.ondevice.emit.project import firmware_sources, linker_script
 from efftrain.ondevice.memory import MemoryPlan
-from efftrain.ondevice.target import Board
+from efftrain.ondevice.target import CPUS, Board, CpuName
 
-CpuName = Literal["m4", "m7"]
 _PAGE = 4096
 _UNTOUCHED = 0xDEADBEEF
 _CHUNK_BYTES = 4 << 20
@@ -57,17 +56,16 @@ def build_firmware(
         code: The generated files.
         plan: What the firmware is held to.
         board: Memory regions, and the processor if ``cpu`` is not given.
-        cpu: ``m4`` or ``m7``.
+        cpu: A short name such as ``m4``.
         kind: Which cross compiler.
 
     Raises:
         ToolError: A tool is missing or failed.
         BudgetError: The program does not fit the board's regions, or takes more than its plan says.
     """
-    full_cpu: Mapping[str, Cpu] = {"m4": "cortex-m4", "m7": "cortex-m7"}
-    if cpu is not None and cpu not in full_cpu:
-        raise ValueError(f"cpu {cpu!r} is not known; known are m4 and m7")
-    toolchain = board_toolchain(full_cpu[cpu] if cpu else board.cpu, kind)
+    if cpu is not None and cpu not in CPUS:
+        raise ValueError(f"cpu {cpu!r} is not known; known are {', '.join(CPUS)}")
+    toolchain = board_toolchain(CPUS[cpu] if cpu else board.cpu, kind)
     path = build(toolchain, firmware_sources(name, code), "firmware.elf", script=linker_script(board, plan))
     firmware = _read_elf(path, toolchain.name, board)
     planned = plan.total_ram_bytes - plan.stack_bytes
@@ -91,7 +89,7 @@ class BoardEngine(Engine):
     Args:
         firmware: From ``build_firmware``.
         board: The memory that is mapped.
-        cpu: ``m4`` or ``m7``; the board's own if not given.
+        cpu: A short name such as ``m4``; the board's own if not given.
         input_shape: Height, width, channels.
         num_classes: Labels are in [0, num_classes).
         state_bytes: Length of the trained state.
@@ -115,7 +113,7 @@ class BoardEngine(Engine):
         self.instructions = 0
         """Executed by the last ``count_instructions``."""
         self._fault = ""
-        self._uc = self._machine(cpu or ("m4" if board.cpu == "cortex-m4" else "m7"))
+        self._uc = self._machine(cpu or board.cpu_name)
         self._invoke("board_init", seed & 0xFFFFFFFF)
 
     # --- measurements -------------------------------------------------------------------------------------------------
@@ -145,6 +143,8 @@ class BoardEngine(Engine):
                 lengths[address, size] = _num_instructions(bytes(uc.mem_read(address, size)))
             total += lengths[address, size]
 
+        # What was translated before the hook was there would run without it.
+        self._uc.ctl_flush_tb()
         hook = self._uc.hook_add(unicorn.UC_HOOK_BLOCK, on_block)
         try:
             self.predict(x) if label is None else self.train_step(x, label)
@@ -199,7 +199,15 @@ class BoardEngine(Engine):
     def _machine(self, cpu: CpuName) -> Any:
         unicorn, arm = _unicorn()
         uc = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
-        uc.ctl_set_cpu_model(arm.UC_CPU_ARM_CORTEX_M4 if cpu == "m4" else arm.UC_CPU_ARM_CORTEX_M7)
+        models = {
+            "m0plus": arm.UC_CPU_ARM_CORTEX_M0,
+            "m4": arm.UC_CPU_ARM_CORTEX_M4,
+            "m7": arm.UC_CPU_ARM_CORTEX_M7,
+            "m33": arm.UC_CPU_ARM_CORTEX_M33,
+        }
+        if cpu not in models:
+            raise ToolError(f"unicorn does not emulate {CPUS[cpu]}; it does {', '.join(models)}")
+        uc.ctl_set_cpu_model(models[cpu])
         board, symbols = self._board, self.firmware.symbols
         uc.mem_map(board.flash_origin, _pages(board.flash_bytes), unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC)
         uc.mem_map(board.ram_origin, _pages(board.ram_bytes), unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)

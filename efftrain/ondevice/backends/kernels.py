@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from efftrain.errors import DeviceFault, ToolError
-from efftrain.ondevice.backends.toolchain import Cpu, Kind, Toolchain, board_toolchain, build, host_toolchain
+from efftrain.ondevice.backends.toolchain import Kind, Toolchain, board_toolchain, build, host_toolchain
 from efftrain.ondevice.emit.project import runtime_sources, template
+from efftrain.ondevice.target import Cpu
 
 _CODE, _RAM, _RAM_BYTES, _STACK_BYTES = 0x08000000, 0x20000000, 4 << 20, 4096
 _PAGE = 4096

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from efftrain.errors import DeviceFault, ToolError
-from efftrain.ondevice.backends.board import CpuName, Firmware
+from efftrain.ondevice.backends.board import Firmware
 from efftrain.ondevice.backends.engine import Engine, Samples
-from efftrain.ondevice.backends.toolchain import Cpu, Kind, board_toolchain, build
-from efftrain.ondevice.target import Board
+from efftrain.ondevice.backends.toolchain import Kind, board_toolchain, build
+from efftrain.ondevice.target import CPUS, Board, CpuName
 
 if TYPE_CHECKING:
     from efftrain.ondevice.program import Program
@@ -118,7 +118,9 @@ class QemuEngine(Engine):
     ) -> None:
         super().__init__(input_shape, num_classes, state_bytes)
         self.firmware, self._board, self._timeout_s = firmware, relocated(board), timeout_s
-        self._cpu: CpuName = cpu or ("m4" if board.cpu == "cortex-m4" else "m7")
+        self._cpu = cpu or board.cpu_name
+        if self._cpu not in _MACHINES:
+            raise ToolError(f"no QEMU machine is set up for {CPUS[self._cpu]}; there are {', '.join(_MACHINES)}")
         self._seed = seed & 0xFFFFFFFF
         self._qemu, self._supervisor = _qemu(), _supervisor(self._cpu)
         if state_bytes > _MOST_STATE or int(np.prod(input_shape)) > _WINDOW:
@@ -313,8 +315,7 @@ def _qemu() -> str:
 
 
 def _supervisor(cpu: CpuName) -> Path:
-    full: dict[CpuName, Cpu] = {"m4": "cortex-m4", "m7": "cortex-m7"}
     text = (Path(__file__).parent / "qemu_supervisor.c").read_text()
     source = Template(text).substitute(data_origin=f"{_SAMPLES:#x}U", back_address=f"{_BACK:#x}U")
-    toolchain = board_toolchain(full[cpu])
+    toolchain = board_toolchain(CPUS[cpu])
     return build(toolchain, {"supervisor.c": source}, "supervisor.elf", script=_SCRIPT)

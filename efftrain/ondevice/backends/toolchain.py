@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 from efftrain.errors import BudgetError, ToolError
+from efftrain.ondevice.target import Cpu
 
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Wvla", "-Werror")
 _COMMON = ("-std=c99", *WARNINGS, "-fno-strict-aliasing")
 Kind = Literal["auto", "gcc", "zig"]
-Cpu = Literal["cortex-m4", "cortex-m7"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,10 @@ def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
         machine = ("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}")
         command = (sys.executable, "-m", "ziglang", "cc")
         return Toolchain(
-            "zig", command, (*common, *machine, "-fno-sanitize=all", "-fno-unroll-loops"), (*machine, *link, "-O2")
+            "zig",
+            command,
+            (*common, *machine, "-fno-sanitize=all", "-fno-unroll-loops"),
+            (*machine, *link, "-O2", "-lcompiler_rt"),
         )
     raise ToolError(
         "no compiler for Cortex-M was found. `pip install 'efftrain[board]'` brings one (zig); or install "
