@@ -2,7 +2,7 @@
 #include "eft_requantize.h"
 
 /** Output channels at a time. */
-#define BLOCK 16
+#define BLOCK 24
 
 /** Inputs [first, first + count) of one or two pixels. */
 static EFT_OUT_OF_LINE void gather(eft_patch *patch, int32_t pixels, const eft_layer *layer, int32_t part, int32_t oy, int32_t ox,
@@ -15,14 +15,21 @@ static EFT_OUT_OF_LINE void gather(eft_patch *patch, int32_t pixels, const eft_l
 
 /** What the inputs of a patch give to some output channels, each of which has num_weights weights. */
 static EFT_OUT_OF_LINE void add_patch(const eft_patch *patch, int32_t count, const int8_t *w, int32_t num_weights,
-                                      int32_t channels, const int32_t *bias, int32_t *sums)
+                                      int32_t channels, const eft_begin *begin, int32_t *sums)
 {
-    for (; channels > 0; channels -= 2) {
-        const int8_t *const next = channels > 1 ? w + num_weights : w;
-        eft_patch_dot(patch, count, w, next, bias, sums);
-        bias = bias != NULL ? bias + 2 : NULL;
-        w = next + num_weights;
+    const int32_t *from = begin->at;
+    const int32_t channel = begin->channel;
+    const int32_t pixel = begin->pixel;
+    int32_t *const end = sums + 2 * (channels & ~1);
+    while (sums != end) {
+        eft_patch_dot(patch, count, w, w + num_weights, from, channel, pixel, sums);
+        w += 2 * num_weights;
+        from += 2 * channel;
         sums += 4;
+    }
+    if ((channels & 1) != 0) {
+        /* The other half of the pair is one that nobody reads. */
+        eft_patch_dot(patch, count, w, w, from, 0, pixel, sums);
     }
 }
 
@@ -41,7 +48,7 @@ void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_po
             int32_t in_patch = -1; /* First input of it, -1 if it must be filled anew */
             for (int32_t o = 0; o < out_c; o += BLOCK) {
                 const int32_t channels = out_c - o < BLOCK ? out_c - o : BLOCK;
-                const int32_t *begin = bias + o;
+                eft_begin begin = {bias + o, 1, 0};
                 for (int32_t part = 0; part < 2; part++) {
                     const int32_t part_c = eft_part_channels(&layer, part);
                     const int32_t num_weights = taps * part_c;
@@ -55,8 +62,10 @@ void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_po
                             gather(&patch, pixels, &layer, part, oy, ox, first, count);
                             in_patch = first;
                         }
-                        add_patch(&patch, count, w, num_weights, channels, begin, sums);
-                        begin = NULL;
+                        add_patch(&patch, count, w, num_weights, channels, &begin, sums);
+                        begin.at = sums;
+                        begin.channel = 2;
+                        begin.pixel = 1;
                         w += EFT_PATCH;
                     }
                 }

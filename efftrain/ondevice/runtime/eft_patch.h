@@ -155,19 +155,24 @@ static inline void eft_patch_gather(eft_patch *patch, int32_t pixel, const eft_l
     } while (0)
 #endif
 
+/** Where the sums of one call of eft_patch_dot begin: with the biases, or with what the sums are. */
+typedef struct {
+    const int32_t *at;
+    int32_t channel, pixel; /**< Distances from one to the next; 0 if both pixels begin with the same */
+} eft_begin;
+
 /**
  * Sums of both pixels with two output channels, of which v and w are the weights.
  *
- * @param[in]     bias   Of the two channels, or NULL to go on with the sums
- * @param[in,out] sums   Channel v with both pixels, then channel w
+ * @param[out] sums   Channel v with both pixels, then channel w
  */
-static inline void eft_patch_dot(const eft_patch *patch, int32_t count, const int8_t *v, const int8_t *w, const int32_t *bias,
-                                 int32_t *sums)
+static inline void eft_patch_dot(const eft_patch *patch, int32_t count, const int8_t *v, const int8_t *w, const int32_t *begin,
+                                 int32_t channel, int32_t pixel, int32_t *sums)
 {
-    int32_t xv = bias != NULL ? bias[0] : sums[0];
-    int32_t zv = bias != NULL ? xv : sums[1];
-    int32_t xw = bias != NULL ? bias[w != v] : sums[2];
-    int32_t zw = bias != NULL ? xw : sums[3];
+    int32_t xv = begin[0];
+    int32_t zv = begin[pixel];
+    int32_t xw = begin[channel];
+    int32_t zw = begin[channel + pixel];
 #if EFT_DSP
     const eft_pair *from = (const eft_pair *)(const void *)patch->half;
     const eft_pair *const end = from + (count & ~7);

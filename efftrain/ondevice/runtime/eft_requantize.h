@@ -39,39 +39,51 @@ static inline int32_t eft_stored(int32_t doubled, int32_t minimum)
 #endif
 }
 
-/** Channels [o, o + count) of one pixel, count <= 8, and their bits of the mask from index on. */
-static inline void eft_requantize_masked(const int32_t *sums, int32_t step, int32_t count, const eft_requantize *out, int32_t o,
-                                         int8_t *y, uint8_t *mask, int32_t index)
+/** Twice bits, and 1 more if value <= limit. */
+static inline uint32_t eft_push_bit(uint32_t bits, uint32_t value, uint32_t limit)
 {
-    const int32_t *const multiplier = out->factors.multiplier + o;
-    const int16_t *const shift = out->factors.shift + o;
-    const int32_t round = 1 + 2 * out->zero_point;
-    const int32_t minimum = out->minimum;
-    const int32_t lowest = out->pass_minimum;
-    const uint32_t range = (uint32_t)(127 - lowest);
-    uint32_t passes = 0;
-    for (int32_t j = 0; j < count; j++) {
-        const int32_t doubled = eft_doubled(*sums, multiplier[j], shift[j], round);
-        y[j] = (int8_t)eft_stored(doubled, minimum);
-        passes |= ((uint32_t)((doubled >> 1) - lowest) <= range ? 1U : 0U) << j;
-        sums += step;
-    }
-    eft_set_bits(mask, index, count, passes);
+#if EFT_DSP
+    /* The comparison's carry goes in as the lowest bit. */
+    __asm("cmp %1, %2\n\tadc %0, %0, %0" : "+r"(bits) : "r"(limit), "r"(value) : "cc");
+    return bits;
+#else
+    return 2U * bits + (value <= limit ? 1U : 0U);
+#endif
 }
 
-/** Channels of the first pixel. */
-static inline void eft_requantize_one(const int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
+/** Bits of the mask from index on, from what eft_doubled gave for count channels, each with both pixels. */
+static inline void eft_mask_channels(const int32_t *doubled, int32_t count, int32_t lowest, uint8_t *mask, int32_t index)
+{
+    const int32_t low = 2 * lowest;
+    const uint32_t range = (uint32_t)(255 - low);
+    while (count > 0) {
+        const int32_t n = count < 8 ? count : 8;
+        uint32_t passes = 0;
+        for (int32_t j = n; j > 0; j--) {
+            passes = eft_push_bit(passes, (uint32_t)(doubled[2 * j - 2] - low), range);
+        }
+        eft_set_bits(mask, index, n, passes);
+        doubled += 2 * n;
+        index += n;
+        count -= n;
+    }
+}
+
+/** Channels of the first pixel. What eft_doubled gives stays where the sums were. */
+static inline void eft_requantize_one(int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
                                       int32_t round, int32_t minimum, int8_t *y)
 {
     const int8_t *const end = y + count;
     while (y != end) {
-        *y++ = (int8_t)eft_stored(eft_doubled(*sums, *multiplier++, *shift++, round), minimum);
+        const int32_t doubled = eft_doubled(*sums, *multiplier++, *shift++, round);
+        *sums = doubled;
+        *y++ = (int8_t)eft_stored(doubled, minimum);
         sums += 2;
     }
 }
 
 /** Channels of two pixels, whose outputs are y and z. */
-static inline void eft_requantize_both(const int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
+static inline void eft_requantize_both(int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
                                        int32_t round, int32_t minimum, int8_t *y, int8_t *z)
 {
     const int32_t *const end = sums + 2 * count;
@@ -82,6 +94,8 @@ static inline void eft_requantize_both(const int32_t *sums, int32_t count, const
         const int32_t second = eft_doubled(sums[1], m, s, round);
         *y++ = (int8_t)eft_stored(first, minimum);
         *z++ = (int8_t)eft_stored(second, minimum);
+        sums[0] = first;
+        sums[1] = second;
         sums += 2;
     }
 }
@@ -89,25 +103,14 @@ static inline void eft_requantize_both(const int32_t *sums, int32_t count, const
 /**
  * Channels [o, o + count) of one or two pixels.
  *
- * @param[in]  sums   Of all channels, each with both pixels; the second is not used if there is one
+ * @param      sums   Of all channels, each with both pixels, the second not used if there is one. Scratch afterwards
  * @param[out] y      Of pixel p from y + p * pixel_step on
  * @param[out] mask   NULL, or of the whole tensor
  * @param[in]  index  Element of the whole tensor that y[0] is
  */
-static EFT_OUT_OF_LINE void eft_requantize_pixels(const int32_t *sums, int32_t pixels, int32_t count, const eft_requantize *out,
+static EFT_OUT_OF_LINE void eft_requantize_pixels(int32_t *sums, int32_t pixels, int32_t count, const eft_requantize *out,
                                                   int32_t o, int8_t *y, int32_t pixel_step, uint8_t *mask, int32_t index)
 {
-    if (mask != NULL) {
-        for (int32_t p = 0; p < pixels; p++) {
-            for (int32_t j = 0; j < count; j += 8) {
-                const int32_t part = count - j < 8 ? count - j : 8;
-                eft_requantize_masked(sums + p + 2 * j, 2, part, out, o + j, y + j, mask, index + j);
-            }
-            y += pixel_step;
-            index += pixel_step;
-        }
-        return;
-    }
     const int32_t *const multiplier = out->factors.multiplier + o;
     const int16_t *const shift = out->factors.shift + o;
     const int32_t round = 1 + 2 * out->zero_point;
@@ -119,6 +122,12 @@ static EFT_OUT_OF_LINE void eft_requantize_pixels(const int32_t *sums, int32_t p
         eft_requantize_both(sums, count, multiplier, shift, round, -128, y, y + pixel_step);
     } else {
         eft_requantize_both(sums, count, multiplier, shift, round, out->minimum, y, y + pixel_step);
+    }
+    if (mask != NULL) {
+        eft_mask_channels(sums, count, out->pass_minimum, mask, index);
+        if (pixels == 2) {
+            eft_mask_channels(sums + 1, count, out->pass_minimum, mask, index + pixel_step);
+        }
     }
 }
 
