@@ -281,19 +281,34 @@ int32_t eft_gradient_sum_s16(const eft_gradient *a, const eft_gradient *b, int32
                              const uint8_t *mask, int16_t *g, int32_t *exponent);
 
 /**
- * One step of SGD on the trained weights of a convolution: weight gradient and update in one pass, 16-bit master weights.
+ * How the steps of one layer's weights, or of its biases, become moves. Steps and what is kept of them have 16 fractional bits.
+ *
+ *   SGD           move = step
+ *   momentum      kept = clamp(rsh(kept * decay, 15) + clamp(step), -2^30, 2^30), move = kept
+ *   accumulation  kept = clamp(kept + clamp(step)), move = 0; on the last sample of a batch move = rsh(kept, batch_shift), kept = 0
+ */
+typedef struct {
+    int32_t lr_shift;    /**< Number of halvings of the learning rate, in [0, 31] */
+    int32_t *kept;       /**< One a parameter, in the order of the parameters; NULL for SGD */
+    int32_t decay;       /**< momentum * 2^15, in [1, 32767]; 0 for accumulation */
+    int32_t batch_shift; /**< log2 of the samples of a batch */
+    int32_t last;        /**< Whether this sample ends a batch */
+} eft_optimizer;
+
+/**
+ * One step on the trained weights of a convolution: weight gradient and update in one pass, 16-bit master weights.
  * The weight is 256 * trained + residual; it moves by the nearest 1/256.
  *
  * @param[in]     x         The layer's input in the forward pass
  * @param[in]     rate      Learning rate * scales / QAS, per output channel
- * @param[in]     lr_shift  Number of halvings of the learning rate, in [0, 31]
+ * @param[in,out] optimizer Of these weights
  * @param[in,out] trained   [out_c][kernel_h][kernel_w][trained_c]
  * @param[in,out] residual  Same shape
  * @param[in]     trained_c Input channels [0, trained_c) of in_c
  * @param         scratch   int32, [trained_c]
  */
 void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
-                               const eft_factors *rate, int32_t lr_shift, int8_t *trained, int8_t *residual, int32_t trained_c,
+                               const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained, int8_t *residual, int32_t trained_c,
                                int32_t *scratch);
 
 /**
@@ -303,7 +318,7 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
  * @param[in] first_index Position of the layer's first weight among all weights of the model
  */
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
-                                   const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                   const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
                                    uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
 
 /** See eft_multiply_grad_s16. @param scratch int32, [channels] */
@@ -312,18 +327,18 @@ int32_t eft_multiply_factor_grad_s16(const eft_gradient *g, const int8_t *x, int
 
 /** The two kinds of step on a depthwise layer: [kernel_h][kernel_w][trained_c]. */
 void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
-                                    const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, int8_t *trained,
+                                    const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained,
                                     int8_t *residual, int32_t trained_c, int32_t *scratch);
 void eft_depthwise_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
-                                        const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                        const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
                                         uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
 
 /** The random key of a training step. */
 uint32_t eft_step_key(uint32_t seed, uint32_t step);
 
-/** One step of SGD on the biases of a convolution: bias[o] in [-EFT_BIAS_LIMIT, EFT_BIAS_LIMIT] before and after. */
+/** One step on the biases of a convolution: bias[o] in [-EFT_BIAS_LIMIT, EFT_BIAS_LIMIT] before and after. */
 void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
-                         int32_t lr_shift, int32_t *bias);
+                         const eft_optimizer *optimizer, int32_t *bias);
 
 /** Words from one place to another that may overlap with it, both aligned to 4; num_bytes is rounded up to whole words. */
 void eft_move(void *to, const void *from, uint32_t num_bytes);

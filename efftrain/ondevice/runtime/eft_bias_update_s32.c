@@ -28,7 +28,7 @@ static inline void sum_pixels(const int16_t *g, int32_t pixels, int32_t channels
 }
 
 void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
-                         int32_t lr_shift, int32_t *bias)
+                         const eft_optimizer *optimizer, int32_t *bias)
 {
     const int32_t cut = eft_cut(gradient->bits, pixels);
     for (int32_t first = 0; first < channels; first += 4) {
@@ -37,8 +37,8 @@ void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t c
         sum_pixels(gradient->g + first, pixels, channels, count, cut, sums);
         for (int32_t j = 0; j < count; j++) {
             const int32_t c = first + j;
-            const int32_t shift = rate->shift[c] - (gradient->exponent + cut) - 16 + lr_shift;
-            const int64_t step = eft_rsh((int64_t)sums[j] * rate->multiplier[c], shift);
+            const int32_t shift = rate->shift[c] - (gradient->exponent + cut) - 16 + optimizer->lr_shift;
+            const int64_t step = eft_optimized(optimizer, c, eft_rsh((int64_t)sums[j] * rate->multiplier[c], shift));
             bias[c] = (int32_t)eft_clamp64(bias[c] - ((step + 32768) >> 16), -EFT_BIAS_LIMIT, EFT_BIAS_LIMIT);
         }
     }

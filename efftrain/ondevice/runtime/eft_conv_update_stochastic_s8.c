@@ -1,13 +1,13 @@
 #include "eft_conv_weight_sums.h"
 
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
-                                   const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                   const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
                                    uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch)
 {
     const int32_t cut = eft_cut(gradient->bits, shape->out_h * shape->out_w);
     int32_t index = 0;
     for (int32_t o = 0; o < shape->out_c; o++) {
-        const int32_t shift = rate->shift[o] - (gradient->exponent + cut) - 16 + lr_shift;
+        const int32_t shift = rate->shift[o] - (gradient->exponent + cut) - 16 + optimizer->lr_shift;
         for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
             for (int32_t kx = 0; kx < shape->kernel_w; kx++) {
                 const int32_t tap = (o * shape->kernel_h + ky) * shape->kernel_w + kx;
@@ -15,7 +15,7 @@ void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const 
                 const eft_seen seen = eft_seen_through(x, gradient->g, shape, ky, kx);
                 eft_conv_weight_sums(&seen, x_zero_point, cut, o, trained_c, scratch);
                 for (int32_t i = 0; i < trained_c; i++) {
-                    const int64_t step = eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift);
+                    const int64_t step = eft_optimized(optimizer, index, eft_rsh((int64_t)scratch[i] * rate->multiplier[o], shift));
                     eft_move_stochastic(trained + index, step, key, first + (uint32_t)i);
                     index++;
                 }

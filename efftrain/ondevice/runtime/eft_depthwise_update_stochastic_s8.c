@@ -1,7 +1,7 @@
 #include "eft_depthwise_weight_sums.h"
 
 void eft_depthwise_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
-                                        const eft_conv_shape *shape, const eft_factors *rate, int32_t lr_shift, uint32_t key,
+                                        const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
                                         uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch)
 {
     const int32_t cut = eft_cut(gradient->bits, shape->out_h * shape->out_w);
@@ -12,8 +12,8 @@ void eft_depthwise_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, c
             const eft_seen seen = eft_seen_through(x, gradient->g, shape, ky, kx);
             eft_depthwise_weight_sums(&seen, x_zero_point, cut, trained_c, scratch);
             for (int32_t c = 0; c < trained_c; c++) {
-                const int32_t shift = rate->shift[c] - (gradient->exponent + cut) - 16 + lr_shift;
-                const int64_t step = eft_rsh((int64_t)scratch[c] * rate->multiplier[c], shift);
+                const int32_t shift = rate->shift[c] - (gradient->exponent + cut) - 16 + optimizer->lr_shift;
+                const int64_t step = eft_optimized(optimizer, index, eft_rsh((int64_t)scratch[c] * rate->multiplier[c], shift));
                 eft_move_stochastic(trained + index, step, key, first + (uint32_t)c);
                 index++;
             }

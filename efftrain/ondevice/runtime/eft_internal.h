@@ -130,6 +130,27 @@ static inline void eft_set_bits(uint8_t *mask, int32_t index, int32_t count, uin
     }
 }
 
+/** What a parameter moves: the step itself, or what the optimizer makes of it and of those before. */
+static inline int64_t eft_optimized(const eft_optimizer *optimizer, int32_t index, int64_t step)
+{
+    const int64_t limit = (int64_t)1 << 30;
+    int64_t kept;
+    if (optimizer->kept == NULL) {
+        return step;
+    }
+    kept = optimizer->kept[index];
+    if (optimizer->decay > 0) {
+        kept = (kept * optimizer->decay + 16384) >> 15;
+    }
+    kept = eft_clamp64(kept + eft_clamp64(step, -limit, limit), -limit, limit);
+    if (optimizer->decay > 0) {
+        optimizer->kept[index] = (int32_t)kept;
+        return kept;
+    }
+    optimizer->kept[index] = optimizer->last != 0 ? 0 : (int32_t)kept;
+    return optimizer->last != 0 ? eft_rsh(kept, optimizer->batch_shift) : 0;
+}
+
 /** A step of a master weight 256 * trained + residual. */
 static inline void eft_move_master(int8_t *trained, int8_t *residual, int64_t step)
 {

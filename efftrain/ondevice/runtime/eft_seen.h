@@ -31,6 +31,11 @@ static inline eft_seen eft_seen_through(const int8_t *x, const int16_t *g, const
     seen.x_row = s->stride_h * s->in_w * s->in_c;
     seen.g = some ? g + first_y * seen.g_row + first_x * seen.g_column : g;
     seen.x = some ? x + ((first_y * s->stride_h - s->pad_h + ky) * s->in_w + first_x * s->stride_w - s->pad_w + kx) * s->in_c : x;
+    if (seen.g_row == seen.columns * seen.g_column && seen.x_row == seen.columns * seen.x_column) {
+        /* All rows are one. */
+        seen.columns *= seen.rows;
+        seen.rows = 1;
+    }
     return seen;
 }
 
