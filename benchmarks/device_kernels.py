@@ -16,6 +16,8 @@ import numpy as np
 
 from efftrain.ondevice.backends.kernels import BoardKernels, HostKernels, Struct, Value
 
+SGD = Struct(0, None, 0, 0, 0, 0)
+
 # kind, input height = width, input channels, output channels, kernel, stride, bias trained, input channels trained
 LAYERS: tuple[tuple[str, int, int, int, int, int, int, int], ...] = (
     ("conv", 128, 3, 16, 3, 2, 0, 0), ("depthwise", 64, 16, 16, 3, 1, 0, 0), ("conv", 64, 16, 8, 1, 1, 0, 0),
@@ -120,11 +122,11 @@ def calls() -> list[Call]:
             kernel = "eft_depthwise_input_grad_s16" if depthwise else "eft_conv_input_grad_s16"
             add(False, kernel, g, 14, shape, weights, constants, x_mask, gx, scratch, macs=macs)
         if trained_c:
-            add(False, "eft_conv_update_master_s8", x, 0, gradient, shape, factors, 0, weights.members[0],
+            add(False, "eft_conv_update_master_s8", x, 0, gradient, shape, factors, SGD, weights.members[0],
                 int8(*filters[:-1], trained_c), trained_c, scratch, macs=macs * trained_c // in_c)  # fmt: skip
         if trained:
             pixels = size_out * size_out
-            add(False, "eft_bias_update_s32", gradient, pixels, out_c, factors, 0, bias, macs=pixels * out_c)
+            add(False, "eft_bias_update_s32", gradient, pixels, out_c, factors, SGD, bias, macs=pixels * out_c)
     return out
 
 

@@ -15,6 +15,42 @@ Loss = Literal["cross_entropy", "squared_error"]
 
 BIAS_LIMIT = 1 << 30
 MASTER_LOW, MASTER_HIGH = -32640, 32639
+KEPT_WEIGHT_DROP, KEPT_BIAS_DROP = 0, 8
+"""Fractional bits that optimizers leave out: a bias moves by thousands of its small units, a weight by few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """How steps become moves. Anything but plain SGD keeps 4 bytes a trained parameter."""
+
+    momentum: float = 0.0
+    """``v = momentum * v + step``, the weight moves by ``v``; in [0, 1). 0: none."""
+
+    batch: int = 1
+    """Steps that are summed, and applied as their mean: a power of two, at most 65,536. 1: every step is applied."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1 or (self.momentum > 0 and self.decay == 0):
+            raise ValueError(f"momentum is {self.momentum}; it must be 0 or in [2^-15, 1)")
+        if not 1 <= self.batch <= 1 << 16 or self.batch & (self.batch - 1):
+            raise ValueError(f"batch is {self.batch}; it must be a power of two, at most 65536")
+        if self.momentum and self.batch > 1:
+            raise ValueError("momentum and accumulation each keep a value a parameter; choose one")
+
+    @property
+    def keeps(self) -> bool:
+        """Needs memory of its own."""
+        return self.momentum > 0 or self.batch > 1
+
+    @property
+    def decay(self) -> int:
+        """``momentum`` with 15 fractional bits."""
+        return min(32767, round(self.momentum * 32768))
+
+    @property
+    def batch_shift(self) -> int:
+        """log2 of ``batch``."""
+        return ceil_log2(self.batch)
 
 
 @dataclass(frozen=True, slots=True)

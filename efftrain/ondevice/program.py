@@ -15,7 +15,7 @@ from efftrain.ondevice.backends.board import BoardEngine, Firmware, build_firmwa
 from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
-from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number
+from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number, Optimizer
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.project import write_project
@@ -39,7 +39,7 @@ from efftrain.ondevice.target import Board, CpuName
 
 STATIC_BYTES = 8
 """Seed and learning-rate shift in the context."""
-KERNEL_CODE_BYTES, CALL_CODE_BYTES = 18_432, 128
+KERNEL_CODE_BYTES, CALL_CODE_BYTES = 20_480, 128
 """Allowance in flash for the kernels with their tables, and for each op's call of one; the build checks that the linked
 firmware keeps to it."""
 
@@ -64,6 +64,7 @@ class Program:
         numbers: How every activation stores real values.
         float_graph: The model as it was read.
         loss: What is minimized.
+        optimizer: How steps become moves.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Program:
     numbers: Mapping[str, Number] = field(repr=False)
     float_graph: FloatGraph = field(repr=False)
     loss: Loss = "cross_entropy"
+    optimizer: Optimizer = Optimizer()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -130,6 +132,7 @@ class Program:
             self.initial_state,
             self.seed if seed is None else seed,
             self.loss,
+            self.optimizer,
         )
 
     def host(self, seed: int | None = None, toolchain: Kind = "auto") -> HostEngine:
@@ -209,6 +212,7 @@ def compile(
     name: str = "model",
     switch_off: tuple[str, ...] = (),
     loss: Loss = "cross_entropy",
+    optimizer: Optimizer | None = None,
 ) -> Program:
     """Turn a small CNN into a program that trains on a microcontroller.
 
@@ -226,6 +230,7 @@ def compile(
         name: Prefix of the C functions.
         switch_off: Passes to leave out, to see what they save.
         loss: Softmax cross-entropy, or ``squared_error`` for an autoencoder whose target is its input.
+        optimizer: Momentum or accumulation over several samples; plain SGD if not given.
 
     Raises:
         CompileError: The model cannot be compiled.
@@ -235,6 +240,7 @@ def compile(
     check_identifier(name)
     if rounding not in ("master", "stochastic"):
         raise ConfigError(f"rounding {rounding!r} is not known; known are master and stochastic")
+    optimizer = optimizer or Optimizer()
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example)
@@ -242,13 +248,13 @@ def compile(
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
     graph = run_passes(differentiate(quantized, trained), quantized.layers, switch_off)
-    layout = lay_out(quantized.layers, trained, rounding)
+    layout = lay_out(quantized.layers, trained, rounding, optimizer)
     initial = initial_state(layout, quantized.layers)
     if OVERLAP in switch_off:
         arena = memory.plan_arena(graph, quantized.layers, overlap=False)
     else:
         graph, arena = plan_with_moves(graph, quantized.layers)
-    code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss)
+    code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss, optimizer)
     num_calls = sum(len(op.ops) if isinstance(op, RowStream) else 1 for op in graph.ops)
     code_bytes = KERNEL_CODE_BYTES + CALL_CODE_BYTES * num_calls
     plan = _plan(graph, quantized.layers, layout, arena, target, code_bytes + code.constant_bytes)
@@ -269,6 +275,7 @@ def compile(
         numbers=quantized.numbers,
         float_graph=model_graph,
         loss=loss,
+        optimizer=optimizer,
     )
 
 

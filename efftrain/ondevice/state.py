@@ -1,7 +1,8 @@
 """The trained state: what learns, in one canonical byte layout that every back end shares.
 
 Layout, little-endian, without gaps: the step counter (uint32), then the biases of the layers whose biases are trained
-(int32), then the trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels, O = 1 if it is
+(int32), then, with momentum or accumulation, what is kept for each bias and then for each weight (int32), then the
+trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels, O = 1 if it is
 depthwise), then, with
 16-bit master weights, their residuals in the same order and shape (int8). Layers are in forward order.
 """
@@ -14,13 +15,22 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from efftrain.ondevice.constants import BIAS_LIMIT, ConvConstants, Layers, layer_of
+from efftrain.ondevice.constants import BIAS_LIMIT, ConvConstants, Layers, Optimizer, layer_of
 from efftrain.ondevice.scheme import Trained
 
 Rounding = Literal["master", "stochastic"]
-Part = Literal["step", "bias", "weight", "residual"]
+_SGD = Optimizer()
+Part = Literal["step", "bias", "kept_bias", "kept_weight", "weight", "residual"]
+"""``kept`` is what an optimizer keeps of earlier steps."""
 
-_DTYPES: Mapping[Part, str] = {"step": "<u4", "bias": "<i4", "weight": "i1", "residual": "i1"}
+_DTYPES: Mapping[Part, str] = {
+    "step": "<u4",
+    "bias": "<i4",
+    "kept_bias": "<i4",
+    "kept_weight": "<i4",
+    "weight": "i1",
+    "residual": "i1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +95,17 @@ class StateLayout:
         )
 
 
-def lay_out(layers: Layers, trained: Mapping[str, Trained], rounding: Rounding) -> StateLayout:
+def lay_out(
+    layers: Layers, trained: Mapping[str, Trained], rounding: Rounding, optimizer: Optimizer = _SGD
+) -> StateLayout:
     """The layout for a scheme."""
     wanted: list[tuple[Part, str, tuple[int, ...]]] = [("step", "", (1,))]
     convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     wanted += [("bias", c.name, (c.shape.out_c,)) for c in convs if trained[c.name].bias]
-    parts: tuple[Part, ...] = ("weight", "residual") if rounding == "master" else ("weight",)
+    if optimizer.keeps:
+        wanted += [("kept_bias", name, shape) for part, name, shape in wanted if part == "bias"]
+    parts: tuple[Part, ...] = ("kept_weight",) if optimizer.keeps else ()
+    parts += ("weight", "residual") if rounding == "master" else ("weight",)
     for part in parts:
         for conv in convs:
             if channels := trained[conv.name].channels:
@@ -112,6 +127,9 @@ def initial_state(layout: StateLayout, layers: Layers) -> bytes:
         conv = layer_of(layers, entry.layer, ConvConstants)
         if entry.part == "bias":
             arrays[entry.part, entry.layer] = conv.bias
+            continue
+        if entry.part in ("kept_bias", "kept_weight"):
+            arrays[entry.part, entry.layer] = np.zeros(entry.shape, np.int64)
             continue
         weight, master = (a[..., : entry.shape[-1]] for a in (conv.weight, conv.master))
         arrays[entry.part, entry.layer] = weight if entry.part == "weight" else master - 256 * weight

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from efftrain.ondevice import Program, compile
+from efftrain.ondevice.constants import Optimizer
 from efftrain.ondevice.passes import OVERLAP, PASSES
 from tests.ondevice_models import CLASSIFIERS, Autoencoder, build
 
@@ -48,6 +49,46 @@ def test_three_back_ends_are_one(model: type[nn.Module], scheme: str, rounding: 
         assert len({engine.state_sha256() for engine in engines}) == 1
     assert engines[0].state_sha256() != start
     assert len({engine.predict(xs[0]) for engine in engines}) == 1
+
+
+@pytest.mark.parametrize("optimizer", [Optimizer(momentum=0.9), Optimizer(batch=4)])
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_optimizers_keep_the_same_on_all_back_ends(optimizer: Optimizer, rounding: str) -> None:
+    program = program_of(CLASSIFIERS[0], "full", rounding=rounding, optimizer=optimizer)
+    xs, labels = samples_of(program, 10)
+    engines = [program.simulator(), program.host(), program.board()]
+    plain = program_of(CLASSIFIERS[0], "full", rounding=rounding)
+    trained = sum(entry.num_bytes for entry in plain.layout.entries if entry.part in ("bias", "weight"))
+    assert trained < program.layout.num_bytes - plain.layout.num_bytes <= 4 * trained
+    for x, label in zip(xs, labels, strict=True):
+        for engine in engines:
+            engine.train_step(x, int(label))
+        assert len({engine.state_sha256() for engine in engines}) == 1
+    saved = engines[0].state()
+    fresh = program.host()
+    fresh.load_state(saved)
+    fresh.train_step(xs[0], 1)
+    engines[0].train_step(xs[0], 1)
+    assert fresh.state_sha256() == engines[0].state_sha256()
+
+
+def test_a_batch_moves_by_the_mean_of_its_steps() -> None:
+    """Eight times the same sample in one batch is one step of plain SGD, but for what the steps are rounded to."""
+    plain = program_of(CLASSIFIERS[0], "full")
+    batched = program_of(CLASSIFIERS[0], "full", optimizer=Optimizer(batch=8))
+    xs, _ = samples_of(plain, 1)
+    one, eight = plain.host(), batched.host()
+    one.train_step(xs[0], 2)
+    start = dict(batched.layout.unpack(eight.state()))
+    for _ in range(8):
+        eight.train_step(xs[0], 2)
+    ours, wanted = batched.layout.unpack(eight.state()), plain.layout.unpack(one.state())
+    moved = 0
+    for key in wanted:
+        if key[0] in ("bias", "weight"):
+            assert np.abs(ours[key] - wanted[key]).max() <= 1
+            moved += int(np.abs(ours[key] - start[key]).sum())
+    assert moved > 100
 
 
 @pytest.mark.parametrize("model", [*CLASSIFIERS, Autoencoder])

@@ -50,6 +50,11 @@ def machine_of(name: str) -> KernelMachine:
 # --- arithmetic.md, section 1 -----------------------------------------------------------------------------------------
 
 
+def plain_steps(lr_shift: int) -> Struct:
+    """``eft_optimizer`` of SGD."""
+    return Struct(lr_shift, None, 0, 0, 0, 0)
+
+
 def rsh(value: Array, shift: int | Array) -> Array:
     v, s = np.broadcast_arrays(np.asarray(value, np.int64), np.asarray(shift, np.int64))
     right = np.clip(s, 1, 62)

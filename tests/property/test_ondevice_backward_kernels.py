@@ -14,6 +14,7 @@ from tests.property.kernel_cases import (
     ceil_log2,
     hash32,
     place,
+    plain_steps,
     rsh,
     step_key,
 )
@@ -187,7 +188,7 @@ class Update:
         self.gradient = Struct(c.g, c.bits, exponent)
         self.scratch = np.full(c.trained_c + 1, -7, np.int32)
         self.arguments = (
-            c.x, c.zero, self.gradient, c.s.struct, c.factors, lr_shift,
+            c.x, c.zero, self.gradient, c.s.struct, c.factors, plain_steps(lr_shift),
         )  # fmt: skip
 
 
@@ -201,6 +202,25 @@ def test_master_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) 
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
     assert (trained != -128).all()
     assert update.scratch[-1] == -7
+
+
+@cases(ANY_CASE, EXPONENTS, st.integers(0, 32767), st.integers(0, 6), st.integers(0, 15), st.booleans(), examples=200)
+def test_an_update_keeps_what_its_optimizer_needs(
+    m: KernelMachine, c: Case, exponent: int, decay: int, batch_shift: int, drop: int, last: bool
+) -> None:
+    update = Update(c, exponent, 0)
+    trained, residual = c.trained.copy(), np.zeros(c.trained.shape, np.int8)
+    kept = c.rng.integers(-(1 << 30), (1 << 30) + 1, c.trained.shape).astype(np.int32)
+    limit = 1 << 30
+    old = rsh(kept.astype(np.int64) * decay, 15) if decay else kept.astype(np.int64)
+    total = np.clip(old + np.clip(rsh(update.steps, drop), -limit, limit), -limit, limit)
+    move = total << drop if decay else rsh(total << drop, batch_shift) if last else np.zeros_like(total)
+    master = np.clip(256 * trained.astype(np.int64) - ((move + 128) >> 8), -32640, 32639)
+    arguments = (*update.arguments[:5], Struct(0, kept, drop, decay, batch_shift, int(last)))
+    kernel = "eft_depthwise_update_master_s8" if c.depthwise else "eft_conv_update_master_s8"
+    m.call(kernel, *arguments, trained, residual, c.trained_c, update.scratch)
+    assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
+    assert np.array_equal(kept, total if decay or not last else np.zeros_like(total))
 
 
 @cases(ANY_CASE, EXPONENTS, st.integers(0, 31))

@@ -17,6 +17,7 @@ from tests.property.kernel_cases import (
     cases,
     machine_of,
     place,
+    plain_steps,
     rsh,
 )
 
@@ -205,7 +206,15 @@ def test_bias_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) ->
     before = bias.astype(np.int64)
     _, sums, cut = c.weight_sums()
     gradient = Struct(c.g, c.bits, exponent)
-    m.call("eft_bias_update_s32", gradient, c.s.out_h * c.s.out_w, c.s.out_c, c.factors, lr_shift, bias)
+    m.call(
+        "eft_bias_update_s32",
+        gradient,
+        c.s.out_h * c.s.out_w,
+        c.s.out_c,
+        c.factors,
+        plain_steps(lr_shift),
+        bias,
+    )
     t = rsh(sums * c.multiplier, c.shift.astype(np.int64) - (exponent + cut) - 16 + lr_shift)
     assert np.array_equal(bias, np.clip(before - ((t + 32768) >> 16), -(2**30), 2**30))
 

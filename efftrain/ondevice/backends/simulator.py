@@ -12,6 +12,8 @@ import numpy.typing as npt
 from efftrain.ondevice.backends.engine import Engine, Samples
 from efftrain.ondevice.constants import (
     BIAS_LIMIT,
+    KEPT_BIAS_DROP,
+    KEPT_WEIGHT_DROP,
     MASTER_HIGH,
     MASTER_LOW,
     AddConstants,
@@ -22,6 +24,7 @@ from efftrain.ondevice.constants import (
     Layers,
     Loss,
     MaxPoolConstants,
+    Optimizer,
     PoolConstants,
     ProductConstants,
     TableConstants,
@@ -53,8 +56,9 @@ from efftrain.ondevice.ir import (
     TableGrad,
     WeightUpdate,
 )
-from efftrain.ondevice.state import Rounding, StateLayout
+from efftrain.ondevice.state import Part, Rounding, StateLayout
 
+_SGD = Optimizer()
 _INT32 = 1 << 31
 _POWERS = np.array([int(65536 * 2.0 ** (-f / 256) + 0.5) for f in range(256)], np.int64)
 
@@ -70,6 +74,7 @@ class Simulator(Engine):
         initial: The state to start from.
         seed: Of the stochastic rounding.
         loss: What a call returns: the predicted class, or the squared error.
+        optimizer: How steps become moves.
     """
 
     def __init__(
@@ -81,10 +86,11 @@ class Simulator(Engine):
         initial: bytes,
         seed: int,
         loss: Loss = "cross_entropy",
+        optimizer: Optimizer = _SGD,
     ) -> None:
         super().__init__(graph.tensors[graph.input].shape, graph.tensors[graph.logits].num_elements, layout.num_bytes)
         self._graph, self._layers, self._layout, self._rounding = graph, layers, layout, rounding
-        self._loss, self._seed = loss, seed & 0xFFFFFFFF
+        self._loss, self._seed, self._optimizer = loss, seed & 0xFFFFFFFF, optimizer
         convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants)]
         pools = [layer for layer in layers.values() if isinstance(layer, MaxPoolConstants)]
         self._gather = {layer.name: _gather_index(layer.shape) for layer in convs}
@@ -214,7 +220,7 @@ class Simulator(Engine):
             case BiasUpdate():
                 layer = layer_of(self._layers, op.layer, ConvConstants)
                 g, shift = self._cut(op.g, layer, layer.bias_rate)
-                step = rsh(_fits(g.sum(0)) * layer.bias_rate.multiplier, shift)
+                step = self._optimized("kept_bias", op.layer, rsh(_fits(g.sum(0)) * layer.bias_rate.multiplier, shift))
                 bias = np.clip(self._biases[op.layer] - ((step + 32768) >> 16), -BIAS_LIMIT, BIAS_LIMIT)
                 self._biases[op.layer] = self._arrays["bias", op.layer] = bias
             case RowStream():
@@ -308,7 +314,7 @@ class Simulator(Engine):
         else:
             sums = _fits(_exact_matmul(g.T, columns.reshape(len(columns), -1))).reshape(old.shape)
             multiplier, shift = (layer.per_channel(a) for a in (layer.weight_rate.multiplier, shift))
-        step = rsh(sums * multiplier, shift)
+        step = self._optimized("kept_weight", op.layer, rsh(sums * multiplier, shift))
         if self._rounding == "master":
             master = 256 * old + self._arrays["residual", op.layer] - ((step + 128) >> 8)
             master = np.clip(master, MASTER_LOW, MASTER_HIGH)
@@ -322,6 +328,22 @@ class Simulator(Engine):
         weights = self._weights[op.layer].copy()
         weights[..., :channels] = new
         self._weights[op.layer] = weights
+
+    def _optimized(self, part: Part, layer: str, step: Ints) -> Ints:
+        """What the parameters move: the steps, or what the optimizer makes of them and of those before."""
+        rule, limit = self._optimizer, 1 << 30
+        if not rule.keeps:
+            return step
+        kept = self._arrays[part, layer]
+        if rule.momentum:
+            kept = rsh(kept * rule.decay, np.int64(15))
+        drop = KEPT_BIAS_DROP if part == "kept_bias" else KEPT_WEIGHT_DROP
+        kept = np.clip(kept + np.clip(rsh(step, np.int64(drop)), -limit, limit), -limit, limit)
+        last = (int(self._arrays["step", ""][0]) + 1) % rule.batch == 0
+        self._arrays[part, layer] = kept if rule.momentum or not last else np.zeros_like(kept)
+        if rule.momentum:
+            return kept << drop
+        return rsh(kept << drop, np.int64(rule.batch_shift)) if last else np.zeros_like(kept)
 
     def _cut(self, name: str, layer: ConvConstants, rate: Factors) -> tuple[Ints, Ints]:
         """A gradient narrow enough to be summed over all pixels, and the shift of each channel's step."""

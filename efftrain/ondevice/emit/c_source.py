@@ -7,13 +7,15 @@ cannot end one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efftrain.ondevice.constants import Layers, Loss
+from efftrain.ondevice.constants import Layers, Loss, Optimizer
 from efftrain.ondevice.emit.calls import Calls
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.tables import Initial, Tables
 from efftrain.ondevice.ir import StepGraph
 from efftrain.ondevice.memory import Arena, Buffer
 from efftrain.ondevice.state import StateLayout
+
+_SGD = Optimizer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ def emit_c(
     arena: Arena,
     initial: Initial,
     loss: Loss = "cross_entropy",
+    optimizer: Optimizer = _SGD,
 ) -> CSource:
     """Write one program.
 
@@ -44,8 +47,9 @@ def emit_c(
         arena: Offsets of every buffer.
         initial: ``layout.unpack`` of the initial state.
         loss: What a call returns: the predicted class, or the squared error of an autoencoder.
+        optimizer: How steps become moves.
     """
-    emitter = _Emitter(name, graph, layers, layout, arena, initial, loss)
+    emitter = _Emitter(name, graph, layers, layout, arena, initial, loss, optimizer)
     return CSource(emitter.header(), emitter.source(), emitter.tables.num_bytes)
 
 
@@ -59,12 +63,13 @@ class _Emitter:
         arena: Arena,
         initial: Initial,
         loss: Loss,
+        optimizer: Optimizer,
     ) -> None:
         self.loss = loss
         self.name, self.graph, self.layout, self.arena = check_identifier(name), graph, layout, arena
         self.ids = {layer: f"layer{index}" for index, layer in enumerate(layers)}
         self.tables = Tables(graph, layers, self.ids, layout, initial)
-        self.calls = Calls(name, graph, layers, self.ids, layout, arena)
+        self.calls = Calls(name, graph, layers, self.ids, layout, arena, optimizer)
 
     def header(self) -> str:
         n, upper = self.name, self.name.upper()
@@ -290,9 +295,18 @@ uint32_t {n}_context_bytes(void)
         return lines
 
     def _initial(self) -> list[str]:
-        return [
+        lines = [
             f"    eft_copy({self.calls.state(entry.offset)}, {self.ids[entry.layer]}_{entry.part}_initial, "
             f"{entry.num_bytes}u);"
             for entry in self.layout.entries
-            if entry.part != "step"
+            if entry.part in ("bias", "weight", "residual")
         ]
+        kept = [entry for entry in self.layout.entries if entry.part in ("kept_bias", "kept_weight")]
+        if kept:
+            end = kept[-1].offset + kept[-1].num_bytes
+            lines += [
+                f"    for (uint32_t i = {kept[0].offset // 4}u; i < {end // 4}u; i++) {{",
+                "        context->state[i] = 0U;",
+                "    }",
+            ]
+        return lines

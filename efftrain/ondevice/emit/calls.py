@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from efftrain.ondevice.constants import (
+    KEPT_BIAS_DROP,
+    KEPT_WEIGHT_DROP,
     ConcatConstants,
     ConvConstants,
     Layers,
     MaxPoolConstants,
+    Optimizer,
     PoolConstants,
     ProductConstants,
     layer_of,
@@ -40,7 +43,7 @@ from efftrain.ondevice.ir import (
     WeightUpdate,
 )
 from efftrain.ondevice.memory import Arena
-from efftrain.ondevice.state import StateLayout
+from efftrain.ondevice.state import Part, StateLayout
 
 _TYPES = {"s8": "int8_t", "s16": "int16_t", "s32": "int32_t", "bit": "uint8_t"}
 
@@ -64,6 +67,7 @@ class Calls:
         ids: The C name of each layer.
         layout: Of the trained state.
         arena: Offsets of every buffer.
+        optimizer: How steps become moves.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class Calls:
         ids: Mapping[str, str],
         layout: StateLayout,
         arena: Arena,
+        optimizer: Optimizer,
     ) -> None:
+        self._optimizer = optimizer
         self._classes = f"{name.upper()}_NUM_CLASSES"
         self._graph, self._layers, self._ids, self._layout, self._arena = graph, layers, ids, layout, arena
         counts: dict[str, int] = {}
@@ -230,16 +236,17 @@ class Calls:
                 bits = [f"{v[op.y]}_bits = {v[op.x]}_bits;"] if op.y in self._bits_read else []
                 return [call, *bits, f"{v[op.y]}_exponent = {v[op.x]}_exponent;"]
             case WeightUpdate():
-                return [self._view("gradient", op.g), self._weight_update(op)]
+                rule = self._rule("kept_weight", op.layer)
+                return [self._view("gradient", op.g), rule, self._weight_update(op)]
             case BiasUpdate():
                 layer = self._conv(op.layer)
                 entry = self._layout.find("bias", op.layer)
                 assert entry is not None, f"{op.layer} has no trained bias"
                 call = (
                     f"eft_bias_update_s32(&gradient, {layer.shape.pixels}, {layer.shape.out_c}, "
-                    f"&{self._ids[op.layer]}_bias_rate, context->lr_shift, {self.state(entry.offset, 'int32_t')});"
+                    f"&{self._ids[op.layer]}_bias_rate, &optimizer, {self.state(entry.offset, 'int32_t')});"
                 )
-                return [self._view("gradient", op.g), call]
+                return [self._view("gradient", op.g), self._rule("kept_bias", op.layer), call]
             case _:
                 raise AssertionError(f"{op.name} has no C")
 
@@ -335,12 +342,20 @@ class Calls:
         entry = self._layout.find("bias", layer.name)
         return self.state(entry.offset, "const int32_t") if entry else f"{self._ids[layer.name]}_bias"
 
+    def _rule(self, part: Part, layer: str) -> str:
+        entry, rule = self._layout.find(part, layer), self._optimizer
+        kept = self.state(entry.offset, "int32_t") if entry else "NULL"
+        last = f"((context->state[0] + 1u) & {rule.batch - 1}u) == 0u" if rule.batch > 1 else "0"
+        drop = KEPT_BIAS_DROP if part == "kept_bias" else KEPT_WEIGHT_DROP
+        values = f"context->lr_shift, {kept}, {drop}, {rule.decay}, {rule.batch_shift}, {last}"
+        return f"const eft_optimizer optimizer = {{{values}}};"
+
     def _weight_update(self, op: WeightUpdate) -> str:
         layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
         weight, residual = self._layout.find("weight", op.layer), self._layout.find("residual", op.layer)
         assert weight is not None, f"{op.layer} has no trained weights"
         kind = "depthwise" if layer.depthwise else "conv"
-        start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, &{c_name}_shape, &{c_name}_weight_rate, context->lr_shift"
+        start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, &{c_name}_shape, &{c_name}_weight_rate, &optimizer"
         end = f"{weight.shape[-1]}, {v[op.scratch]}"
         trained = self.state(weight.offset)
         if residual:

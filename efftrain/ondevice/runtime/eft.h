@@ -281,15 +281,18 @@ int32_t eft_gradient_sum_s16(const eft_gradient *a, const eft_gradient *b, int32
                              const uint8_t *mask, int16_t *g, int32_t *exponent);
 
 /**
- * How the steps of one layer's weights, or of its biases, become moves. Steps and what is kept of them have 16 fractional bits.
+ * How the steps of one layer's weights, or of its biases, become moves. Steps have 16 fractional bits, what is kept of them
+ * 16 - drop.
  *
  *   SGD           move = step
- *   momentum      kept = clamp(rsh(kept * decay, 15) + clamp(step), -2^30, 2^30), move = kept
- *   accumulation  kept = clamp(kept + clamp(step)), move = 0; on the last sample of a batch move = rsh(kept, batch_shift), kept = 0
+ *   momentum      kept = clamp(rsh(kept * decay, 15) + clamp(rsh(step, drop)), -2^30, 2^30), move = kept * 2^drop
+ *   accumulation  kept = clamp(kept + clamp(rsh(step, drop))), move = 0; on the last sample of a batch
+ *                 move = rsh(kept * 2^drop, batch_shift), kept = 0
  */
 typedef struct {
     int32_t lr_shift;    /**< Number of halvings of the learning rate, in [0, 31] */
     int32_t *kept;       /**< One a parameter, in the order of the parameters; NULL for SGD */
+    int32_t drop;        /**< In [0, 15] */
     int32_t decay;       /**< momentum * 2^15, in [1, 32767]; 0 for accumulation */
     int32_t batch_shift; /**< log2 of the samples of a batch */
     int32_t last;        /**< Whether this sample ends a batch */

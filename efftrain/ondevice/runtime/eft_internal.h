@@ -142,13 +142,13 @@ static inline int64_t eft_optimized(const eft_optimizer *optimizer, int32_t inde
     if (optimizer->decay > 0) {
         kept = (kept * optimizer->decay + 16384) >> 15;
     }
-    kept = eft_clamp64(kept + eft_clamp64(step, -limit, limit), -limit, limit);
+    kept = eft_clamp64(kept + eft_clamp64(eft_rsh(step, optimizer->drop), -limit, limit), -limit, limit);
     if (optimizer->decay > 0) {
         optimizer->kept[index] = (int32_t)kept;
-        return kept;
+        return kept * ((int64_t)1 << optimizer->drop);
     }
     optimizer->kept[index] = optimizer->last != 0 ? 0 : (int32_t)kept;
-    return optimizer->last != 0 ? eft_rsh(kept, optimizer->batch_shift) : 0;
+    return optimizer->last != 0 ? eft_rsh(kept * ((int64_t)1 << optimizer->drop), optimizer->batch_shift) : 0;
 }
 
 /** A step of a master weight 256 * trained + residual. */
