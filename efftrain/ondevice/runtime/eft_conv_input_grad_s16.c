@@ -98,38 +98,54 @@ static inline void add_lanes(const operands *h, int32_t pairs, const int8_t *w, 
 
 #endif
 
-/** Add what some output channels send back to input channels [0, inputs) of both places. */
+/** Add what some output channels send back to input channels [0, inputs) of one place, whose operands begin at h. */
+static void add_rows(const operands *h, int32_t place, int32_t count, const int8_t *w, int32_t step, int32_t inputs,
+                     int32_t *restrict sums)
+{
+    int32_t o = 0;
+    for (; o + 4 <= count; o += 4) {
+        const int16_t *const a = h[o >> 1].half + place;
+        const int16_t *const b = h[(o >> 1) + 1].half + place;
+        const int16_t h0 = a[0], h1 = a[1], h2 = b[0], h3 = b[1];
+        const int8_t *const second = w + step;
+        const int8_t *const third = second + step;
+        const int8_t *const fourth = third + step;
+        for (int32_t i = 0; i < inputs; i++) {
+            sums[i] += h0 * (int16_t)w[i] + h1 * (int16_t)second[i] + h2 * (int16_t)third[i] + h3 * (int16_t)fourth[i];
+        }
+        w += 4 * step;
+    }
+    for (; o < count; o++) {
+        const int16_t value = h[o >> 1].half[place + (o & 1)];
+        for (int32_t i = 0; i < inputs; i++) {
+            sums[i] += value * (int16_t)w[i];
+        }
+        w += step;
+    }
+}
+
+/** The same for both places, whose sums are x and z; z is x if there is no second place. */
 static EFT_OUT_OF_LINE void add_products(const operands *h, int32_t count, const int8_t *w, int32_t step, int32_t inputs,
                                          int32_t *x, int32_t *z)
 {
     int32_t i = 0;
 #if EFT_DSP
     for (; i + 4 <= inputs; i += 4) {
-        for (int32_t odd = 0; odd < 2; odd++) {
-            const int8_t *const last = w + i + (count - 1) * step;
-            if (odd == 0) {
-                add_lanes(h, count >> 1, w + i, step, 0, x + i, z + i);
-            } else {
-                add_lanes(h, count >> 1, w + i, step, 1, x + i + 1, z + i + 1);
-            }
-            if ((count & 1) != 0) {
-                /* The last output channel, paired with itself: the operands of its double are 0. */
-                add_lanes(h + (count >> 1), 1, last, 0, odd, x + i + odd, z + i + odd);
-            }
+        const int8_t *const last = w + i + (count - 1) * step;
+        add_lanes(h, count >> 1, w + i, step, 0, x + i, z + i);
+        add_lanes(h, count >> 1, w + i, step, 1, x + i + 1, z + i + 1);
+        if ((count & 1) != 0) {
+            /* The last output channel, paired with itself: the operands of its double are 0. */
+            add_lanes(h + (count >> 1), 1, last, 0, 0, x + i, z + i);
+            add_lanes(h + (count >> 1), 1, last, 0, 1, x + i + 1, z + i + 1);
         }
-    }
-    if (i == inputs) {
-        return;
     }
 #endif
-    for (int32_t o = 0; o < count; o++) {
-        const int16_t hx = h[o >> 1].half[o & 1];
-        const int16_t hz = h[o >> 1].half[2 + (o & 1)];
-        for (int32_t j = i; j < inputs; j++) {
-            x[j] += hx * (int16_t)w[j];
-            z[j] += hz * (int16_t)w[j];
+    if (i < inputs) {
+        add_rows(h, 0, count, w + i, step, inputs - i, x + i);
+        if (z != x) {
+            add_rows(h, 2, count, w + i, step, inputs - i, z + i);
         }
-        w += step;
     }
 }
 

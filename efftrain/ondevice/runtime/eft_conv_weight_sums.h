@@ -39,6 +39,44 @@ static inline void eft_four_weight_sums(const eft_seen *seen, const int16_t *g, 
 
 #endif
 
+/** The same for input channels [first, count). */
+static inline void eft_rest_weight_sums(const eft_seen *seen, int32_t x_zero_point, int32_t cut, int32_t o, int32_t first,
+                                        int32_t count, int32_t *restrict sums)
+{
+    for (int32_t i = first; i < count; i++) {
+        sums[i] = 0;
+    }
+    for (int32_t y = 0; y < seen->rows; y++) {
+        const int16_t *value = seen->g + y * seen->g_row + o;
+        const int8_t *pixel = seen->x + y * seen->x_row;
+        int32_t column = 0;
+        for (; column + 4 <= seen->columns; column += 4) {
+            /* All fit 16 bits, which is what vector units multiply. */
+            const int16_t h0 = (int16_t)eft_rsh32(value[0], cut);
+            const int16_t h1 = (int16_t)eft_rsh32(value[seen->g_column], cut);
+            const int16_t h2 = (int16_t)eft_rsh32(value[2 * seen->g_column], cut);
+            const int16_t h3 = (int16_t)eft_rsh32(value[3 * seen->g_column], cut);
+            const int8_t *const second = pixel + seen->x_column;
+            const int8_t *const third = second + seen->x_column;
+            const int8_t *const fourth = third + seen->x_column;
+            for (int32_t i = first; i < count; i++) {
+                sums[i] += h0 * (int16_t)(pixel[i] - x_zero_point) + h1 * (int16_t)(second[i] - x_zero_point) +
+                           h2 * (int16_t)(third[i] - x_zero_point) + h3 * (int16_t)(fourth[i] - x_zero_point);
+            }
+            value += 4 * seen->g_column;
+            pixel += 4 * seen->x_column;
+        }
+        for (; column < seen->columns; column++) {
+            const int16_t h = (int16_t)eft_rsh32(*value, cut);
+            for (int32_t i = first; i < count; i++) {
+                sums[i] += h * (int16_t)(pixel[i] - x_zero_point);
+            }
+            value += seen->g_column;
+            pixel += seen->x_column;
+        }
+    }
+}
+
 /** sums[i] = sum over pixels of gradient * input, for output channel o and input channels [0, count). */
 static EFT_OUT_OF_LINE void eft_conv_weight_sums(const eft_seen *seen, int32_t x_zero_point, int32_t cut, int32_t o, int32_t count,
                                                  int32_t *sums)
@@ -52,21 +90,7 @@ static EFT_OUT_OF_LINE void eft_conv_weight_sums(const eft_seen *seen, int32_t x
         return;
     }
 #endif
-    for (int32_t i = done; i < count; i++) {
-        sums[i] = 0;
-    }
-    for (int32_t y = 0; y < seen->rows; y++) {
-        const int16_t *value = seen->g + y * seen->g_row + o;
-        const int8_t *pixel = seen->x + y * seen->x_row;
-        for (int32_t column = 0; column < seen->columns; column++) {
-            const int32_t h = eft_rsh32(*value, cut);
-            for (int32_t i = done; i < count; i++) {
-                sums[i] += h * ((int32_t)pixel[i] - x_zero_point);
-            }
-            value += seen->g_column;
-            pixel += seen->x_column;
-        }
-    }
+    eft_rest_weight_sums(seen, x_zero_point, cut, o, done, count, sums);
 }
 
 #endif
