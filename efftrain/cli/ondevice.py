@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from efftrain.cli.console import JsonOption, print_json, print_table, progress, say
+from efftrain.cli.console import JsonOption, print_json, progress, say
+from efftrain.cli.ondevice_output import (
+    SchemeRow,
+    print_compared,
+    print_plan,
+    print_run,
+    print_waterfall,
+    with_timeline,
+    write_report,
+)
 from efftrain.cli.profile import parse_shape
 from efftrain.errors import BudgetError, ClaimError, ConfigError
-from efftrain.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,6 +123,12 @@ def plan_command(
     compare: Annotated[
         bool | None, typer.Option(help="Plan other schemes too: the smallest board of each. Default: unless --json.")
     ] = None,
+    show_waterfall: Annotated[
+        bool, typer.Option("--waterfall", help="Plan again after each compiler pass: what each of them saves.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, a picture of the plan, and plan.json.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print RAM by part, flash and MACs of training a model, before anything is compiled."""
@@ -127,20 +141,27 @@ def plan_command(
     # A plan that does not fit was made without limits; show those of the board.
     plan = replace(program.plan, board_ram_bytes=compiler.board.ram_bytes, board_flash_bytes=compiler.board.flash_bytes)
     rows = _compared(compiler, plan) if (not as_json if compare is None else compare) else []
+    steps = _waterfall(compiler, program) if show_waterfall or out is not None else []
+    found = {
+        **_header(request, program),
+        **plan.to_dict(),
+        "fits": refusal is None,
+        **({"schemes": [_scheme_dict(*row) for row in rows]} if rows else {}),
+        **({"waterfall": steps} if steps else {}),
+    }
+    page = None if out is None else write_report(out, with_timeline(found, program), seed)
     if as_json:
-        print_json(
-            {
-                **_header(request, program),
-                **plan.to_dict(),
-                "fits": refusal is None,
-                **({"schemes": [_scheme_dict(*row) for row in rows]} if rows else {}),
-            }
-        )
+        print_json(found if page is None else {**found, "report": str(page)})
     else:
-        _print_plan(request, program, plan)
+        print_plan(request.model, program, plan)
         if rows:
             print()
-            _print_compared(rows)
+            print_compared(rows)
+        if show_waterfall:
+            print()
+            print_waterfall(steps)
+        if page is not None:
+            say(f"picture of the plan: {page}")
     if refusal is not None:
         raise refusal
 
@@ -170,13 +191,16 @@ def build_command(
         _one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
     )
-    program = _Compiler(request).compile(name=name)
+    compiler = _Compiler(request)
+    program = compiler.compile(name=name)
     folder = program.write(out)
+    planned = {**_header(request, program), **program.plan.to_dict(), "waterfall": _waterfall(compiler, program)}
+    page = write_report(folder, with_timeline(planned, program), seed)
     if as_json:
-        print_json({**_header(request, program), "path": str(folder), **program.plan.to_dict()})
+        print_json({**planned, "path": str(folder), "report": str(page)})
     else:
-        _print_plan(request, program, program.plan)
-        say(f"C99 in {folder}; README.md says how to build it")
+        print_plan(request.model, program, program.plan)
+        say(f"C99 in {folder}; README.md says how to build it, report.html shows the plan")
 
 
 @app.command("run")
@@ -215,8 +239,8 @@ def run_command(
     if as_json:
         print_json(result)
     else:
-        _print_plan(request, program, program.plan)
-        _print_run(found, target, steps)
+        print_plan(request.model, program, program.plan)
+        print_run(found, target, steps)
     if not found["bit_equal"]:
         raise ClaimError(
             f"{target}, simulator and host learned different bits in {steps} steps: {found['state_sha256'][:12]}, "
@@ -289,6 +313,12 @@ def _plan(compiler: _Compiler) -> tuple[BudgetError | None, Program]:
         return None, compiler.compile()
     except BudgetError as error:
         return error, compiler.compile(board=_unlimited(compiler.board))
+
+
+def _waterfall(compiler: _Compiler, program: Program) -> list[dict[str, Any]]:
+    from efftrain.ondevice.waterfall import waterfall
+
+    return [step.to_dict() for step in waterfall(program, compiler.samples, compiler.request.lr)]
 
 
 def _unlimited(board: Board) -> Board:
@@ -385,17 +415,14 @@ def _near(word: str, known: tuple[str, ...]) -> str:
 
 # --- the table of schemes ---------------------------------------------------------------------------------------------
 
-_Row = tuple[str, "MemoryPlan", str | None]
-"""A scheme, its plan, and the smallest board that holds it."""
 
-
-def _compared(compiler: _Compiler, asked: MemoryPlan) -> list[_Row]:
+def _compared(compiler: _Compiler, asked: MemoryPlan) -> list[SchemeRow]:
     """Plans of the usual schemes, of the published ones if they are for this model, and of the one asked for."""
     from efftrain.ondevice import Scheme
     from efftrain.ondevice.scheme import PUBLISHED
 
     names = [*_COMPARED, *(PUBLISHED if compiler.request.model == "mcunet-5fps" else ())]
-    rows: list[_Row] = [(compiler.scheme.name, asked, _smallest_board(asked))]
+    rows: list[SchemeRow] = [(compiler.scheme.name, asked, _smallest_board(asked))]
     with progress("planning other schemes") as advance:
         for done, name in enumerate(names):
             advance(done, len(names), name)
@@ -494,9 +521,6 @@ def _training(steps: int, num_engines: int) -> Iterator[Any]:
         yield step
 
 
-# --- printing ---------------------------------------------------------------------------------------------------------
-
-
 def _header(request: _Request, program: Program) -> dict[str, Any]:
     return {
         "model": request.model,
@@ -506,59 +530,3 @@ def _header(request: _Request, program: Program) -> dict[str, Any]:
         "input_shape": list(program.input_shape),
         "num_classes": program.num_classes,
     }
-
-
-def _print_plan(request: _Request, program: Program, plan: MemoryPlan) -> None:
-    gap = plan.arena_gap_bytes
-    proof = "proven minimal" if gap == 0 else f"at most {gap} B above the smallest possible"
-    height, width, channels = program.input_shape
-    rows = [
-        ("arena", plan.arena_bytes, proof),
-        ("trained state", plan.trained_state_bytes, f"rounding {request.rounding}"),
-        ("scratch outside the arena", plan.scratch_bytes, ""),
-        ("stack", plan.stack_bytes, "reserved"),
-        ("static", plan.static_bytes, ""),
-        ("RAM in all", plan.total_ram_bytes, f"of {plan.board_ram_bytes:,} B of {plan.board}"),
-        ("flash", plan.flash_bytes, f"of {plan.board_flash_bytes:,} B, an allowance for code included"),
-    ]
-    print(f"{request.model}, scheme {program.scheme.name}, input {channels}x{height}x{width}\n")
-    for title, num_bytes, note in rows:
-        print(f"{title:<28}{num_bytes:>11,} B   {note}".rstrip())
-    macs = f"{format_count(plan.macs_forward)} forward, {format_count(plan.macs_backward)} backward"
-    print(f"{'MACs of a step':<28}{plan.macs_forward + plan.macs_backward:>11,}     {macs}")
-
-
-def _print_compared(rows: list[_Row]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("scheme")
-    for heading in ("RAM", "trained state", "flash", "MACs backward"):
-        table.add_column(heading, justify="right")
-    table.add_column("smallest board that can run it")
-    for name, plan, board in rows:
-        table.add_row(
-            escape(name),
-            format_bytes(plan.total_ram_bytes),
-            format_bytes(plan.trained_state_bytes),
-            format_bytes(plan.flash_bytes),
-            format_count(plan.macs_backward),
-            "none of those known" if board is None else escape(board),
-        )
-    print_table(table)
-
-
-def _print_run(found: dict[str, Any], target: str, steps: int) -> None:
-    lines = [("steps", f"{steps} on {target}")]
-    if found["measured_ram_bytes"] is not None:
-        stack = f"{found['measured_stack_bytes']:,} B of it stack"
-        lines.append(("RAM measured", f"{found['measured_ram_bytes']:,} B, {stack}"))
-        forward = f"{format_count(found['instructions_forward'])} of them forward"
-        lines.append(("instructions a step", f"{format_count(found['instructions_per_step'])}, {forward}"))
-    equal = "equal to the bit on" if found["bit_equal"] else "DIFFERENT on"
-    names = ", ".join(dict.fromkeys((target, "simulator", "host")))
-    lines.append(("trained state", f"{found['state_sha256'][:16]}, {equal} {names}"))
-    print()
-    for title, text in lines:
-        print(f"{title:<28}{text}")

@@ -30,11 +30,13 @@ class Figure:
         name: Identifier in the page, unique in it.
         caption: What is to be seen, in a sentence.
         svg: The picture, an ``<svg>`` element.
+        wide: As wide as the page; on a narrow screen it scrolls instead of shrinking.
     """
 
     name: str
     caption: str
     svg: str
+    wide: bool = False
 
 
 def line_plot(
