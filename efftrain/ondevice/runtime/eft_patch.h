@@ -8,8 +8,15 @@
 #include "eft_dsp.h"
 #include "eft_internal.h"
 
-/** Inputs of one pixel in a patch. More are taken in several. A multiple of 4; a patch is 4 times as many bytes of stack. */
+/**
+ * Inputs of one pixel in a patch. More are taken in several. A multiple of 4; a patch is 4 times as many bytes of stack, of which a
+ * system with a C library has plenty.
+ */
+#if __STDC_HOSTED__
+#define EFT_PATCH 2048
+#else
 #define EFT_PATCH 128
+#endif
 
 typedef union {
     uint32_t aligned; /**< Not used; pairs of int16 are read as words */

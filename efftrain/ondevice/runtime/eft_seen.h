@@ -39,4 +39,24 @@ static inline eft_seen eft_seen_through(const int8_t *x, const int16_t *g, const
     return seen;
 }
 
+/** Sums at a time. */
+#define EFT_SUMS 64
+
+/** How the trained weights of one row of a dense kernel are taken: in runs whose inputs lie together for the same outputs. */
+typedef struct {
+    int32_t per_row, length;
+} eft_runs;
+
+static inline eft_runs eft_runs_of(const eft_conv_shape *s, int32_t trained_c)
+{
+    /* A whole row of the kernel, if all its places are on the input for all outputs. */
+    const int inside = s->pad_w == 0 && (s->out_w - 1) * s->stride_w + s->kernel_w <= s->in_w;
+    eft_runs runs = {s->kernel_w, trained_c};
+    if (inside && trained_c == s->in_c) {
+        runs.per_row = 1;
+        runs.length = s->kernel_w * trained_c;
+    }
+    return runs;
+}
+
 #endif
