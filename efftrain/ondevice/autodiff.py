@@ -76,7 +76,7 @@ class _Differentiation:
         ops = (*predict, *self.backward, *self.updates)
         used = {name for op in ops for name in (*op.reads, *op.writes)} | {forward.input}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
-        graph = StepGraph(forward.input, forward.logits, tensors, ops)
+        graph = replace(forward, tensors=tensors, ops=ops)
         verify(graph)
         return graph
 

@@ -468,6 +468,8 @@ class StepGraph:
     logits: str
     tensors: Mapping[str, TensorType]
     ops: tuple[StepOp, ...]
+    copies_input: bool = True
+    """The input is in the arena; else it is read where the caller has it."""
 
     @property
     def num_predict(self) -> int:

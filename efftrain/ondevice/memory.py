@@ -105,16 +105,15 @@ class MemoryPlan:
         return "\n".join(f"{name:<26}{num_bytes:>9,} B" for name, num_bytes in parts.items())
 
 
-def plan_arena(graph: StepGraph, layers: Layers, *, overlap: bool = True, outside: Collection[str] = ()) -> Arena:
+def plan_arena(graph: StepGraph, layers: Layers, *, overlap: bool = True) -> Arena:
     """Place every tensor of a step.
 
     Args:
         graph: The step.
         layers: Constants by layer.
         overlap: An output may lie over an input that dies with it, as ``overlap.leads`` says.
-        outside: Tensors that are not in the arena: an input that is read where the caller has it.
     """
-    items, names, over = _items(graph, layers, overlap=overlap, outside=outside)
+    items, names, over = _items(graph, layers, overlap=overlap)
     offsets = place(items, over)
     buffers = tuple(
         Buffer(name, graph.tensors[name].role, offset, graph.tensors[name].num_bytes, item.first_op, item.last_op)
@@ -124,7 +123,7 @@ def plan_arena(graph: StepGraph, layers: Layers, *, overlap: bool = True, outsid
 
 
 def _items(
-    graph: StepGraph, layers: Layers, *, overlap: bool, outside: Collection[str]
+    graph: StepGraph, layers: Layers, *, overlap: bool
 ) -> tuple[list[Item], list[str], dict[tuple[int, int], int]]:
     first: dict[str, int] = {graph.input: 0}
     last: dict[str, int] = {graph.input: 0}
@@ -134,7 +133,9 @@ def _items(
         for name in (*op.reads, *op.writes):
             last[name] = index
     order = {name: index for index, name in enumerate(graph.tensors)}
-    names = sorted((n for n in first if n not in outside), key=lambda name: (first[name], order[name]))
+    names = sorted(
+        (n for n in first if n != graph.input or graph.copies_input), key=lambda name: (first[name], order[name])
+    )
     items = [Item(_aligned(graph.tensors[name].num_bytes), first[name], last[name]) for name in names]
     number = {name: index for index, name in enumerate(names)}
     over = {
@@ -147,7 +148,7 @@ def _items(
 
 def step_bytes(graph: StepGraph, layers: Layers, ops: Collection[int] | None = None) -> list[int]:
     """The least number of bytes that must be there while each op runs, or while those of the given numbers do."""
-    items, _, over = _items(graph, layers, overlap=True, outside=())
+    items, _, over = _items(graph, layers, overlap=True)
     saved = savings(items, over)
     return [
         sum(

@@ -34,7 +34,7 @@ def _with_moves(graph: StepGraph) -> StepGraph:
                 moved[name] = f"{name}.moved"
                 tensors[moved[name]] = tensors[name]
                 ops.append(Move(name=f"{name}.move", x=name, y=moved[name]))
-    return _checked(StepGraph(graph.input, graph.logits, tensors, tuple(ops)))
+    return _checked(replace(graph, tensors=tensors, ops=tuple(ops)))
 
 
 def _without_idle_moves(graph: StepGraph, arena: Arena) -> tuple[StepGraph, Arena]:
@@ -44,7 +44,7 @@ def _without_idle_moves(graph: StepGraph, arena: Arena) -> tuple[StepGraph, Aren
     kept = [op for op in graph.ops if not (isinstance(op, Move) and op.y in idle)]
     ops = tuple(_reading(op, idle) for op in kept)
     tensors = {name: tensor for name, tensor in graph.tensors.items() if name not in idle}
-    result = _checked(StepGraph(graph.input, graph.logits, tensors, ops))
+    result = _checked(replace(graph, tensors=tensors, ops=ops))
     last = {name: index for index, op in enumerate(ops) for name in (*op.reads, *op.writes)}
     first = {name: index for index, op in reversed(list(enumerate(ops))) for name in op.writes} | {graph.input: 0}
     buffers = tuple(

@@ -86,4 +86,4 @@ def run_passes(graph: StepGraph, layers: Layers, switched_off: Sequence[str] = (
 def _with_ops(graph: StepGraph, ops: Sequence[StepOp]) -> StepGraph:
     used = {name for op in ops for name in (*op.reads, *op.writes)} | {graph.input, graph.logits}
     tensors: dict[str, TensorType] = {name: tensor for name, tensor in graph.tensors.items() if name in used}
-    return StepGraph(graph.input, graph.logits, tensors, tuple(ops))
+    return replace(graph, tensors=tensors, ops=tuple(ops))

@@ -1,7 +1,7 @@
 """``compile``: a module, a scheme and a board in; a program with its plan, its C and three engines out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +213,7 @@ def compile(
     switch_off: tuple[str, ...] = (),
     loss: Loss = "cross_entropy",
     optimizer: Optimizer | None = None,
+    copy_input: bool = True,
 ) -> Program:
     """Turn a small CNN into a program that trains on a microcontroller.
 
@@ -231,6 +232,8 @@ def compile(
         switch_off: Passes to leave out, to see what they save.
         loss: Softmax cross-entropy, or ``squared_error`` for an autoencoder whose target is its input.
         optimizer: Momentum or accumulation over several samples; plain SGD if not given.
+        copy_input: False reads a sample where the caller has it, in flash or in a buffer of its own, and keeps no
+            place for it in the arena. It must not change during a call.
 
     Raises:
         CompileError: The model cannot be compiled.
@@ -247,7 +250,8 @@ def compile(
     quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate, loss)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
-    graph = run_passes(differentiate(quantized, trained), quantized.layers, switch_off)
+    step = replace(differentiate(quantized, trained), copies_input=copy_input)
+    graph = run_passes(step, quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding, optimizer)
     initial = initial_state(layout, quantized.layers)
     if OVERLAP in switch_off:

@@ -51,7 +51,7 @@ def stream_rows(graph: StepGraph, layers: Layers) -> StepGraph:
             ops.append(piece.stream)
             tensors |= piece.rings
         at = end
-    result = StepGraph(graph.input, graph.logits, tensors, (*ops, *graph.ops[graph.num_predict :]))
+    result = replace(graph, tensors=tensors, ops=(*ops, *graph.ops[graph.num_predict :]))
     verify(result)
     return result
 
@@ -89,11 +89,8 @@ def _pieces(graph: StepGraph, layers: Layers) -> dict[tuple[int, int], _Piece]:
             if any(not start <= reader < end for op in ops[:-1] for reader in readers[op.y]):
                 continue
             stream, rings = _stream(ops, outside.pop(), graph.tensors, layers)
-            streamed = StepGraph(
-                graph.input,
-                graph.logits,
-                {**graph.tensors, **rings},
-                (*forward[:start], stream, *graph.ops[end:]),
+            streamed = replace(
+                graph, tensors={**graph.tensors, **rings}, ops=(*forward[:start], stream, *graph.ops[end:])
             )
             pieces[start, end] = _Piece(step_bytes(streamed, layers, [start])[0], stream, rings)
     return pieces

@@ -51,6 +51,21 @@ def test_three_back_ends_are_one(model: type[nn.Module], scheme: str, rounding: 
     assert len({engine.predict(xs[0]) for engine in engines}) == 1
 
 
+@pytest.mark.parametrize("model", [CLASSIFIERS[0], Autoencoder])
+def test_inputs_are_read_where_they_are(model: type[nn.Module]) -> None:
+    copying, in_place = program_of(model, "full"), program_of(model, "full", copy_input=False)
+    size = copying.graph.tensors[copying.graph.input].num_bytes
+    assert in_place.plan.arena_bytes >= copying.plan.arena_bytes - size
+    assert not any(buffer.kind == "input" for buffer in in_place.plan.buffers)
+    xs, labels = samples_of(copying, 6)
+    before = xs.copy()
+    engines = [copying.host(), in_place.simulator(), in_place.host(), in_place.board()]
+    for x, label in zip(xs, labels, strict=True):
+        assert len({engine.train_step(x, int(label)) for engine in engines}) == 1
+        assert len({engine.state_sha256() for engine in engines}) == 1
+    assert np.array_equal(xs, before)
+
+
 @pytest.mark.parametrize("optimizer", [Optimizer(momentum=0.9), Optimizer(batch=4)])
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 def test_optimizers_keep_the_same_on_all_back_ends(optimizer: Optimizer, rounding: str) -> None:

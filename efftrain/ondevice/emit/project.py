@@ -54,13 +54,21 @@ def write_project(folder: Path, name: str, code: CSource, plan: MemoryPlan, boar
         **runtime_sources(),
         f"{name}.h": code.header,
         f"{name}.c": code.source,
-        "main.c": template("main.c", name=name, NAME=name.upper()),
+        "main.c": template("main.c" if code.copies_input else "main_in_place.c", name=name, NAME=name.upper()),
         "startup.c": (_TEMPLATES / "startup.c").read_text(),
         "board.ld": linker_script(board, plan),
+        "CMakeLists.txt": template(
+            "CMakeLists.txt", name=name, board=safe(board.name), kernels="\n    ".join(_kernel_files())
+        ),
+        "arm-none-eabi.cmake": template("arm-none-eabi.cmake", board=safe(board.name), cpu=board.cpu),
         "README.md": _readme(name, plan, board, scheme),
     }
     for file, text in files.items():
         (folder / file).write_text(text)
+
+
+def _kernel_files() -> list[str]:
+    return [name for name in runtime_sources() if name.endswith(".c")]
 
 
 def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str) -> str:
@@ -89,8 +97,14 @@ Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion
 | `main.c` | an example; replace its `read_sensor` and `read_label` by what the product has |
 | `startup.c` | vector table and reset handler of a bare Cortex-M |
 | `board.ld` | a linker script that holds the program to the board's memory |
+| `CMakeLists.txt`, `arm-none-eabi.cmake` | both builds below, for CMake |
 
-The model as a library for this machine:
+With CMake, as a library for this machine, and as firmware for {board.name}:
+
+    cmake -B out && cmake --build out
+    cmake -B out-board -DCMAKE_TOOLCHAIN_FILE=arm-none-eabi.cmake && cmake --build out-board
+
+In a CMake project of your own, `add_subdirectory` this folder and link `eft_{name}`. Without CMake, the library:
 
     gcc -std=c99 -O2 -fPIC -shared {name}.c eft_*.c -o lib{name}.so
 
