@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Program, compile
 from efftrain.ondevice.backends.simulator import Simulator
-from efftrain.ondevice.ir import AverageForward, AverageGrad, ConvForward, ConvInputGrad, HeadForward
 from efftrain.ondevice.constants import ConvConstants, ceil_log2
+from efftrain.ondevice.ir import AverageForward, AverageGrad, ConvForward, ConvInputGrad, HeadForward
 
 RATE = 0.02
 SLACK = 1 + 1e-6
