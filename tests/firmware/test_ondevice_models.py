@@ -16,16 +16,9 @@ SCHEMES = ("full", "bias_only", "sparse")
 def program_of(model: type[nn.Module], scheme: str, **settings: object) -> Program:
     shape = model.shape  # type: ignore[attr-defined]
     data = np.random.default_rng(1).normal(size=(16, *shape)).astype(np.float32)
-    return compile(
-        build(model),
-        torch.zeros(1, *shape),
-        scheme=scheme,
-        board="stm32f746",
-        calibration=data,
-        learning_rate=0.02,
-        loss="squared_error" if model is Autoencoder else "cross_entropy",
-        **settings,  # type: ignore[arg-type]
-    )
+    loss = "squared_error" if model is Autoencoder else "cross_entropy"
+    settings = {"board": "stm32f746", "learning_rate": 0.02, "loss": loss, **settings}
+    return compile(build(model), torch.zeros(1, *shape), scheme=scheme, calibration=data, **settings)  # type: ignore[arg-type]
 
 
 def samples_of(program: Program, count: int) -> tuple[np.ndarray, np.ndarray]:
