@@ -1,5 +1,6 @@
 #include "eft_dsp.h"
 #include "eft_gradient.h"
+#include "eft_sse.h"
 
 /** Output channels at a time. */
 #define BLOCK 128
@@ -98,6 +99,38 @@ static inline void add_lanes(const operands *h, int32_t pairs, const int8_t *w, 
 
 #endif
 
+#if EFT_SSE
+
+/** Eight input channels of both places, two output channels at a time. */
+static inline void add_eight(const operands *h, int32_t count, const int8_t *w, int32_t step, int32_t *x, int32_t *z)
+{
+    const __m128i nothing = _mm_setzero_si128();
+    __m128i x_low = nothing, x_high = nothing, z_low = nothing, z_high = nothing;
+    for (int32_t o = 0; o < count; o += 2) {
+        /* Behind the last output channel is none; its operand is 0. */
+        const __m128i a = eft_eight(w, nothing);
+        const __m128i b = o + 1 < count ? eft_eight(w + step, nothing) : a;
+        const __m128i lower = _mm_unpacklo_epi16(a, b);
+        const __m128i upper = _mm_unpackhi_epi16(a, b);
+        const __m128i hx = _mm_set1_epi32((int32_t)h->word[0]);
+        const __m128i hz = _mm_set1_epi32((int32_t)h->word[1]);
+        x_low = _mm_add_epi32(x_low, _mm_madd_epi16(lower, hx));
+        x_high = _mm_add_epi32(x_high, _mm_madd_epi16(upper, hx));
+        z_low = _mm_add_epi32(z_low, _mm_madd_epi16(lower, hz));
+        z_high = _mm_add_epi32(z_high, _mm_madd_epi16(upper, hz));
+        w += 2 * step;
+        h++;
+    }
+    /* Without a second place z is x, and has nothing to add. */
+    __m128i *const to[4] = {(__m128i *)(void *)z, (__m128i *)(void *)(z + 4), (__m128i *)(void *)x, (__m128i *)(void *)(x + 4)};
+    const __m128i sums[4] = {z_low, z_high, x_low, x_high};
+    for (int32_t k = 0; k < 4; k++) {
+        _mm_storeu_si128(to[k], _mm_add_epi32(_mm_loadu_si128(to[k]), sums[k]));
+    }
+}
+
+#endif
+
 /** Add what some output channels send back to input channels [0, inputs) of one place, whose operands begin at h. */
 static void add_rows(const operands *h, int32_t place, int32_t count, const int8_t *w, int32_t step, int32_t inputs,
                      int32_t *restrict sums)
@@ -139,6 +172,10 @@ static EFT_OUT_OF_LINE void add_products(const operands *h, int32_t count, const
             add_lanes(h + (count >> 1), 1, last, 0, 0, x + i, z + i);
             add_lanes(h + (count >> 1), 1, last, 0, 1, x + i + 1, z + i + 1);
         }
+    }
+#elif EFT_SSE
+    for (; i + 8 <= inputs; i += 8) {
+        add_eight(h, count, w + i, step, x + i, z + i);
     }
 #endif
     if (i < inputs) {
