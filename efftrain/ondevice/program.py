@@ -15,6 +15,7 @@ from efftrain.ondevice.backends.board import BoardEngine, Firmware, build_firmwa
 from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
+from efftrain.ondevice.calibrate import Method, as_maps, calibrate
 from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number, Optimizer
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.names import check_identifier
@@ -32,7 +33,7 @@ from efftrain.ondevice.ir import (
 from efftrain.ondevice.memory import Arena, MemoryPlan
 from efftrain.ondevice.moves import plan_with_moves
 from efftrain.ondevice.passes import OVERLAP, run_passes
-from efftrain.ondevice.quantize import as_maps, calibrate, quantize
+from efftrain.ondevice.quantize import quantize
 from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
 from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
 from efftrain.ondevice.target import Board, CpuName
@@ -214,6 +215,8 @@ def compile(
     loss: Loss = "cross_entropy",
     optimizer: Optimizer | None = None,
     copy_input: bool = True,
+    calibration_method: Method = "max",
+    qas: bool = True,
 ) -> Program:
     """Turn a small CNN into a program that trains on a microcontroller.
 
@@ -234,6 +237,8 @@ def compile(
         optimizer: Momentum or accumulation over several samples; plain SGD if not given.
         copy_input: False reads a sample where the caller has it, in flash or in a buffer of its own, and keeps no
             place for it in the arena. It must not change during a call.
+        calibration_method: How ranges follow from the calibration data: ``max``, ``percentile`` or ``mse``.
+        qas: False leaves out quantization-aware scaling (arXiv:2206.15472, section 3.1), to see what it does.
 
     Raises:
         CompileError: The model cannot be compiled.
@@ -247,7 +252,8 @@ def compile(
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example)
-    quantized = quantize(model_graph, calibrate(model_graph, calibration), learning_rate, loss)
+    ranges = calibrate(model_graph, calibration, calibration_method)
+    quantized = quantize(model_graph, ranges, learning_rate, loss, qas=qas)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
     step = replace(differentiate(quantized, trained), copies_input=copy_input)

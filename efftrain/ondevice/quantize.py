@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from efftrain.errors import CompileError, ConfigError
@@ -58,7 +57,7 @@ from efftrain.ondevice.ir import (
     TensorType,
     verify,
 )
-from efftrain.ondevice.reference import apply_function, run_float
+from efftrain.ondevice.reference import apply_function
 
 LOGIT_UNIT = 256 * math.log2(math.e)
 """Logits are counted in ln(2) / 256, so that a power of two is a table of 256 entries and a shift."""
@@ -80,45 +79,13 @@ class Quantized:
     loss: Loss = "cross_entropy"
 
 
-def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32]) -> dict[str, float]:
-    """Range of every tensor: the 99.95th percentile of |x| for the input, the largest |value| for the others.
-
-    Args:
-        graph: A canonical graph.
-        samples: ``(N, F)``, ``(N, C, L)`` or ``(N, C, H, W)``, N >= 1, from the data that the model was trained on.
-
-    Raises:
-        ConfigError: The samples do not fit the model or hold inf or NaN.
-    """
-    height, width, channels = graph.tensors[graph.input].shape
-    given, samples = np.shape(samples), as_maps(samples)
-    if samples.ndim != 4 or samples.shape[1:] != (channels, height, width) or not len(samples):
-        raise ConfigError(
-            f"calibration data has shape {given}; expected (N, {channels}, "
-            + (f"{width})" if height == 1 else f"{height}, {width})")
-        )
-    if not np.isfinite(samples).all():
-        raise ConfigError("calibration data holds inf or NaN")
-    ranges = {graph.input: max(float(np.quantile(np.abs(samples), 0.9995)), 1e-8)}
-    largest = max(tensor.num_elements for tensor in graph.tensors.values())
-    batch_size = max(1, min(256, (1 << 24) // largest))
-    for batch in np.array_split(samples, -(-len(samples) // batch_size)):
-        for name, value in run_float(graph, batch).items():
-            if name != graph.input:
-                ranges[name] = max(ranges.get(name, 1e-8), float(value.abs().max()))
-    return ranges
-
-
-def as_maps(samples: npt.NDArray[np.floating] | torch.Tensor) -> npt.NDArray[np.float32]:
-    """Vectors ``(N, F)`` and signals ``(N, C, L)`` as maps ``(N, C, H, W)``; anything else as it is."""
-    array = np.asarray(samples, np.float32)
-    if array.ndim == 2:
-        return array[:, :, None, None]
-    return array[:, :, None, :] if array.ndim == 3 else array
-
-
 def quantize(
-    graph: FloatGraph, ranges: Mapping[str, float], learning_rate: float, loss: Loss = "cross_entropy"
+    graph: FloatGraph,
+    ranges: Mapping[str, float],
+    learning_rate: float,
+    loss: Loss = "cross_entropy",
+    *,
+    qas: bool = True,
 ) -> Quantized:
     """Choose scales and compute every constant of the forward pass, the backward pass and the update.
 
@@ -128,6 +95,8 @@ def quantize(
         learning_rate: Of plain SGD on the real weights, batch 1; the same number that one would use in fp32.
         loss: Softmax cross-entropy of logits and a label, or the mean squared error of an autoencoder, whose target
             is its input.
+        qas: False leaves out quantization-aware scaling, to see what it does: the steps are then those of SGD on the
+            integers themselves, smaller by the square of each scale.
 
     Raises:
         CompileError: A layer is outside what the integer arithmetic can hold.
@@ -152,7 +121,7 @@ def quantize(
         tensors[op.y] = TensorType(shape, "s16", "logits") if op.y == graph.output else TensorType(shape, "s8")
     result = StepGraph(graph.input, graph.output, tensors, tuple(_forward(graph, op, loss) for op in graph.ops))
     verify(result)
-    layers, units = _constants(graph, numbers, learning_rate, output_unit, sigma)
+    layers, units = _constants(graph, numbers, learning_rate, output_unit, sigma, qas)
     return Quantized(result, layers, numbers, units, loss)
 
 
@@ -233,7 +202,12 @@ def _forward(graph: FloatGraph, op: FloatOp, loss: Loss) -> ForwardOp:
 
 
 def _constants(
-    graph: FloatGraph, numbers: Mapping[str, Number], learning_rate: float, output_unit: float, output_sigma: float
+    graph: FloatGraph,
+    numbers: Mapping[str, Number],
+    learning_rate: float,
+    output_unit: float,
+    output_sigma: float,
+    qas: bool,
 ) -> tuple[Layers, dict[str, tuple[float, ...]]]:
     layers: dict[str, LayerConstants] = {}
     units: dict[str, list[float]] = {name: [] for name in graph.tensors}
@@ -247,7 +221,7 @@ def _constants(
             case Conv():
                 first_index -= graph.constants[op.weight].size
                 target = Number(output_unit, 0) if op.y == graph.output else y
-                conv = _conv(graph, op, x, target, sigma, learning_rate, first_index)
+                conv = _conv(graph, op, x, target, sigma, learning_rate, first_index, qas)
                 layers[op.name] = conv
                 units[op.x].append(sigma * float(conv.weight_scale.max()))
             case Pool(kind="average"):
@@ -286,7 +260,7 @@ def _constants(
 
 
 def _conv(
-    graph: FloatGraph, op: Conv, x: Number, y: Number, sigma: float, learning_rate: float, first_index: int
+    graph: FloatGraph, op: Conv, x: Number, y: Number, sigma: float, learning_rate: float, first_index: int, qas: bool
 ) -> ConvConstants:
     weight = graph.constants[op.weight].astype(np.float64)
     bias = np.zeros(len(weight)) if op.bias is None else graph.constants[op.bias].astype(np.float64)
@@ -305,6 +279,7 @@ def _conv(
         depthwise=op.groups > 1,
         has_bias=op.bias is not None,
         masked=op.activation != "none",
+        qas=qas,
     )
 
 
@@ -332,6 +307,7 @@ def _layer(
     depthwise: bool,
     has_bias: bool,
     masked: bool = False,
+    qas: bool = True,
 ) -> ConvConstants:
     is_head = op.y == graph.output
     shape = _shape(graph, op, (weight.shape[1], weight.shape[2]), stride, padding)
@@ -369,8 +345,9 @@ def _layer(
         channel_scale=channel_scale,
         operand_bits=operand_bits,
         grad_shift=math.ceil(math.log2(max(float(bound), 1.0))) + operand_bits - 15,
-        weight_rate=fix(learning_rate * sigma * x.scale / scale),
-        bias_rate=fix(learning_rate * sigma / bias_scale),
+        # A gradient with respect to an integer carries its scale; QAS divides by the scale's square.
+        weight_rate=fix(learning_rate * sigma * x.scale * (1 / scale if qas else scale)),
+        bias_rate=fix(learning_rate * sigma * (1 / bias_scale if qas else bias_scale)),
         first_index=first_index,
         x_scale=x.scale,
         weight_scale=scale,
