@@ -317,8 +317,8 @@ def render(report: dict[str, Any]) -> str:
         "## Settings tried",
         "",
         f"Seeds from {FIRST_TRIAL_SEED} on, judged on data that neither trains nor tests; the settings above were "
-        "chosen from these. Rows of char that say nothing else have lr 0.2 and clip_norm 1, the control's before it was "
-        "tuned here. *: counted by the exchange before, which sent a header for each parameter.",
+        "chosen from these. Rows of char that say nothing else have lr 0.2 and clip_norm 1, the control's before it "
+        "was tuned here. *: counted by the exchange before, which sent a header for each parameter.",
         "",
         "| task | codec | plan | changes to the task | seed | steps | fewer bytes | accuracy, % | loss |",
         "|---|---|---|---|---|---|---|---|---|",

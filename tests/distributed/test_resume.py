@@ -88,6 +88,7 @@ def test_a_killed_job_resumes_to_the_same_bits(tmp_path: Path, start_ranks: Star
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("seed", range(3))
 def test_many_kills_one_after_the_other(tmp_path: Path, start_ranks: StartRanks, kind: str, seed: int) -> None:

@@ -61,6 +61,7 @@ def test_every_codec_keeps_replicas_equal(start_ranks: StartRanks, world_size: i
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_codec_for_a_thousand_steps(start_ranks: StartRanks, world_size: int) -> None:
     check_many_steps(start_ranks(sync_jobs.many_steps, world_size, 1000, 0.001).results(timeout_s=1500))
