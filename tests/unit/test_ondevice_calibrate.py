@@ -46,7 +46,7 @@ def test_methods_do_what_they_say() -> None:
             assert ranges["percentile"][name] <= ranges["max"][name]
             assert error(value, ranges["mse"][name]) <= 1.05 * error(value, ranges["max"][name])
             better += error(value, ranges["mse"][name]) < 0.9 * error(value, ranges["max"][name])
-    assert better > 5, "no tensor has a tail: the test would see nothing"
+    assert better >= 3, "no tensor has a tail: the test would see nothing"
 
 
 def test_an_unknown_method_is_named() -> None:
