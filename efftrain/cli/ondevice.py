@@ -318,7 +318,7 @@ def _plan(compiler: _Compiler) -> tuple[BudgetError | None, Program]:
 def _waterfall(compiler: _Compiler, program: Program) -> list[dict[str, Any]]:
     from efftrain.ondevice.waterfall import waterfall
 
-    return [step.to_dict() for step in waterfall(program, compiler.samples, compiler.request.lr)]
+    return [step.to_dict() for step in waterfall(program, compiler.request.lr)]
 
 
 def _unlimited(board: Board) -> Board:

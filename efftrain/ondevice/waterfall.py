@@ -5,18 +5,15 @@ and no C is written for the rows between.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from efftrain.ondevice.autodiff import differentiate
 from efftrain.ondevice.ir import StepGraph
 from efftrain.ondevice.memory import ALIGNMENT, Arena, MemoryPlan, plan_arena, step_bytes
 from efftrain.ondevice.passes import OVERLAP, PASSES, run_passes
 from efftrain.ondevice.program import Program
-from efftrain.ondevice.quantize import calibrate, quantize
+from efftrain.ondevice.quantize import quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +46,19 @@ class WaterfallStep:
         return asdict(self)
 
 
-def waterfall(
-    program: Program, calibration: npt.NDArray[np.float32], learning_rate: float
-) -> tuple[WaterfallStep, ...]:
+def waterfall(program: Program, learning_rate: float) -> tuple[WaterfallStep, ...]:
     """Plans from nothing to everything.
 
     Args:
         program: Compiled with every pass.
-        calibration: As given to ``compile``.
         learning_rate: As given to ``compile``.
 
     Returns:
         ``none``, each pass in the order in which they run, ``overlap`` and ``moves``. The last one is ``program.plan``.
     """
-    ranges = calibrate(program.float_graph, calibration)
+    ranges = {name: number.scale * number.top for name, number in program.numbers.items()}
     quantized = quantize(program.float_graph, ranges, learning_rate, program.loss)
-    naive = differentiate(quantized, program.trained)
+    naive = replace(differentiate(quantized, program.trained), copies_input=program.graph.copies_input)
     layers = quantized.layers
     rows: list[WaterfallStep] = []
     graph = naive

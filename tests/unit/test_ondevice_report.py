@@ -24,11 +24,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NAMES = ("none", *PASSES, OVERLAP, "moves")
 
 
-def plan_of(name: str, scheme: str, *switch_off: str) -> tuple[Program, np.ndarray[Any, Any]]:
+def plan_of(name: str, scheme: str, *switch_off: str) -> Program:
     torch.manual_seed(0)
     model: Any = build_model(name)
     samples = np.random.default_rng(0).normal(size=(4, *model.input_shape)).astype(np.float32)
-    program = compile(
+    return compile(
         model,
         torch.zeros(1, *model.input_shape),
         scheme=scheme,
@@ -37,17 +37,16 @@ def plan_of(name: str, scheme: str, *switch_off: str) -> tuple[Program, np.ndarr
         learning_rate=0.01,
         switch_off=switch_off,
     )
-    return program, samples
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("watch-cnn", "full"), ("ds-cnn", "last_k=3"), ("resnet8", "bias_only")])
 def test_every_row_is_what_compile_plans(name: str, scheme: str) -> None:
-    program, samples = plan_of(name, scheme)
-    steps = waterfall(program, samples, 0.01)
+    program = plan_of(name, scheme)
+    steps = waterfall(program, 0.01)
     assert tuple(step.name for step in steps) == NAMES
     assert set(NAMES) == set(PASS_TITLES)
     for number in range(len(PASSES) + 1):
-        other, _ = plan_of(name, scheme, *tuple(PASSES)[number:], OVERLAP)
+        other = plan_of(name, scheme, *tuple(PASSES)[number:], OVERLAP)
         assert figures(steps[number]) == figures(other.plan), NAMES[number]
     assert figures(steps[-1]) == figures(program.plan)
     for before, after in itertools.pairwise(steps):
@@ -62,8 +61,8 @@ def figures(plan: Any) -> tuple[int, ...]:
 
 
 def test_a_model_that_does_not_learn_has_no_backward_pass() -> None:
-    program, samples = plan_of("watch-cnn", "none")
-    steps: tuple[WaterfallStep, ...] = waterfall(program, samples, 0.01)
+    program = plan_of("watch-cnn", "none")
+    steps: tuple[WaterfallStep, ...] = waterfall(program, 0.01)
     assert steps[-1].max_live_backward_bytes <= steps[-1].max_live_forward_bytes
 
 
