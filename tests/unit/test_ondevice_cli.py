@@ -170,11 +170,57 @@ def test_build_writes_a_project(run: Command, tmp_path: Path) -> None:
     assert found["path"] == "c"
     assert found.keys() >= PLAN_KEYS
     files = {path.name for path in (tmp_path / "c").iterdir()}
-    assert {"watch.c", "watch.h", "main.c", "README.md"} <= files
+    assert {"watch.c", "watch.h", "main.c", "README.md", "report.html", "plan.json", "CMakeLists.txt"} <= files
+    assert found["report"] == "c/report.html"
     status, out, err = run("build", "watch-cnn", "--out", "d")
     assert status == 0
     assert "RAM in all" in out
     assert "C99 in d" in err
+
+
+STRICT = "-Wall -Wextra -Wconversion -Wshadow -Wdouble-promotion -Wvla -Werror"
+
+
+@pytest.mark.firmware
+@pytest.mark.parametrize("board", ["stm32f746", "rp2040"])
+def test_cmake_builds_the_project(run: Command, tmp_path: Path, board: str) -> None:
+    if shutil.which("cmake") is None or shutil.which("arm-none-eabi-gcc") is None:
+        pytest.skip("needs cmake and arm-none-eabi-gcc: apt install cmake gcc-arm-none-eabi")
+    out = tmp_path / "with space"
+    arguments = ("build", "watch-cnn", "--out", out, "--name", "test", "--scheme", "full", "--board", board, "--json")
+    found = object_of(run(*arguments))
+
+    def build(folder: str, *options: str) -> str:
+        where = tmp_path / folder
+        commands = (
+            ["cmake", "-S", out, "-B", where, f"-DCMAKE_C_FLAGS={STRICT}", *options],
+            ["cmake", "--build", where],
+        )
+        printed = ""
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            assert done.returncode == 0, done.stdout + done.stderr
+            printed += done.stdout + done.stderr
+        assert "warning" not in printed.lower(), printed
+        return printed
+
+    build("host")
+    (tmp_path / "app.c").write_text(
+        '#include "test.h"\nstatic test_context model;\n'
+        "int main(void) { return test_init(&model, 1u) < 0 || test_train_step(&model, test_input(&model), "
+        "TEST_INPUT_BYTES, 0) < 0; }\n"
+    )
+    library = tmp_path / "host" / "libeft_test.a"
+    command = ["cc", "-std=c99", f"-I{out}", "app.c", str(library), "-o", "app"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    assert subprocess.run([tmp_path / "app"], timeout=60).returncode == 0, "a program of one's own trains with it"
+    printed = build("board", "-DCMAKE_TOOLCHAIN_FILE=arm-none-eabi.cmake")
+    (used,) = (line.split()[1] for line in printed.splitlines() if line.split()[:1] == ["RAM:"])
+    assert int(used) == found["total_ram_bytes"], "the linker places what was planned"
+    commands = (tmp_path / "board" / "CMakeFiles" / "eft_test.dir" / "flags.make").read_text()
+    assert f"-mcpu={Board.named(board).cpu} " in commands
+    assert "-O2" in commands
+    assert "-O3" not in commands
 
 
 @pytest.mark.firmware

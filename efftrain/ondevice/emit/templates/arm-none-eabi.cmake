@@ -3,6 +3,8 @@ set(CMAKE_SYSTEM_NAME Generic)
 set(CMAKE_SYSTEM_PROCESSOR $cpu)
 set(CMAKE_C_COMPILER arm-none-eabi-gcc)
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
-set(CMAKE_C_FLAGS_INIT "-mcpu=$cpu -mthumb -mfloat-abi=soft")
-# -O2 is what the stack of the plan was measured with.
-set(CMAKE_C_FLAGS_RELEASE_INIT "-O2")
+set(machine -mcpu=$cpu -mthumb -mfloat-abi=soft)
+add_compile_options($${machine})
+add_link_options($${machine})
+# The stack of the plan is for -O2.
+set(CMAKE_C_FLAGS_RELEASE "-O2" CACHE STRING "Options of a release")
