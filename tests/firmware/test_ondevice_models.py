@@ -99,6 +99,33 @@ def test_a_batch_moves_by_the_mean_of_its_steps() -> None:
     assert moved > 100
 
 
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_weights_stand_still_as_the_learning_rate_goes_to_zero(rounding: str) -> None:
+    """A step that is rounded toward zero moves every weight, however small it is; here no weight drifts.
+
+    Rounded stochastically, a step of a thousandth of a unit moves one weight in a thousand, in its own direction.
+    """
+    moved, towards_zero, trained = 0, 0, 0
+    program = program_of(CLASSIFIERS[1], "full", rounding=rounding, learning_rate=1e-4)
+    xs, labels = samples_of(program, 40)
+    engine = program.host()
+    start = program.layout.unpack(engine.state())
+    engine.train(xs, labels)
+    end = program.layout.unpack(engine.state())
+    for key, before in start.items():
+        if key[0] == "weight":
+            change = end[key] - before
+            moved += int((change != 0).sum())
+            towards_zero += int((change * before < 0).sum())
+            trained += before.size
+    if rounding == "master":
+        assert moved <= 0.01 * trained
+    else:
+        assert 0 < moved < 0.2 * trained
+        # Half of the moves of a fair coin, within five of its standard deviations.
+        assert abs(towards_zero - moved / 2) < 5 * (moved / 4) ** 0.5
+
+
 @pytest.mark.parametrize("model", [*CLASSIFIERS, Autoencoder])
 def test_no_pass_changes_a_bit(model: type[nn.Module]) -> None:
     states, arenas = set(), {}
