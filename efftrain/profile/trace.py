@@ -80,6 +80,11 @@ def trace_training(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Trace,
     tracer = _Tracer(model)
     with _undisturbed(model), torch.enable_grad():
         model.train()
+        if inputs[0].ndim == 2 and len(inputs[0]) == 1:
+            # One vector has no variance, so torch refuses it; as in inference the layer keeps and computes the same.
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm1d):
+                    module.eval()
         outputs = tracer.forward(inputs)
         forward, tracer.trace = tracer.trace, Trace()
         tracer.backward(outputs)

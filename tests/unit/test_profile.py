@@ -287,3 +287,9 @@ def test_a_wrong_shape_is_refused(text: str, capsys: pytest.CaptureFixture[str])
     status, _, err = run(capsys, "watch-cnn", f"--input={text}")
     assert status == 1
     assert "--input: expected" in err
+
+
+def test_a_batch_norm_over_one_vector_is_profiled() -> None:
+    profile = profile_model(build_model("fc-autoencoder"), torch.zeros(1, 640))
+    assert profile.macs == 264_192
+    assert profile.backward_macs > profile.macs
