@@ -74,6 +74,13 @@ LossOption = Annotated[
         help="squared_error: the output against the input, for autoencoders. Default: the model's, else cross_entropy.",
     ),
 ]
+InPlaceOption = Annotated[
+    bool, typer.Option("--input-in-place", help="Samples are read where they are, in flash or a buffer of their own.")
+]
+MomentumOption = Annotated[float, typer.Option(help="Of SGD; above 0 it keeps 4 bytes a trained parameter.")]
+BatchOption = Annotated[
+    int, typer.Option(help="Steps that are summed before one is made; above 1 it keeps 4 bytes a trained parameter.")
+]
 LrOption = Annotated[float, typer.Option("--lr", help="Learning rate of SGD at batch 1.")]
 SeedOption = Annotated[int, typer.Option(help="Of fresh weights, noise and stochastic rounding.")]
 WeightsOption = Annotated[
@@ -97,6 +104,9 @@ class _Request:
     ram: int | None
     rounding: str
     loss: str | None
+    input_in_place: bool
+    momentum: float
+    batch: int
     lr: float
     seed: int
     weights: Path | None
@@ -115,6 +125,9 @@ def plan_command(
     ram: RamOption = None,
     rounding: RoundingOption = "master",
     loss: LossOption = None,
+    input_in_place: InPlaceOption = False,
+    momentum: MomentumOption = 0.0,
+    batch: BatchOption = 1,
     lr: LrOption = 0.01,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -134,7 +147,8 @@ def plan_command(
     """Print RAM by part, flash and MACs of training a model, before anything is compiled."""
     request = _Request(
         _one_model(model_name, model),
-        *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
+        *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
+        *(weights, calibration, synthetic),
     )
     compiler = _Compiler(request)
     refusal, program = _plan(compiler)
@@ -179,6 +193,9 @@ def build_command(
     ram: RamOption = None,
     rounding: RoundingOption = "master",
     loss: LossOption = None,
+    input_in_place: InPlaceOption = False,
+    momentum: MomentumOption = 0.0,
+    batch: BatchOption = 1,
     lr: LrOption = 0.01,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -189,7 +206,8 @@ def build_command(
     """Write a folder of C99 that trains the model on the board."""
     request = _Request(
         _one_model(model_name, model),
-        *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
+        *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
+        *(weights, calibration, synthetic),
     )
     compiler = _Compiler(request)
     program = compiler.compile(name=name)
@@ -216,6 +234,9 @@ def run_command(
     ram: RamOption = None,
     rounding: RoundingOption = "master",
     loss: LossOption = None,
+    input_in_place: InPlaceOption = False,
+    momentum: MomentumOption = 0.0,
+    batch: BatchOption = 1,
     lr: LrOption = 0.01,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
@@ -226,7 +247,8 @@ def run_command(
     """Train a few steps on a target, and compare every bit of what it learned with the simulator and the host."""
     request = _Request(
         _one_model(model_name, model),
-        *(scheme, classes, input_shape, board, ram, rounding, loss, lr, seed, weights, calibration, synthetic),
+        *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
+        *(weights, calibration, synthetic),
     )
     if target not in TARGETS:
         raise ConfigError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}.{_near(target, TARGETS)}")
@@ -256,6 +278,7 @@ class _Compiler:
 
     def __init__(self, request: _Request) -> None:
         from efftrain.ondevice import Scheme
+        from efftrain.ondevice.constants import Optimizer
 
         self.request = request
         if request.rounding not in ("master", "stochastic"):
@@ -266,6 +289,10 @@ class _Compiler:
             raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
         if request.loss not in (None, "cross_entropy", "squared_error"):
             raise ConfigError(f"--loss: expected cross_entropy or squared_error, found {request.loss!r}.")
+        try:
+            self.optimizer = Optimizer(momentum=request.momentum, batch=request.batch)
+        except ValueError as error:
+            raise ConfigError(f"--momentum, --batch: {error}.") from error
         self.scheme = Scheme.parse(request.scheme)
         self.board = _board(request.board, request.ram)
         self.model = _model(request)
@@ -292,6 +319,8 @@ class _Compiler:
                 rounding=cast("Rounding", self.request.rounding),
                 name=name,
                 loss=cast("Loss", self.loss),
+                optimizer=self.optimizer,
+                copy_input=not self.request.input_in_place,
             )
 
     def _samples(self) -> Samples:
@@ -527,6 +556,9 @@ def _header(request: _Request, program: Program) -> dict[str, Any]:
         "scheme": program.scheme.name,
         "rounding": request.rounding,
         "loss": program.loss,
+        "momentum": request.momentum,
+        "batch": request.batch,
+        "input_in_place": request.input_in_place,
         "input_shape": list(program.input_shape),
         "num_classes": program.num_classes,
     }
