@@ -122,6 +122,34 @@ static inline void eft_four_by_eight_weight_sums(const eft_seen *seen, const int
     }
 }
 
+/** Four output channels and one input channel. */
+static inline void eft_four_by_one_weight_sums(const eft_seen *seen, const int16_t *g, const int8_t *x, int32_t x_zero_point,
+                                               int32_t cut, int32_t *sums)
+{
+    __m128i total = _mm_setzero_si128();
+    for (int32_t y = 0; y < seen->rows; y++) {
+        const int16_t *value = g + y * seen->g_row;
+        const int8_t *pixel = x + y * seen->x_row;
+        for (int32_t column = 0; column < seen->columns; column += 2) {
+            const int two = column + 1 < seen->columns;
+            const __m128i first = _mm_loadl_epi64((const __m128i *)(const void *)value);
+            const __m128i second =
+                two ? _mm_loadl_epi64((const __m128i *)(const void *)(value + seen->g_column)) : _mm_setzero_si128();
+            const uint32_t a = (uint32_t)(*pixel - x_zero_point);
+            const uint32_t b = two ? (uint32_t)(pixel[seen->x_column] - x_zero_point) : 0U;
+            const __m128i both = _mm_set1_epi32((int32_t)((a & 0xFFFFU) | b << 16));
+            total = _mm_add_epi32(total, _mm_madd_epi16(eft_rsh_eight(_mm_unpacklo_epi16(first, second), cut), both));
+            value += 2 * seen->g_column;
+            pixel += 2 * seen->x_column;
+        }
+    }
+    int32_t found[4];
+    _mm_storeu_si128((__m128i *)(void *)found, total);
+    for (int32_t k = 0; k < 4; k++) {
+        sums[k * EFT_SUMS] = found[k];
+    }
+}
+
 #endif
 
 /**
@@ -140,6 +168,9 @@ static EFT_OUT_OF_LINE void eft_conv_weight_sums(const eft_seen *seen, int32_t x
     if (outputs == 4) {
         for (; done + 8 <= count; done += 8) {
             eft_four_by_eight_weight_sums(seen, seen->g + o, seen->x + done, x_zero_point, cut, sums + done);
+        }
+        for (; done < count; done++) {
+            eft_four_by_one_weight_sums(seen, seen->g + o, seen->x + done, x_zero_point, cut, sums + done);
         }
     }
 #endif
