@@ -1,6 +1,6 @@
 """Instructions of every kernel call of one MCUNet-5fps training step, as code of a Cortex-M in an emulator.
 
-    python benchmarks/device_kernels.py [--cpu cortex-m7] [--optimize -O3] [--calls]
+    python benchmarks/device_kernels.py [--cpu cortex-m7] [--optimize=-O3] [--calls]
 
 The layers are those of MCUNet-5fps at 128x128x3 with 10 classes; trained are 20 biases, parts of 3 expansions and the
 head (the "49kb" scheme of On-Device Training Under 256KB Memory). Weights, inputs and gradients are random: the
