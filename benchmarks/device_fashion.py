@@ -79,14 +79,14 @@ class Separable(nn.Module):
 
 
 def shifted(images: np.ndarray, seed: int) -> np.ndarray:
-    """Rotated by 20 degrees, 70 % of the contrast, noise of 0.1."""
+    """Rotated by 20 degrees, 70 % of the contrast, noise of 0.05."""
     angle = math.radians(20)
     matrix = torch.tensor([[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]])
     x = torch.from_numpy(images)
     grid = F.affine_grid(matrix.expand(len(x), 2, 3), list(x.shape), align_corners=False)
     rotated = F.grid_sample(x, grid, align_corners=False)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    return (0.15 + 0.7 * rotated + 0.1 * noise).numpy().astype(np.float32)
+    return (0.7 * rotated + 0.05 * noise).numpy().astype(np.float32)
 
 
 def pretrain(images: np.ndarray, labels: np.ndarray, epochs: int) -> nn.Module:
