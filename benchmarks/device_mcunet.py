@@ -421,6 +421,7 @@ def render_speed(part: dict[str, Any], load: list[float]) -> list[str]:
             row["torch_us"],
             f"**{row['ratio']}**",
             f"{low} to {high}",
+            "reached" if row["ratio"] >= 5 else "MISSED",
         ]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['macs']:,}"])) + " |")
     note = (

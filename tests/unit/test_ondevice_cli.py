@@ -119,6 +119,19 @@ def test_a_sample_in_place_and_the_memory_of_optimizers(run: Command) -> None:
     assert momentum["trained_state_bytes"] == batch["trained_state_bytes"] > plain["trained_state_bytes"]
 
 
+def test_the_waterfall_of_passes(run: Command) -> None:
+    status, out, _ = run("plan", "watch-cnn", "--scheme", "full", "--waterfall", "--no-compare", "--synthetic")
+    assert status == 0
+    rows = [line for line in out.partition("max live backward")[2].splitlines()[1:] if line.strip()]
+    assert [row[:9] for row in rows[:2]] == ["no pass  ", "+ dead gr"]
+    assert len(rows) == 6
+    found = object_of(run("plan", "watch-cnn", "--scheme", "full", "--waterfall", "--synthetic", "--json"))
+    totals = [step["total_ram_bytes"] for step in found["waterfall"]]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] == found["total_ram_bytes"]
+    assert rows[-1].split()[-1] == f"{totals[-1]:,}"
+
+
 def test_noise_is_never_taken_in_silence(run: Command) -> None:
     _, out, err = run("plan", "watch-cnn", "--synthetic", "--no-compare")
     assert "seeded normal noise (--synthetic)" in err
