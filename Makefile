@@ -29,6 +29,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cluster_watch.py
 	$(BIN)/python benchmarks/federated_watch.py
 	$(BIN)/python benchmarks/device_watch.py
+	@if command -v qemu-system-arm >/dev/null; then $(BIN)/python benchmarks/device_mcunet.py; \
+	else echo "benchmarks/device_mcunet.py needs qemu-system-arm" >&2; fi
 
 report: $(STAMP)
 	@test -f runs/demo/report.html || { echo "no demo yet; run: make demo" >&2; exit 1; }
