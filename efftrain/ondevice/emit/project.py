@@ -84,7 +84,7 @@ def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str) -> str:
     common = "-std=c99 -O2 -ffreestanding -nostdlib -ffunction-sections -Wl,--gc-sections -T board.ld *.c"
     gcc = f"-mcpu={board.cpu} -mthumb -mfloat-abi=soft {common} -lgcc -o {name}.elf"
     cpu = board.cpu.replace("-", "_")
-    zig = f"-target thumb-freestanding-eabi -mcpu={cpu} {common} -Wl,-e,Reset_Handler -o {name}.elf"
+    zig = f"-target thumb-freestanding-eabi -mcpu={cpu} {common} -lcompiler_rt -Wl,-e,Reset_Handler -o {name}.elf"
     return f"""\
 # {name}: a model that trains on {board.name}
 
