@@ -65,7 +65,12 @@ InputOption = Annotated[
 BoardOption = Annotated[str, typer.Option(help="A shipped board's name, or a TOML file.")]
 RamOption = Annotated[int | None, typer.Option(metavar="BYTES", help="Another amount of RAM than the board's.")]
 RoundingOption = Annotated[
-    str, typer.Option(help="master keeps 2 bytes of each trained weight, stochastic 1.", metavar="master|stochastic")
+    str | None,
+    typer.Option(
+        help="master keeps 2 bytes of each trained weight, stochastic 1. Default: stochastic for published schemes, "
+        "whose weights have 8 bits, else master.",
+        metavar="master|stochastic",
+    ),
 ]
 LossOption = Annotated[
     str | None,
@@ -102,7 +107,7 @@ class _Request:
     input_shape: str | None
     board: str
     ram: int | None
-    rounding: str
+    rounding: str | None
     loss: str | None
     input_in_place: bool
     momentum: float
@@ -123,7 +128,7 @@ def plan_command(
     input_shape: InputOption = None,
     board: BoardOption = "stm32f746",
     ram: RamOption = None,
-    rounding: RoundingOption = "master",
+    rounding: RoundingOption = None,
     loss: LossOption = None,
     input_in_place: InPlaceOption = False,
     momentum: MomentumOption = 0.0,
@@ -191,7 +196,7 @@ def build_command(
     input_shape: InputOption = None,
     board: BoardOption = "stm32f746",
     ram: RamOption = None,
-    rounding: RoundingOption = "master",
+    rounding: RoundingOption = None,
     loss: LossOption = None,
     input_in_place: InPlaceOption = False,
     momentum: MomentumOption = 0.0,
@@ -232,7 +237,7 @@ def run_command(
     input_shape: InputOption = None,
     board: BoardOption = "stm32f746",
     ram: RamOption = None,
-    rounding: RoundingOption = "master",
+    rounding: RoundingOption = None,
     loss: LossOption = None,
     input_in_place: InPlaceOption = False,
     momentum: MomentumOption = 0.0,
@@ -281,7 +286,7 @@ class _Compiler:
         from efftrain.ondevice.constants import Optimizer
 
         self.request = request
-        if request.rounding not in ("master", "stochastic"):
+        if request.rounding not in (None, "master", "stochastic"):
             raise ConfigError(f"--rounding: expected master or stochastic, found {request.rounding!r}.")
         if not 0 <= request.seed < 1 << 32:
             raise ConfigError(f"--seed: expected 0 or more and less than 2^32, found {request.seed}.")
@@ -305,18 +310,21 @@ class _Compiler:
         """The program, for another scheme or board than asked for if given."""
         from efftrain.ondevice import compile
         from efftrain.ondevice.constants import Loss
+        from efftrain.ondevice.scheme import PUBLISHED
         from efftrain.ondevice.state import Rounding
 
+        scheme = scheme or self.scheme
+        usual = "stochastic" if scheme.name in PUBLISHED else "master"
         with redirect_stdout(sys.stderr):
             return compile(
                 self.model,
                 self.example,
-                scheme=scheme or self.scheme,
+                scheme=scheme,
                 board=board or self.board,
                 calibration=self.samples,
                 learning_rate=self.request.lr,
                 seed=self.request.seed,
-                rounding=cast("Rounding", self.request.rounding),
+                rounding=cast("Rounding", self.request.rounding or usual),
                 name=name,
                 loss=cast("Loss", self.loss),
                 optimizer=self.optimizer,
@@ -554,7 +562,7 @@ def _header(request: _Request, program: Program) -> dict[str, Any]:
     return {
         "model": request.model,
         "scheme": program.scheme.name,
-        "rounding": request.rounding,
+        "rounding": program.rounding,
         "loss": program.loss,
         "momentum": request.momentum,
         "batch": request.batch,

@@ -228,9 +228,8 @@ def compile(
         calibration: Samples of the data that the model was trained on, ``(N, C, L)`` or ``(N, C, H, W)``.
         learning_rate: Of plain SGD at batch 1 in real units: what would be used in fp32.
         seed: Of the stochastic rounding.
-        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each); ``stochastic`` keeps 8 and costs
-        up to
-            a point of accuracy when every layer is trained.
+        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each); ``stochastic`` keeps 8 and costs up
+            to a point of accuracy when every layer is trained.
         name: Prefix of the C functions.
         switch_off: Passes to leave out, to see what they save.
         loss: Softmax cross-entropy, or ``squared_error`` for an autoencoder whose target is its input.
@@ -333,8 +332,8 @@ def _check_budget(plan: MemoryPlan, board: Board, constant_bytes: int) -> None:
             f"the plan needs {plan.total_ram_bytes} B of RAM (arena {plan.arena_bytes}, trained state "
             f"{plan.trained_state_bytes}, stack {plan.stack_bytes}, static {plan.static_bytes}); {board.name} has "
             f"{board.ram_bytes} B. Largest: {memory.largest(parts)}. Train fewer channels or layers (scheme sparse, "
-            "last_layer or bias_only), use rounding='stochastic' (halves the trained weights), or choose a "
-            "larger board."
+            "last_layer or bias_only), use rounding='stochastic' if it is 'master' (halves the trained weights), read "
+            "inputs in place (copy_input=False) if the input is among the largest, or choose a larger board."
         )
     if plan.flash_bytes > board.flash_bytes:
         raise BudgetError(
