@@ -64,6 +64,7 @@ def test_mcunet_trains_in_less_than_half_of_the_reference_systems_ram() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scheme", PUBLISHED)
 def test_published_schemes(scheme: str) -> None:
     train_on_all(program_of("mcunet-5fps", scheme, 192 * KIB), 100)
@@ -75,6 +76,7 @@ def test_mlperf_tiny(model: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scheme", ["bias_only", "last_k=3", "full"])
 @pytest.mark.parametrize("model", [*TINY, "mobilenet-v2-w0.35", "proxyless-w0.3", "mcunet-5fps"])
 def test_every_model_under_every_kind_of_scheme(model: str, scheme: str) -> None:
