@@ -12,7 +12,7 @@ from efftrain.ondevice import Board, Program, compile
 from efftrain.ondevice.constants import Optimizer
 from efftrain.ondevice.memory import Buffer
 from efftrain.ondevice.overlap import leads
-from tests.unit.test_ondevice_frontend import models
+from tests.drawn_models import models
 
 BOARD = dataclasses.replace(Board.named("stm32f746"), ram_bytes=4 << 20, flash_bytes=8 << 20)
 OPTIMIZERS = (Optimizer(), Optimizer(momentum=0.9), Optimizer(batch=2))
