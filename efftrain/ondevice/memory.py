@@ -146,9 +146,14 @@ def _items(
     return items, names, over
 
 
-def step_bytes(graph: StepGraph, layers: Layers, ops: Collection[int] | None = None) -> list[int]:
-    """The least number of bytes that must be there while each op runs, or while those of the given numbers do."""
-    items, _, over = _items(graph, layers, overlap=True)
+def step_bytes(
+    graph: StepGraph, layers: Layers, ops: Collection[int] | None = None, *, overlap: bool = True
+) -> list[int]:
+    """The least number of bytes that must be there while each op runs, or while those of the given numbers do.
+
+    ``overlap`` is that of ``plan_arena``.
+    """
+    items, _, over = _items(graph, layers, overlap=overlap)
     saved = savings(items, over)
     return [
         sum(

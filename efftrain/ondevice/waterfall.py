@@ -10,7 +10,7 @@ from typing import Any
 
 from efftrain.ondevice.autodiff import differentiate
 from efftrain.ondevice.ir import StepGraph
-from efftrain.ondevice.memory import ALIGNMENT, Arena, MemoryPlan, plan_arena, step_bytes
+from efftrain.ondevice.memory import Arena, MemoryPlan, plan_arena, step_bytes
 from efftrain.ondevice.passes import OVERLAP, PASSES, run_passes
 from efftrain.ondevice.program import Program
 from efftrain.ondevice.quantize import quantize
@@ -65,23 +65,13 @@ def waterfall(program: Program, learning_rate: float) -> tuple[WaterfallStep, ..
     for number, name in enumerate(("none", *PASSES)):
         graph = run_passes(naive, layers, tuple(PASSES)[number:])
         arena = plan_arena(graph, layers, overlap=False)
-        rows.append(_row(name, graph, _alive(graph, arena), arena, program.plan))
+        rows.append(_row(name, graph, step_bytes(graph, layers, overlap=False), arena, program.plan))
     shared = plan_arena(graph, layers)
     rows.append(_row(OVERLAP, graph, step_bytes(graph, layers), shared, program.plan))
     plan = program.plan
     whole = Arena(plan.buffers, plan.arena_bytes, plan.arena_lower_bound_bytes)
     rows.append(_row("moves", program.graph, step_bytes(program.graph, layers), whole, plan))
     return tuple(rows)
-
-
-def _alive(graph: StepGraph, arena: Arena) -> list[int]:
-    """Bytes of all buffers that are alive during each op, none over another."""
-    alive = [0] * len(graph.ops)
-    for buffer in arena.buffers:
-        num_bytes = -(-buffer.num_bytes // ALIGNMENT) * ALIGNMENT
-        for op in range(buffer.first_op, buffer.last_op + 1):
-            alive[op] += num_bytes
-    return alive
 
 
 def _row(name: str, graph: StepGraph, alive: Sequence[int], arena: Arena, plan: MemoryPlan) -> WaterfallStep:
