@@ -30,6 +30,11 @@ class Trained:
     """Mean training loss over the samples seen, while the weights moved."""
     num_samples: int
     """Size of the client's data set: its weight in the mean."""
+    trained: Mapping[str, npt.NDArray[np.bool_] | None] | None = None
+    """Which elements this client trained: a tensor that is missing was not trained, None stands for a whole tensor.
+    None instead of the mapping: everything was trained."""
+    ram_bytes: int | None = None
+    """What the training needs on the client's device, from its memory plan; None where there is no plan."""
 
 
 @dataclass(frozen=True)
