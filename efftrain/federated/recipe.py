@@ -11,6 +11,7 @@ from efftrain.compression import Codec, parse_codec
 from efftrain.models import MODELS
 
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
+Options = dict[str, int | float | str | bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +21,9 @@ class ModelConfig:
     name: str = "watch-cnn"
     """One of ``efftrain.models.MODELS``. Never a file of the user's: the server sends this name to the clients, and
     what a server names must not become code that a client runs."""
+    options: dict[str, int | float | str | bool | tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Fields of the model's config, such as ``hidden`` of ``fashion-cnn``. Left out of the hash, for a dict has none;
+    equality sees them."""
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
@@ -51,8 +55,13 @@ class DataConfig:
 class ClientConfig:
     """Local training of one client in one round: plain SGD, new momentum every round."""
 
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "device", "board"] = "torch"
     """What computes; see ``efftrain.federated.engines``."""
+    scheme: str = "fp32"
+    """What the ``device`` and ``board`` engines train: ``fp32`` is every parameter in floating point, anything else an
+    update scheme in int8 as ``efftrain.ondevice.Scheme.parse`` reads it. The ``torch`` engine knows only ``fp32``."""
+    board: str = "stm32f746"
+    """The board that an int8 scheme is planned for; see ``efftrain.ondevice.Board``."""
     epochs: int = 2
     batch_size: int = 16
     lr: float = 0.1
@@ -77,8 +86,11 @@ class RoundsConfig:
     rounds: int = 25
     fraction: float = 1.0
     """Share of the clients that train in a round, at least one; drawn from the recipe's seed."""
-    strategy: Literal["fedavg"] = "fedavg"
-    """``fedavg``: mean of the clients' models weighted by samples (McMahan et al., arXiv:1602.05629)."""
+    strategy: str = "fedavg"
+    """How updates become a model; see ``efftrain.federated.strategies``. ``fedavg``: mean of the clients' models
+    weighted by samples (McMahan et al., arXiv:1602.05629)."""
+    strategy_options: Options = field(default_factory=dict, hash=False)
+    """Knobs of the strategy."""
     min_replies: int = 1
     """Quorum: with fewer accepted replies in a round the run ends with ``RoundError``."""
     timeout_s: float = 600.0

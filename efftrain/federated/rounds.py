@@ -377,6 +377,9 @@ class _CohortGrid(Grid):
 def _strategy(recipe: FederatedRecipe) -> Strategy:
     """The recipe's strategy, set to take the whole cohort that it is shown."""
     strategies = {"fedavg": FedAvg}
+    if recipe.server.strategy not in strategies:
+        known = ", ".join(strategies)
+        raise ConfigError(f"server.strategy is {recipe.server.strategy!r}, expected one of {known}")
     return strategies[recipe.server.strategy](
         fraction_train=1.0, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1
     )
