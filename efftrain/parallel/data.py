@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.collectives import ring_bytes
 from efftrain.parallel.replicas import broadcast, check_replicas, sum_numbers
+from efftrain.training.exchange import local_grad_norm
 
 
 class DataParallel:
@@ -21,7 +22,8 @@ class DataParallel:
     """
 
     def __init__(self, transport: Transport, *, bucket_mb: float | None = None) -> None:
-        self.rank, self.world_size = transport.rank, transport.world_size
+        self.rank = self.replica = transport.rank
+        self.world_size = self.num_replicas = transport.world_size
         self._transport, self._bucket_mb = transport, bucket_mb
         # Weak: the reducer inside it would outlive the process group. See Note [no Python on gloo threads] in sync.py.
         self._model: weakref.ref[DistributedDataParallel] | None = None
@@ -63,6 +65,10 @@ class DataParallel:
         """DDP has waited already; inf and NaN are in the mean of all ranks."""
         self._num_steps += 1
         return True
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """All ranks hold the whole average."""
+        return local_grad_norm(model)
 
     def settle(self, ok: bool) -> None:
         """Nothing is staged."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from efftrain.errors import ConfigError, ReplicaError
 from efftrain.parallel.backends import Transport
+from efftrain.parallel.local import local
 
 
 def broadcast(transport: Transport, value: Tensor) -> None:
     """Overwrite a tensor of any device with that of rank 0."""
-    sent = value.detach().to(transport.device).contiguous()
-    value.detach().copy_(transport.broadcast(sent).wait())
+    own = local(value.detach())
+    own.copy_(transport.broadcast(own.to(transport.device).contiguous()).wait())
 
 
 def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
@@ -35,7 +36,7 @@ def refuse_other_models(transport: Transport, model: nn.Module) -> None:
         ConfigError: They differ; on some rank.
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
-    text = ";".join(f"{name}:{tuple(value.shape)}:{value.requires_grad}" for name, value in tensors)
+    text = ";".join(f"{name}:{tuple(local(value).shape)}:{value.requires_grad}" for name, value in tensors)
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     others = [rank for rank, found in enumerate(_gather(transport, digest)) if found != digest]
     if others:
@@ -53,7 +54,7 @@ def check_replicas(transport: Transport, model: nn.Module) -> None:
     """
     crc = 0
     for parameter in model.parameters():
-        data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        data = local(parameter.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy()
         crc = zlib.crc32(data.data, crc)
     found = _gather(transport, crc)
     if len(set(found)) > 1:

@@ -17,6 +17,7 @@ Note [no Python on gloo threads]
     end waits for its threads.
 """
 
+import math
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,9 @@ from efftrain.parallel.collectives import (
     num_collectives,
     ring_bytes,
 )
+from efftrain.parallel.local import local, local_grad
 from efftrain.parallel.replicas import broadcast, check_replicas, refuse_other_models, sum_numbers
+from efftrain.training.exchange import local_grad_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,8 @@ class GradSync:
 
     def __init__(self, codec: Codec, transport: Transport, config: SyncConfig | None = None) -> None:
         self.codec, self.config = codec, config or SyncConfig()
-        self.rank, self.world_size = transport.rank, transport.world_size
+        self.rank = self.replica = transport.rank
+        self.world_size = self.num_replicas = transport.world_size
         self._transport = transport
         if self.config.whole_buckets and codec.combine in ("sum", "low_rank"):
             raise ConfigError(f"{codec} sends matrices one by one, leave out whole_buckets")
@@ -185,6 +189,10 @@ class GradSync:
         self._num_started = 0
         return self._link.healthy
 
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """All ranks hold the whole average."""
+        return local_grad_norm(model)
+
     def settle(self, ok: bool) -> None:
         """Keep the residuals of this step, or go back to those before it."""
         self._feedback.settle(ok)
@@ -234,7 +242,7 @@ class GradSync:
         feedback = [{k: v.numpy() for k, v in state.items() if k not in numbers} for state in states]
         node_size = int(states[0].get("node_size", torch.tensor(1)))
         self._num_steps = int(states[0].get("num_steps", torch.tensor(0)))
-        sizes = {name: p.numel() for bucket in self._buckets for name, p in bucket.parameters.items()}
+        sizes = {name: size for bucket in self._buckets for name, size in bucket.sizes.items()}
         for state in feedback:
             for key, value in state.items():
                 kind, _, name = key.partition("/")
@@ -300,16 +308,13 @@ class GradSync:
 
     def _all_reduce(self, bucket: "_Bucket") -> Steps:
         """The sum of plain fp32 gradients, on their device."""
-        parameters = list(bucket.parameters.values())
-        for parameter in parameters:
-            _have_gradient(parameter)
-        flat = torch.cat([p.grad.reshape(-1).float() for p in parameters if p.grad is not None])
+        grads = [local_grad(parameter) for parameter in bucket.parameters.values()]
+        flat = torch.cat([grad.reshape(-1).float() for grad in grads])
         count_all_reduce(self._link, flat.numel())
         total = yield self._link.transport.all_reduce(flat.to(self._link.transport.device))
         total *= self._link.weight
-        for parameter, mean in zip(parameters, torch.split(total, [p.numel() for p in parameters]), strict=True):
-            assert parameter.grad is not None, "made above"
-            parameter.grad.copy_(mean.view_as(parameter))
+        for grad, mean in zip(grads, torch.split(total, [grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
         self._link.healthy &= bool(torch.isfinite(total).all())
 
     def _in_charge(self, name: str, value: Floats) -> Floats:
@@ -320,7 +325,7 @@ class GradSync:
         for bucket in self._buckets:
             names = list(bucket.parameters)
             if name in names:
-                shares = cut([p.numel() for p in bucket.parameters.values()], self._inside.transport.world_size)
+                shares = cut(list(bucket.sizes.values()), self._inside.transport.world_size)
                 for i, part in shares[self._inside.transport.rank]:
                     if names[i] == name:
                         kept[part] = value[part]
@@ -332,7 +337,9 @@ class _Bucket:
 
     def __init__(self, parameters: dict[str, Tensor], whole: bool) -> None:
         self.parameters = parameters
-        self.num_elements = sum(p.numel() for p in parameters.values())
+        self.shapes = {name: tuple(local(p).shape) for name, p in parameters.items()}
+        self.sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self.num_elements = sum(self.sizes.values())
         self.missing = len(parameters)
         self.algorithms: dict[Codec, Algorithm] = {}
         self._whole = whole
@@ -342,13 +349,11 @@ class _Bucket:
     def pieces(self, codec: Codec) -> list[Piece]:
         """The gradients of this step, and the memory for their mean: the same, where NumPy can have it."""
         if codec not in self._fitted:
-            shapes = [(self.num_elements,)] if self._whole else [tuple(p.shape) for p in self.parameters.values()]
+            shapes = [(self.num_elements,)] if self._whole else list(self.shapes.values())
             self._fitted[codec] = [codec.for_tensor(shape) for shape in shapes]
         gradients = {}
         for name, parameter in self.parameters.items():
-            _have_gradient(parameter)
-            assert parameter.grad is not None, "made above"
-            gradients[name] = parameter.grad.detach().reshape(-1).float().cpu().numpy()
+            gradients[name] = local_grad(parameter).detach().reshape(-1).float().cpu().numpy()
         if self._whole:
             gradients = {self._first: np.concatenate(list(gradients.values()))}
         return [
@@ -360,8 +365,7 @@ class _Bucket:
         """The mean into ``.grad``, unless it is there already."""
         means = self._split(pieces[0].out) if self._whole else {piece.name: piece.out for piece in pieces}
         for name, mean in means.items():
-            source, grad = torch.from_numpy(mean), self.parameters[name].grad
-            assert grad is not None, "an exchanged parameter has a gradient"
+            source, grad = torch.from_numpy(mean), local_grad(self.parameters[name])
             if source.data_ptr() != grad.data_ptr():
                 grad.copy_(source.view_as(grad))
 
@@ -377,12 +381,12 @@ class _Bucket:
         for kind in ("residual", "velocity"):
             if any(f"{kind}/{name}" in state for name in self.parameters):
                 parts = [
-                    state.get(f"{kind}/{name}", np.zeros(p.numel(), np.float32)) for name, p in self.parameters.items()
+                    state.get(f"{kind}/{name}", np.zeros(size, np.float32)) for name, size in self.sizes.items()
                 ]
                 yield f"{kind}/{self._first}", np.concatenate(parts)
 
     def _split(self, whole: Floats) -> dict[str, Floats]:
-        ends = np.cumsum([p.numel() for p in self.parameters.values()])
+        ends = np.cumsum(list(self.sizes.values()))
         return dict(zip(self.parameters, np.split(whole, ends[:-1]), strict=True))
 
 
@@ -404,11 +408,6 @@ def _on_gradient(sync: "weakref.ref[GradSync]", bucket: _Bucket, _: Tensor) -> N
         this._start_next()
 
 
-def _have_gradient(parameter: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-
-
 def _fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit_bytes: float) -> Iterator[dict[str, Tensor]]:
     """In the order given; a bucket is full once it has reached the limit.
 
@@ -418,7 +417,7 @@ def _fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit_bytes: float) 
     size = 0
     for name, parameter in parameters:
         bucket[name] = parameter
-        size += 4 * parameter.numel()
+        size += 4 * local(parameter).numel()
         if size >= limit_bytes:
             yield bucket
             bucket, size = {}, 0

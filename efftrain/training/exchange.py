@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,6 +16,9 @@ class Exchange(Protocol):
 
     rank: int
     world_size: int
+    replica: int
+    """Which copy of the model this rank belongs to; each copy takes its share of the batch."""
+    num_replicas: int
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make the backward pass of ``model`` leave the average gradient of all ranks in ``.grad``."""
@@ -43,6 +47,9 @@ class Exchange(Protocol):
             that held inf or NaN.
         """
 
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """Euclidean norm of the whole averaged gradient, equal on all ranks; a scalar. Every rank calls it."""
+
     def settle(self, ok: bool) -> None:
         """The step counts (``ok``) or all ranks skip it: keep or forget what feedback staged."""
 
@@ -59,11 +66,16 @@ class Exchange(Protocol):
         """Restore from the parts of all ranks that wrote the checkpoint, in rank order."""
 
 
+def local_grad_norm(model: nn.Module) -> Tensor:
+    """Euclidean norm of the gradients that this rank holds, a scalar."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
 class SingleProcess:
     """No other ranks."""
 
-    rank = 0
-    world_size = 1
+    rank = replica = 0
+    world_size = num_replicas = 1
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself."""
@@ -86,6 +98,10 @@ class SingleProcess:
     def finish(self) -> bool:
         """Nothing to wait for."""
         return True
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """See ``local_grad_norm``."""
+        return local_grad_norm(model)
 
     def settle(self, ok: bool) -> None:
         """Nothing is staged."""

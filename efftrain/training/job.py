@@ -1,13 +1,14 @@
 """A job: a model, its optimizer, and all that one update needs. The plan decides who takes part in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from efftrain.errors import CheckpointError, ConfigError, NonFiniteError
+from efftrain.errors import CheckpointError, NonFiniteError
+from efftrain.training.compute import Compute, WholeModel
 from efftrain.training.exchange import Exchange, SingleProcess
 from efftrain.training.objective import Objective, cross_entropy
 from efftrain.training.optimizer import OptimizerConfig
@@ -55,13 +56,15 @@ class Job:
     """Training state of one rank.
 
     Args:
-        model: On its device. The exchange may wrap it; ``job.model`` stays the one given.
+        model: On its device; or, with ``compute``, what this rank holds of it. The exchange may wrap it; ``job.model``
+            stays the one given.
         objective: Gives the mean loss of a batch.
         optimizer: Optimizer and schedule.
         step: How one update is computed.
         total_steps: Length of the schedule in updates; while it is unknown the learning rate stays at its peak. ``fit``
             sets it.
         exchange: The other ranks.
+        compute: Forward and backward passes; ``WholeModel`` if left out. One that was made with its exchange.
     """
 
     def __init__(
@@ -73,9 +76,9 @@ class Job:
         step: StepConfig | None = None,
         total_steps: int | None = None,
         exchange: Exchange | None = None,
+        compute: Compute | None = None,
     ) -> None:
         self.model = model
-        self.objective = objective
         self.optimizer_config = optimizer or OptimizerConfig()
         self.step_config = step or StepConfig()
         self.total_steps = total_steps
@@ -83,12 +86,18 @@ class Job:
         self.optimizer = self.optimizer_config.build(model)
         self.num_steps = 0
         self.num_skipped = 0
+        self.compute = compute or WholeModel(
+            model,
+            self.exchange,
+            objective,
+            micro_batches=self.step_config.micro_batches,
+            bf16=self.step_config.precision == "bf16",
+        )
         self.device = next(model.parameters()).device
-        self._wrapped = self.exchange.wrap(model)
         self._skipped_in_a_row = 0
 
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        """One update from this rank's share of the batch.
+        """One update from this replica's share of the batch.
 
         Args:
             inputs: Shape ``(B, ...)``; ``B`` is a multiple of ``micro_batches``.
@@ -102,10 +111,9 @@ class Job:
         lr = self.optimizer_config.lr_at(self.num_steps, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # the forward pass changes running statistics
-        local_loss = self._backward(inputs, targets)
+        local_loss = self.compute.backward(inputs, targets)
         took_part = self.exchange.finish()
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self.exchange.grad_norm(self.model)
         healthy = took_part and bool(torch.isfinite(norm)) and bool(torch.isfinite(local_loss))
         # One collective answers both: was every rank healthy, and what is the mean loss.
         num_healthy, total = self.exchange.sum([float(healthy), float(local_loss) if healthy else 0.0])
@@ -126,7 +134,7 @@ class Job:
         every = self.step_config.check_replicas_every
         if every and self.num_steps % every == 0:
             self.exchange.check_replicas(self.model)
-        return StepResult(total / self.exchange.world_size, float(norm), lr, skipped=False)
+        return StepResult(total / self.exchange.num_replicas, float(norm), lr, skipped=False)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Model and optimizer, equal on all ranks: tensors by name, and numbers that JSON can hold."""
@@ -178,26 +186,6 @@ class Job:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.num_steps, self.num_skipped = int(numbers["num_steps"]), int(numbers["num_skipped"])
         self._skipped_in_a_row = int(numbers["skipped_in_a_row"])
-
-    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Accumulate the gradient of the mean loss over the micro-batches; returns that loss, detached."""
-        n = self.step_config.micro_batches
-        if len(inputs) % n:
-            raise ConfigError(f"a batch of {len(inputs)} a rank cannot be cut into {n} micro_batches of equal size")
-        self._wrapped.train()
-        loss = torch.zeros((), device=self.device)
-        pieces: Sequence[tuple[Tensor, Tensor]] = list(zip(inputs.chunk(n), targets.chunk(n), strict=True))
-        for part_inputs, part_targets in pieces[:-1]:
-            with self.exchange.local_only():
-                loss += self._backward_piece(part_inputs, part_targets)
-        return loss + self._backward_piece(*pieces[-1])
-
-    def _backward_piece(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.step_config.precision == "bf16"):
-            loss = self.objective(self._wrapped, inputs.to(self.device), targets.to(self.device))
-        loss = loss / self.step_config.micro_batches
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
 
     def _count_skip(self) -> None:
         self.num_skipped += 1

@@ -55,16 +55,16 @@ class LoopConfig:
             raise ConfigError(f"loop.batch_size is {self.batch_size}, the data set has only {num_samples} samples")
         return num_samples // self.batch_size
 
-    def check_pieces(self, world_size: int, micro_batches: int) -> None:
+    def check_pieces(self, num_replicas: int, micro_batches: int) -> None:
         """Refuse a batch that cannot be cut evenly.
 
         Raises:
             ConfigError: With the number that must divide it.
         """
-        if self.batch_size % (world_size * micro_batches):
+        if self.batch_size % (num_replicas * micro_batches):
             raise ConfigError(
-                f"loop.batch_size is {self.batch_size}, expected a multiple of {world_size * micro_batches}: "
-                f"{world_size} ranks x {micro_batches} micro_batches"
+                f"loop.batch_size is {self.batch_size}, expected a multiple of {num_replicas * micro_batches}: "
+                f"{num_replicas} ranks of the data axis x {micro_batches} micro_batches"
             )
 
 
@@ -133,7 +133,7 @@ def fit(
         CheckpointError: See ``save_checkpoint`` and ``load_checkpoint``.
     """
     exchange = job.exchange
-    config.check_pieces(exchange.world_size, job.step_config.micro_batches)
+    config.check_pieces(exchange.num_replicas, job.step_config.micro_batches)
     if not len(test):
         raise ConfigError("the test data set is empty; there is nothing to evaluate on")
     steps_per_epoch = config.steps_per_epoch(len(train))
@@ -148,8 +148,8 @@ def fit(
         run.rewind(job.num_steps)
     started, first_step = time.perf_counter(), job.num_steps
     for indices in _batches(len(train), config, seed, first_step=job.num_steps):
-        share = len(indices) // exchange.world_size
-        inputs, targets = _tensors(train, indices[exchange.rank * share : (exchange.rank + 1) * share])
+        share = len(indices) // exchange.num_replicas
+        inputs, targets = _tensors(train, indices[exchange.replica * share : (exchange.replica + 1) * share])
         step_started = time.perf_counter()
         result = job.step(inputs, targets)
         stats = exchange.stats()
@@ -179,17 +179,27 @@ def fit(
 
 @torch.no_grad()
 def evaluate(job: Job, data: Dataset, batch_size: int = 256) -> Evaluation:
-    """Mean loss and accuracy over ``data``; each rank takes its share of the samples."""
+    """Mean loss and accuracy over ``data``; each replica takes its share of the samples.
+
+    All replicas compute as many batches of one size, filled up with samples that do not count: ranks that share layers
+    wait for each other in every one.
+    """
     exchange = job.exchange
     exchange.sync_buffers(job.model)
-    model = job.model.eval()
-    indices = np.arange(exchange.rank, len(data), exchange.world_size)
+    longest = -(-len(data) // exchange.num_replicas)
+    size = job.compute.eval_batch or min(batch_size, longest)
     loss = correct = count = 0.0
-    for start in range(0, len(indices), batch_size):
-        inputs, targets = _tensors(data, indices[start : start + batch_size])
-        inputs, targets = inputs.to(job.device), targets.to(job.device)
-        logits = model(inputs).flatten(0, -2).float()
-        flat = targets.flatten()
+    for start in range(0, longest, size):
+        places = (start + np.arange(size)) * exchange.num_replicas + exchange.replica
+        inputs, targets = _tensors(data, np.minimum(places, len(data) - 1))
+        logits = job.compute.logits(inputs)
+        if logits is None:
+            continue
+        counted = torch.from_numpy((places < len(data)) & (start + np.arange(size) < longest)).to(logits.device)
+        logits, targets = logits[counted], targets.to(logits.device)[counted]
+        if not len(targets):
+            continue
+        logits, flat = logits.flatten(0, -2).float(), targets.flatten()
         loss += float(label_loss(logits, flat, reduction="sum"))
         correct += float((logits.argmax(-1) == flat).sum())
         count += flat.numel()
