@@ -15,9 +15,14 @@ import torch.distributed as dist
 from efftrain.errors import ConfigError, PeerError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
+from efftrain.parallel.joining import launch_id as launch_id_in
+from efftrain.parallel.joining import meet
 
 _world: Transport | None = None
 """Horovod's, while its group is joined; torch.distributed keeps its own."""
+
+_launch: str | None = None
+"""See ``launch_id``; while a group is joined."""
 
 
 def process_group(
@@ -60,6 +65,7 @@ def process_group(
 
 @contextmanager
 def _torch_group(timeout_s: float) -> Iterator[torch.device]:
+    global _launch
     device = _device("LOCAL_RANK")
     if "WORLD_SIZE" not in os.environ:
         yield device
@@ -68,7 +74,7 @@ def _torch_group(timeout_s: float) -> Iterator[torch.device]:
     if missing:
         raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or unset WORLD_SIZE")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    _launch = _join(backend, timeout_s)
     try:
         yield device
     except RuntimeError as error:
@@ -76,6 +82,7 @@ def _torch_group(timeout_s: float) -> Iterator[torch.device]:
             raise
         raise _peer_error(str(error)) from error
     finally:
+        _launch = None
         # Whatever holds the group (DDP does, in circles of its own) must be gone before: the group ends its threads
         # when the last reference goes. See Note [no Python on gloo threads].
         gc.collect()
@@ -84,6 +91,19 @@ def _torch_group(timeout_s: float) -> Iterator[torch.device]:
         time.sleep(0.05)
         dist.destroy_process_group()
         gc.collect()
+
+
+def _join(backend: str, timeout_s: float) -> str | None:
+    """Make torch's group; returns the id of the launch."""
+    try:
+        store, rank, world_size = meet(timeout_s)
+        launch = launch_id_in(store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        return launch
+    except RuntimeError as error:  # an address is taken, refuses, does not answer: torch has no type for all of them
+        raise _peer_error(str(error), "could not join the other ranks") from error
 
 
 @contextmanager
@@ -118,9 +138,17 @@ def _device(variable: str) -> torch.device:
     return device
 
 
-def _peer_error(reason: str) -> PeerError:
-    reason = re.sub(r"^\[\S*\] ", "", reason.splitlines()[0])  # without the place in gloo's sources
-    return PeerError(f"lost another rank, or waited too long for it; see its own message ({reason[:120]})")
+def _peer_error(reason: str, what: str = "lost another rank, or waited too long for it") -> PeerError:
+    reason = re.sub(r"^\[\S*\] ", "", (reason.splitlines() or ["no reason given"])[0])  # without gloo's source file
+    return PeerError(f"{what}; see its own message ({reason[:120]})")
+
+
+def launch_id() -> str | None:
+    """What tells this launch from others, the same after its workers were restarted.
+
+    ``None`` outside a ``process_group``, and if nothing restarts workers.
+    """
+    return _launch
 
 
 def world_size() -> int:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from efftrain.compression import format_codec, parse_codec
-from efftrain.config import load_recipe
+from efftrain.config import load_recipe, to_dict
 from efftrain.data import Dataset, load_dataset
 from efftrain.errors import CheckpointError, ConfigError
 from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
-from efftrain.parallel import mesh
+from efftrain.parallel import launched, mesh
+from efftrain.parallel.agreement import check_agreement, facts_of
 from efftrain.parallel.plan import Plan
 from efftrain.parallel.sync import SyncConfig
 from efftrain.report.run import RunFolder, check_tensorboard, claim_run, next_run_number, run_path
@@ -174,6 +175,8 @@ def train(
 def _train(
     recipe: ClusterRecipe, device: torch.device, out: Path, resume: bool, on_step: OnStep | None
 ) -> dict[str, Any] | None:
+    if mesh.world_size() > 1:
+        check_agreement(mesh.transport(device), facts_of(to_dict(recipe)))
     plan = recipe.parallel.plan()
     plan.check(mesh.world_size())
     if recipe.tensorboard:
@@ -207,8 +210,8 @@ def _train(
         seed=recipe.seed,
     )
     set_seed(recipe.seed, mesh.rank(), deterministic=recipe.loop.deterministic)
-    number = _run_number(recipe, out, resume) if mesh.rank() == 0 else 0
-    number = int(job.exchange.sum([number])[0])  # what rank 0 found
+    begun = _find_run(recipe, out, resume) if mesh.rank() == 0 else (0, False)
+    number, goes_on = (int(value) for value in job.exchange.sum(begun))  # what rank 0 found
     path = run_path(out, recipe.name, number)
     run = RunFolder(path, tensorboard=recipe.tensorboard) if mesh.rank() == 0 else None
     report = (lambda done, result: on_step(done, total_steps, result)) if run is not None and on_step else None
@@ -223,7 +226,7 @@ def _train(
             seed=recipe.seed,
             run=run,
             checkpoints=path / "checkpoints",
-            resume=resume,
+            resume=bool(goes_on),
             on_step=report,
         )
         if run is None:
@@ -251,6 +254,17 @@ def _train(
     finally:
         if run is not None:
             run.close()
+
+
+def _find_run(recipe: ClusterRecipe, out: Path, resume: bool) -> tuple[int, bool]:
+    """The run folder, and whether to go on with what is in it: always if this launch began it (see ``launched``)."""
+    launch = mesh.launch_id()
+    begun = launched.find_run(out, recipe.name, launch)
+    if begun is not None:
+        return begun, True
+    number = _run_number(recipe, out, resume)
+    launched.mark_run(out, recipe.name, number, launch)
+    return number, resume
 
 
 def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:

@@ -1,0 +1,74 @@
+"""Whether all ranks were started to do the same: compared once, before anything is built."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import efftrain
+from efftrain.errors import ConfigError
+from efftrain.parallel.backends import Transport
+
+_NOTHING = "nothing"
+_LENGTH_BYTES = 8
+
+
+def check_agreement(transport: Transport, facts: Mapping[str, str]) -> None:
+    """Compare facts of all ranks with those of rank 0.
+
+    One small collective if all agree; a second one finds out who does not and in what.
+
+    Args:
+        transport: All ranks.
+        facts: What must be equal, by its name.
+
+    Raises:
+        ConfigError: Some rank has others; on all ranks, with the first that has, its rank, expected and found.
+    """
+    text = json.dumps(dict(sorted(facts.items()))).encode()
+    head = len(text).to_bytes(_LENGTH_BYTES, "little") + hashlib.sha256(text).digest()
+    heads = _gather(transport, head)
+    if len(set(heads)) == 1:
+        return
+    sizes = [int.from_bytes(other[:_LENGTH_BYTES], "little") for other in heads]
+    texts = _gather(transport, text.ljust(max(sizes)))
+    found = [json.loads(other[:size]) for other, size in zip(texts, sizes, strict=True)]
+    rank = next(rank for rank, other in enumerate(heads) if other != heads[0])
+    names = [name for name in sorted({*found[0], *found[rank]}) if found[0].get(name) != found[rank].get(name)]
+    expected, other = (facts.get(names[0], _NOTHING) for facts in (found[0], found[rank]))
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    raise ConfigError(
+        f"rank {rank} was started with {names[0]} = {other}{more}, expected {expected} as on rank 0; "
+        "start all ranks with the same recipe, the same --set and the same efftrain"
+    )
+
+
+def facts_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """A resolved recipe as plain values, key by key, and the code that is to run it."""
+    return {**dict(_flatten(recipe, "")), "efftrain": f"{efftrain.__version__} ({code_digest()})"}
+
+
+@cache
+def code_digest() -> str:
+    """Of the package's Python files: a changed checkout keeps its version number."""
+    root = Path(efftrain.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _flatten(value: Any, name: str) -> list[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        return [pair for key, item in value.items() for pair in _flatten(item, f"{name}.{key}" if name else str(key))]
+    return [(name, json.dumps(value))]
+
+
+def _gather(transport: Transport, message: bytes) -> list[bytes]:
+    sent = torch.from_numpy(np.frombuffer(message, np.uint8).copy()).to(transport.device)
+    return [row.tobytes() for row in transport.all_gather(sent).wait().cpu().numpy()]
