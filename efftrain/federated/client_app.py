@@ -4,30 +4,34 @@ It needs its number in the population (``node_config["partition-id"]``, which sa
 everything else from the message: model, recipe, round.
 """
 
+import contextlib
 import json
+import threading
+import zlib
 from functools import lru_cache
 
 import numpy as np
 
 from efftrain.config import from_dict
 from efftrain.errors import ConfigError
-from efftrain.federated.data import client_data
-from efftrain.federated.engines import State, get_engine
+from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
+from efftrain.federated.data import client_data, client_train
+from efftrain.federated.engines import Engine, Trained, get_engine
 from efftrain.federated.flower import (
-    Array,
-    ArrayRecord,
     ClientApp,
+    ConfigRecord,
     Context,
     Message,
     MetricRecord,
     RecordDict,
+    write_arrays,
 )
 from efftrain.federated.gate import NUM_SAMPLES
 from efftrain.federated.recipe import FederatedRecipe
-from efftrain.federated.uplink import uplink_mod
 
 PARTITION = "partition-id"
-TRAIN_METRICS = ("loss", PARTITION)
+RAM = "ram-bytes"
+TRAIN_METRICS = ("loss", PARTITION, RAM)
 EVALUATE_METRICS = ("accuracy", "loss", PARTITION)
 
 app = ClientApp(mods=[uplink_mod])
@@ -37,26 +41,29 @@ app = ClientApp(mods=[uplink_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the model of the message on this client's data.
 
-    Reply: the whole model as it is afterwards (``uplink_mod`` makes the update of it), sample count, mean loss.
+    Reply: the whole model as it is afterwards (``uplink_mod`` makes the update of it), which parts of it were trained
+    if not all, sample count, mean loss, and the RAM that the training was planned to need (0 without a plan).
 
     Raises:
         ConfigError: The message has no valid recipe, or this node has no partition of its data.
         NonFiniteError: Training diverged.
     """
     recipe, partition, server_round = _read(message, context)
-    result = get_engine(recipe.client.engine).train(
-        recipe.model,
-        _state(message),
-        client_data(recipe.data, partition).train,
-        recipe.client,
-        seed=_client_seed(recipe.seed, server_round, partition),
+    engine = get_engine(recipe.client.engine)
+    with _alone(engine):
+        result = engine.train(
+            recipe.model,
+            model_of(message.content),
+            client_train(recipe.data, partition, recipe.seed),
+            recipe.client,
+            seed=_client_seed(recipe.seed, server_round, partition),
+        )
+    metrics = MetricRecord(
+        {NUM_SAMPLES: result.num_samples, "loss": result.loss, PARTITION: partition, RAM: result.ram_bytes or 0}
     )
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({name: Array(np.asarray(tensor)) for name, tensor in result.state.items()}),
-            "metrics": MetricRecord({NUM_SAMPLES: result.num_samples, "loss": result.loss, PARTITION: partition}),
-        }
-    )
+    content = RecordDict({"arrays": write_arrays(result.state), "metrics": metrics})
+    if result.trained is not None:
+        content[PARTS] = _parts(result)
     return Message(content, reply_to=message)
 
 
@@ -70,9 +77,10 @@ def evaluate(message: Message, context: Context) -> Message:
         ConfigError: As ``train``.
     """
     recipe, partition, _ = _read(message, context)
-    result = get_engine(recipe.client.engine).evaluate(
-        recipe.model, _state(message), client_data(recipe.data, partition).test, recipe.client
-    )
+    engine = get_engine(recipe.client.engine)
+    data = client_data(recipe.data, partition, recipe.seed).test
+    with _alone(engine):
+        result = engine.evaluate(recipe.model, model_of(message.content), data, recipe.client)
     metrics = MetricRecord(
         {NUM_SAMPLES: result.num_samples, "accuracy": result.accuracy, "loss": result.loss, PARTITION: partition}
     )
@@ -100,8 +108,20 @@ def _recipe(text: str) -> FederatedRecipe:
     return from_dict(FederatedRecipe, json.loads(text))
 
 
-def _state(message: Message) -> State:
-    return {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+_ENGINE_LOCK = threading.Lock()
+
+
+def _alone(engine: Engine) -> contextlib.AbstractContextManager[object]:
+    """Keep other threads out of an engine that does not say that it lets several in (``parallel = True``)."""
+    return contextlib.nullcontext() if getattr(engine, "parallel", False) else _ENGINE_LOCK
+
+
+def _parts(result: Trained) -> ConfigRecord:
+    """Name -> which elements were trained, packed; empty for all of them. See Note [parts] in ``uplink``."""
+    parts = ConfigRecord()
+    for name, mask in (result.trained or {}).items():
+        parts[name] = b"" if mask is None else zlib.compress(np.packbits(np.asarray(mask, np.bool_)).tobytes(), 1)
+    return parts
 
 
 def _client_seed(seed: int, server_round: int, partition: int) -> int:

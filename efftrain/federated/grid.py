@@ -1,6 +1,6 @@
 """A Flower ``Grid`` whose nodes live in this process.
 
-It runs the real ``ClientApp`` for every message, without Ray, threads or sockets: any stock strategy and any stock
+It runs the real ``ClientApp`` for every message, without Ray and sockets: any stock strategy and any stock
 ``ClientApp`` work on it unchanged, and a round costs little more than its training.
 
 Note [isolation in one process]
@@ -9,8 +9,9 @@ Note [isolation in one process]
     bytes, which are shared and immutable.
 """
 
+import copy
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from efftrain.errors import ConfigError
 from efftrain.federated.flower import (
@@ -26,18 +27,20 @@ from efftrain.federated.flower import (
     copy_records,
     identify_process,
 )
+from efftrain.federated.workers import in_order
 
 ConfigValue = bool | float | int | str
 
-_FIRST_NODE_ID = 1000  # clear of 0 and of the SuperLink's own id
+FIRST_NODE_ID = 1000  # clear of 0 and of the SuperLink's own id
 
 
 class InProcessGrid(Grid):
     """Nodes of one process, numbered from ``1000``.
 
-    Clients run when their replies are pulled, one after the other in the order of the messages. The same messages give
-    the same replies, so a run is as reproducible as its ``ClientApp`` and strategy. Flower's own strategies draw nodes
-    from the global ``random``; see Note [seeded sampling] in ``rounds``.
+    Clients run when their replies are pulled, and the replies come in the order of the messages, whatever the number of
+    workers. The same messages give the same replies, so a run is as reproducible as its ``ClientApp`` and strategy.
+    Flower's own strategies draw nodes from the global ``random``; see Note [seeded sampling] in ``rounds``. Nothing is
+    kept for a node but the state that its app leaves, so a population costs nothing before it is used.
 
     Args:
         client_app: The app that every node runs, or a function that makes one, called at the first message.
@@ -46,9 +49,14 @@ class InProcessGrid(Grid):
         node_configs: ``Context.node_config`` of each node. By default ``partition-id`` (0 to ``num_nodes - 1``) and
             ``num-partitions``, as in Flower's simulation.
         run_id: Number of the run.
+        workers: Threads that run clients. More than one pays where the app lets go of Python's lock while it computes,
+            and needs an app that several threads may call at once.
+        timeout_s: A client that takes longer gives an error reply, and its thread is abandoned. None waits for ever,
+            and with one worker runs the clients in the calling thread.
 
     Raises:
-        ConfigError: ``num_nodes`` is below 1 or differs from the length of ``node_configs``.
+        ConfigError: ``num_nodes`` or ``workers`` is below 1, or ``num_nodes`` differs from the length of
+            ``node_configs``.
     """
 
     def __init__(
@@ -59,9 +67,11 @@ class InProcessGrid(Grid):
         run_config: Mapping[str, ConfigValue] | None = None,
         node_configs: Sequence[Mapping[str, ConfigValue]] | None = None,
         run_id: int = 1,
+        workers: int = 1,
+        timeout_s: float | None = None,
     ) -> None:
-        if num_nodes < 1:
-            raise ConfigError(f"num_nodes is {num_nodes}, expected at least 1")
+        if num_nodes < 1 or workers < 1:
+            raise ConfigError(f"num_nodes is {num_nodes} and workers {workers}, expected at least 1 of each")
         if node_configs is not None and len(node_configs) != num_nodes:
             raise ConfigError(f"there are {num_nodes} nodes but {len(node_configs)} node_configs, expected one each")
         identify_process(run_id)
@@ -70,7 +80,9 @@ class InProcessGrid(Grid):
         self._run_config = dict(run_config or {})
         self._node_configs = node_configs
         self._run = Run.create_empty(run_id)
-        self._contexts: dict[int, Context] = {}
+        self._workers = workers
+        self._timeout_s = timeout_s
+        self._states: dict[int, RecordDict] = {}
         self._waiting: dict[str, Message] = {}
         self._num_messages = 0
 
@@ -98,7 +110,7 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """All nodes, ascending; node ``i`` of the population has id ``1000 + i``."""
-        return list(range(_FIRST_NODE_ID, _FIRST_NODE_ID + self._num_nodes))
+        return list(range(FIRST_NODE_ID, FIRST_NODE_ID + self._num_nodes))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Accept messages for nodes. Nothing runs before their replies are pulled.
@@ -123,8 +135,7 @@ class InProcessGrid(Grid):
         An id that is unknown or was already pulled gives nothing. A client that raises, or a node that does not exist,
         gives an error reply.
         """
-        messages = [self._waiting.pop(message_id) for message_id in message_ids if message_id in self._waiting]
-        return [self._deliver(message) for message in messages]
+        return list(self.pull_each(message_ids))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push, run, pull. Every message gets a reply; ``timeout`` has no meaning here and is ignored."""
@@ -132,42 +143,64 @@ class InProcessGrid(Grid):
 
     # Beyond Grid -------------------------------------------------------------------------------------------------
 
+    def pull_each(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """As ``pull_messages``, one reply at a time: a round of 10,000 replies need not lie in memory at once."""
+        messages = [self._waiting.pop(message_id) for message_id in message_ids if message_id in self._waiting]
+        runs = in_order(self._run_client, messages, workers=self._workers, timeout_s=self._timeout_s)
+        for message, ran in zip(messages, runs, strict=True):
+            if ran is None:
+                reason = f"gave no reply within client.timeout_s ({self._timeout_s:g} s)"
+                yield self._finish(message, _error(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason))
+                continue
+            reply, state = ran
+            if state is not None:
+                self.put_state(message.metadata.dst_node_id, state)
+            yield self._finish(message, reply)
+
+    def drop_messages(self, message_ids: Iterable[str]) -> None:
+        """Forget messages whose clients need not run: nobody will ask for their replies."""
+        for message_id in message_ids:
+            self._waiting.pop(message_id, None)
+
     def context(self, node_id: int) -> Context:
-        """The context that a node keeps between its messages.
+        """The context that a node would be given now.
 
         Raises:
             KeyError: There is no such node.
         """
-        partition = node_id - _FIRST_NODE_ID
+        partition = node_id - FIRST_NODE_ID
         if not 0 <= partition < self._num_nodes:
             raise KeyError(node_id)
-        if node_id not in self._contexts:
-            config: Mapping[str, ConfigValue] = {"partition-id": partition, "num-partitions": self._num_nodes}
-            self._contexts[node_id] = Context(
-                run_id=self._run.run_id,
-                node_id=node_id,
-                node_config=dict(self._node_configs[partition] if self._node_configs else config),
-                state=RecordDict(),
-                run_config=dict(self._run_config),
-            )
-        return self._contexts[node_id]
-
-    def _deliver(self, message: Message) -> Message:
-        """Run one client. See Note [isolation in one process]."""
-        node_id = message.metadata.dst_node_id
-        try:
-            kept = self.context(node_id)
-        except KeyError:
-            return self._finish(message, _error(message, ErrorCode.NODE_UNAVAILABLE, f"there is no node {node_id}"))
-        context = Context(
+        config: Mapping[str, ConfigValue] = {"partition-id": partition, "num-partitions": self._num_nodes}
+        state = self._states.get(node_id)
+        return Context(
             run_id=self._run.run_id,
             node_id=node_id,
-            node_config=dict(kept.node_config),
-            state=copy_records(kept.state),
-            run_config=dict(kept.run_config),
+            node_config=dict(self._node_configs[partition] if self._node_configs else config),
+            state=RecordDict() if state is None else copy_records(state),
+            run_config=dict(self._run_config),
         )
-        received = Message(copy_records(message.content), reply_to=message)  # an envelope for what is set below
-        received.metadata.__dict__.update(message.metadata.__dict__)
+
+    def put_state(self, node_id: int, state: RecordDict) -> None:
+        """Set what a node keeps between its messages; empty forgets it."""
+        if len(state):
+            self._states[node_id] = state
+        else:
+            self._states.pop(node_id, None)
+
+    def _run_client(self, message: Message) -> tuple[Message, RecordDict | None]:
+        """Run one client, in any thread: its reply, and its new state if it gave one that counts.
+
+        See Note [isolation in one process].
+        """
+        node_id = message.metadata.dst_node_id
+        try:
+            context = self.context(node_id)
+        except KeyError:
+            return _error(message, ErrorCode.NODE_UNAVAILABLE, f"there is no node {node_id}"), None
+        received = Message(  # type: ignore[call-overload]  # Flower's own way to copy one, not in its overloads
+            content=copy_records(message.content), metadata=copy.copy(message.metadata)
+        )
         try:
             reply = self._app()(received, context)
             if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
@@ -178,9 +211,8 @@ class InProcessGrid(Grid):
             # Whatever a client does, it costs only its own reply: the others have nothing to do with it.
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} (in {place.name}, line {place.lineno})"
-            return self._finish(message, _error(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason))
-        self._contexts[node_id] = context
-        return self._finish(message, reply)
+            return _error(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), None
+        return reply, context.state
 
     def _app(self) -> ClientApp:
         if not isinstance(self._client_app, ClientApp):

@@ -11,6 +11,7 @@ from efftrain.compression import Codec, parse_codec
 from efftrain.models import MODELS
 
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
+MAX_CLIENTS = 10_000_000
 Options = dict[str, int | float | str | bool]
 
 
@@ -32,15 +33,26 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Whose data each client holds. One client per person: client ``i`` is ``people[i]``."""
+    """Whose data each client holds."""
 
-    name: Literal["watch"] = "watch"
+    name: Literal["watch", "fashion-mnist", "digits"] = "watch"
+    partition: Literal["natural", "iid", "dirichlet", "shards"] = "natural"
+    """``natural`` (``watch`` only): client ``i`` is the person ``people[i]``. The others divide one data set over
+    ``clients`` made-up clients; see ``efftrain.federated.data.Partition``."""
+    clients: int = 0
+    """Size of the population; 0 with ``natural``, which has one client a person."""
+    samples_per_client: int = 50
+    """Training samples of each client. Ignored by ``natural``."""
+    alpha: float = 0.3
+    """Concentration of ``dirichlet``, in ``[1e-3, 1e6]``: 0.1 leaves a client one or two classes, 100 is nearly IID."""
+    shards_per_client: int = 2
+    """Of ``shards``: about so many classes a client."""
     people: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """The people of ``efftrain.data.load_watch`` that take part, each once."""
     train_part: PartName = "middle"
     """Part of each recording that a client trains on; it never leaves the client."""
     test_part: PartName = "late"
-    """Part of each recording that a client measures the global model on."""
+    """Part of each recording that the global model is measured on."""
     scale_part: PartName = "early"
     """Part that the channels are standardized by, over all ``people``: what the server saw when it pretrained."""
 
@@ -49,6 +61,30 @@ class DataConfig:
             raise ValueError(f"people is {list(self.people)}, expected at least one person and none twice")
         if self.train_part == self.test_part:
             raise ValueError(f"train_part and test_part are both {self.train_part!r}; the test would measure memory")
+        if self.partition == "natural":
+            if self.name != "watch":
+                raise ValueError(f"{self.name} has no natural partition, expected iid, dirichlet or shards")
+            if self.clients:
+                raise ValueError(f"clients is {self.clients}, but a natural partition has one client a person; use 0")
+            return
+        if not 1 <= self.clients <= MAX_CLIENTS:
+            raise ValueError(f"clients is {self.clients}, expected 1 to {MAX_CLIENTS} with partition {self.partition}")
+        if self.samples_per_client < 1:
+            raise ValueError(f"samples_per_client is {self.samples_per_client}, expected at least 1")
+        if self.partition == "shards" and self.samples_per_client % max(1, self.shards_per_client):
+            raise ValueError(
+                f"samples_per_client is {self.samples_per_client}, expected a multiple of shards_per_client "
+                f"({self.shards_per_client})"
+            )
+        if self.shards_per_client < 1:
+            raise ValueError(f"shards_per_client is {self.shards_per_client}, expected at least 1")
+        if not 1e-3 <= self.alpha <= 1e6:
+            raise ValueError(f"alpha is {self.alpha}, expected a number in [1e-3, 1e6]")
+
+    @property
+    def num_clients(self) -> int:
+        """Clients of the whole population."""
+        return self.clients or len(self.people)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,12 +197,12 @@ class FederatedRecipe:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected 0 or more")
-        if self.server.min_replies > len(self.data.people):
+        if self.server.min_replies > self.num_clients:
             raise ValueError(
-                f"server.min_replies is {self.server.min_replies}, but there are {len(self.data.people)} clients"
+                f"server.min_replies is {self.server.min_replies}, but there are {self.num_clients} clients"
             )
 
     @property
     def num_clients(self) -> int:
         """Clients of the whole population."""
-        return len(self.data.people)
+        return self.data.num_clients

@@ -2,8 +2,8 @@
 
 Both are independent of the training code and of the strategy. The client's app trains and replies with a whole model,
 as every Flower app does; ``uplink_mod`` turns that into the encoded difference to the model it was sent. On the server
-``UplinkGrid`` passes each reply through the gate, decodes it, adds it to the model that went out with that message,
-and hands the strategy the whole model that it expects.
+``UplinkGrid`` passes each reply through the gate and decodes it. To a strategy it gives the whole model that it
+expects; our own driver takes the differences as they are (``pull_updates``).
 
 Note [feedback over rounds]
     What the codec left out is kept by the client, per parameter, in ``Context.state`` (arrays, no pickle) and added to
@@ -11,25 +11,39 @@ Note [feedback over rounds]
     which of the client's replies the server took last, and the client then makes it valid or drops it. So over the
     replies that the server took: sum of decoded updates + residual == sum of true updates.
 
+Note [parts]
+    A client whose plan trains a part of the model says so in a ``ConfigRecord`` named ``efftrain.parts``: name of each
+    tensor that it trained -> the mask of the elements (bits, deflated), or nothing for all of them. It sends payloads
+    of these tensors only, of the trained elements only. What it did not train is not its vote: the mean of an element
+    is over the clients that trained it.
+
 Wire, in the records of the messages: the server adds a ``ConfigRecord`` named ``efftrain.uplink`` (codec as text,
 feedback, key, ticket, taken); a reply's array ``data`` is a payload of ``efftrain.compression``.
 """
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from efftrain.compression import Codec, Feedback, format_codec, parse_codec
-from efftrain.errors import ConfigError
+from efftrain.compression import Codec, format_codec
+from efftrain.federated.client_uplink import (
+    ORDER,
+    PARTS,
+    RESIDUAL,
+    STAGED,
+    TICKET,
+    Mod,
+    Tensors,
+    model_of,
+    unpack_mask,
+    uplink_mod,
+)
 from efftrain.federated.flower import (
-    Array,
-    ArrayRecord,
     ConfigRecord,
-    Context,
     Error,
     ErrorCode,
     Grid,
@@ -40,121 +54,74 @@ from efftrain.federated.flower import (
     Run,
     category,
     copy_records,
+    write_arrays,
 )
 from efftrain.federated.gate import (
     NUM_SAMPLES,
-    PAYLOAD_STYPE,
+    Floats,
     Refused,
     check_metrics,
     check_update,
     content_bytes,
     is_trained,
 )
+from efftrain.federated.grid import InProcessGrid
 from efftrain.federated.recipe import GateConfig
 
-ORDER = "efftrain.uplink"
-"""Name of the record that tells a client how to encode its reply."""
-RESIDUAL, STAGED, TICKET = "efftrain.residual", "efftrain.residual.staged", "efftrain.residual.ticket"
-"""Names of the records in ``Context.state``."""
-
-Tensors = dict[str, npt.NDArray[np.generic]]
-Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
-"""A Flower mod: message, context, and what comes next."""
-
-# The client's end ------------------------------------------------------------------------------------------------
-
-
-def uplink_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower mod: encode the reply to a training message as the server ordered.
-
-    A message without an order (from a server without ``UplinkGrid``, or an evaluation) passes through unchanged, so
-    the mod can be part of any ``ClientApp(mods=[uplink_mod])``.
-
-    Raises:
-        NonFiniteError: Training gave inf or NaN. The client then gives an error reply, its residual stays.
-        ConfigError: The reply lacks tensors of the model that was sent, or the order is malformed.
-    """
-    if ORDER not in message.content:
-        return call_next(message, context)
-    order = message.content.config_records[ORDER]
-    del message.content[ORDER]
-    sent = _tensors(message.content)
-    reply = call_next(message, context)
-    if not reply.has_content():
-        return reply
-    updates = _updates(sent, _tensors(reply.content))
-    codec, key = parse_codec(str(order["codec"])), _client_key(order, context)
-    if order["feedback"]:
-        payloads = _encode_with_feedback(updates, codec, key, order, context)
-    else:
-        payloads = {name: bytes(codec.encode(flat, key=_key(key, name))) for name, flat in updates.items()}
-    [record] = reply.content.array_records
-    reply.content[record] = ArrayRecord(
-        {name: Array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
-    )
-    return reply
-
-
-def _tensors(content: RecordDict) -> Tensors:
-    records = list(content.array_records.values())
-    if len(records) != 1:
-        raise ConfigError(f"the message has {len(records)} records of arrays, the uplink needs exactly one: the model")
-    return {name: array.numpy() for name, array in records[0].items()}
-
-
-def _updates(sent: Tensors, trained: Tensors) -> dict[str, npt.NDArray[np.float32]]:
-    """Trained minus sent, flat, for the tensors that travel."""
-    if set(sent) != set(trained):
-        raise ConfigError(f"the client replied with the tensors {sorted(trained)}, it was sent {sorted(sent)}")
-    updates = {}
-    for name, before in sent.items():
-        if is_trained(before):
-            after = trained[name]
-            if after.shape != before.shape:
-                raise ConfigError(f"tensor {name!r} came back with shape {after.shape}, it was sent as {before.shape}")
-            updates[name] = np.subtract(after, before).astype(np.float32).reshape(-1)
-    return updates
-
-
-def _client_key(order: ConfigRecord, context: Context) -> int:
-    """A key of this client: with one for all, their stochastic rounding errors would add up instead of averaging out.
-    By partition where there is one, so that it does not depend on the node ids that a deployment draws."""
-    client = context.node_config.get("partition-id", context.node_id)
-    return zlib.crc32(f"{order['key']!r}/{client}".encode())
-
-
-def _key(key: int, name: str) -> int:
-    return zlib.crc32(f"{key}/{name}".encode())
-
-
-def _encode_with_feedback(
-    updates: dict[str, npt.NDArray[np.float32]], codec: Codec, key: int, order: ConfigRecord, context: Context
-) -> dict[str, bytes]:
-    """See Note [feedback over rounds]."""
-    state = context.state
-    if STAGED in state:
-        if state.config_records[TICKET]["ticket"] == order["taken"]:
-            state[RESIDUAL] = state.array_records[STAGED]
-        del state[STAGED]
-    feedback = Feedback(codec)
-    if RESIDUAL in state:
-        feedback.load_state_dict({name: a.numpy() for name, a in state.array_records[RESIDUAL].items()})
-    payloads = {name: bytes(feedback.encode(name, flat, key=_key(key, name))) for name, flat in updates.items()}
-    feedback.commit()
-    state[STAGED] = ArrayRecord({name: Array(residual) for name, residual in feedback.state_dict().items()})
-    state[TICKET] = ConfigRecord({"ticket": order["ticket"]})
-    return payloads
-
-
-# The server's end ------------------------------------------------------------------------------------------------
+__all__ = [
+    "ORDER",
+    "PARTS",
+    "RESIDUAL",
+    "STAGED",
+    "TICKET",
+    "Arrival",
+    "Mod",
+    "PartialUpdate",
+    "Refusal",
+    "Traffic",
+    "UplinkGrid",
+    "uplink_mod",
+]
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reply that did not pass the gate."""
+    """One reply that did not pass the gate, or never came."""
 
     node_id: int
     reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class PartialUpdate:
+    """What one client changed: the difference to the model that it was sent, of the parts that it trained."""
+
+    deltas: dict[str, Floats]
+    """Flat; the trained elements only. A floating-point tensor that is missing was not trained."""
+    masks: dict[str, npt.NDArray[np.bool_]]
+    """Flat, of a whole tensor: which elements the delta is of. A tensor that is missing was trained in full."""
+    num_samples: int
+    metrics: dict[str, float]
+    sent: Tensors
+    """The model that it was sent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What came of one message."""
+
+    message_id: str
+    node_id: int
+    update: PartialUpdate | None = None
+    """Of a training message whose reply was accepted."""
+    metrics: dict[str, float] | None = None
+    """Of an evaluation message whose reply was accepted, sample count included."""
+    problem: str = ""
+    """Why there is neither."""
+    refused: bool = False
+    """The reply did not pass the gate; otherwise a problem means that the client failed or was too late."""
+    uplink_bytes: int = 0
+    ticket: int = 0
 
 
 @dataclass
@@ -166,7 +133,7 @@ class Traffic:
     downlink_bytes: int = 0
     """Records of all messages to clients: models, recipe, orders."""
     fp32_uplink_bytes: int = 0
-    """What the updates taken would have been as plain fp32: 4 bytes an element and nothing else."""
+    """What the updates taken would have been as plain fp32 of the whole model: 4 bytes an element, nothing else."""
     trained: list[int] = field(default_factory=list)
     """Nodes whose update was taken."""
     dropped: list[Refusal] = field(default_factory=list)
@@ -181,6 +148,8 @@ class _Sent:
     message: Message
     tensors: Tensors
     ticket: int
+    roomy: bool
+    """No update that the gate accepts can overflow the sum with this model, so nobody need look."""
 
 
 class UplinkGrid(Grid):
@@ -220,6 +189,11 @@ class UplinkGrid(Grid):
         self._taken: dict[int, int] = {}
         self._num_tickets = 0
         self._traffic = Traffic()
+
+    @property
+    def inner(self) -> Grid:
+        """The grid that carries the messages."""
+        return self._inner
 
     def take_traffic(self) -> Traffic:
         """What happened since the last call, and start counting anew."""
@@ -261,36 +235,46 @@ class UplinkGrid(Grid):
         Raises:
             ConfigError: A training message has not exactly one record of arrays.
         """
+        return [message_id for message_id in self.post(messages) if message_id]
+
+    def post(self, messages: Iterable[Message]) -> list[str]:
+        """As ``push_messages``, with an empty id for each message that could not be sent."""
         messages = list(messages)
-        # A strategy puts one record into all messages of a round: decode it once. The list keeps the ids valid.
+        # A strategy puts one record into all messages of a round: read and count it once. The list keeps the ids valid.
         originals = [message.content for message in messages]
-        models: dict[int, Tensors] = {}
+        models: dict[int, tuple[Tensors, bool]] = {}
+        sizes: dict[int, int] = {}
         tickets = []
         for message, original in zip(messages, originals, strict=True):
             self._num_tickets += 1
             tickets.append(self._num_tickets)
+            if id(original) not in sizes:
+                sizes[id(original)] = content_bytes(message)
+            self._traffic.downlink_bytes += sizes[id(original)]
             if category(message) == MessageType.TRAIN:
                 if id(original) not in models:
-                    models[id(original)] = _tensors(original)
+                    model = model_of(original)
+                    models[id(original)] = model, _is_roomy(model, self._gate.max_update_norm)
+                order = self._order(message, self._num_tickets)
                 message.content = copy_records(original)
-                message.content[ORDER] = self._order(message, self._num_tickets)
-            self._traffic.downlink_bytes += content_bytes(message)
-        ids = list(self._inner.push_messages(messages))
+                message.content[ORDER] = order
+                self._traffic.downlink_bytes += order.count_bytes()
+        ids = [message_id or "" for message_id in self._inner.push_messages(messages)]
         for message_id, message, original, ticket in zip(ids, messages, originals, tickets, strict=False):
             if message_id:
-                self._on_the_way[message_id] = _Sent(message, models.get(id(original), {}), ticket)
-        return [message_id for message_id in ids if message_id]
+                tensors, roomy = models.get(id(original), ({}, True))
+                self._on_the_way[message_id] = _Sent(message, tensors, ticket, roomy)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies that have arrived, checked and decoded. A reply to nothing on its way is counted and left out."""
         replies = []
-        for reply in self._inner.pull_messages(message_ids):
-            sent = self._on_the_way.pop(reply.metadata.reply_to_message_id, None)
-            self._traffic.uplink_bytes += content_bytes(reply)
-            if sent is None:
-                self._refuse(reply.metadata.src_node_id, "reply to no message that is waiting for one")
-            else:
-                replies.append(self._receive(reply, sent))
+        for reply in self._replies(message_ids):
+            sent = self._expect(reply)
+            if sent is not None:
+                arrival = self._receive(reply, sent)
+                self.settle([arrival])
+                replies.append(_as_message(reply, arrival, sent, self._metrics))
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -308,15 +292,69 @@ class UplinkGrid(Grid):
             if not waiting:
                 break
             if end is not None and time.monotonic() >= end:
-                for message_id in waiting:
-                    late = self._on_the_way.pop(message_id)
-                    self._traffic.dropped.append(Refusal(late.message.metadata.dst_node_id, "no reply in time"))
+                self.give_up(waiting, "no reply in time")
                 break
             time.sleep(pause_s)
             pause_s = min(1.0, 1.5 * pause_s)
         return replies
 
+    # For a driver that takes updates -----------------------------------------------------------------------------
+
+    def pull_updates(self, message_ids: Iterable[str]) -> Iterator[Arrival]:
+        """What has arrived of these messages, checked and decoded, one at a time.
+
+        An update counts for error feedback only once ``settle`` was told of it.
+        """
+        for reply in self._replies(message_ids):
+            sent = self._expect(reply)
+            if sent is not None:
+                yield self._receive(reply, sent)
+
+    def settle(self, arrivals: Iterable[Arrival]) -> None:
+        """These updates became part of the model. See Note [feedback over rounds]."""
+        for arrival in arrivals:
+            if arrival.update is not None:
+                self._taken[arrival.node_id] = arrival.ticket
+
+    def give_up(self, message_ids: Iterable[str], reason: str) -> list[Arrival]:
+        """Wait no longer for the replies to these messages: should one still come, it counts for nothing."""
+        late = [(message_id, self._on_the_way.pop(message_id)) for message_id in message_ids if self.waits(message_id)]
+        if isinstance(self._inner, InProcessGrid):
+            self._inner.drop_messages([message_id for message_id, _ in late])
+        arrivals = []
+        for message_id, sent in late:
+            node_id = sent.message.metadata.dst_node_id
+            self._traffic.dropped.append(Refusal(node_id, reason))
+            arrivals.append(Arrival(message_id, node_id, problem=reason))
+        return arrivals
+
+    def waits(self, message_id: str) -> bool:
+        """Whether a message is on its way."""
+        return message_id in self._on_the_way
+
+    def memory(self) -> tuple[int, dict[int, int]]:
+        """What a journal needs of error feedback: tickets given, and the last ticket taken of each node."""
+        return self._num_tickets, dict(self._taken)
+
+    def restore(self, num_tickets: int, taken: dict[int, int]) -> None:
+        """Go on from ``memory``."""
+        self._num_tickets, self._taken = num_tickets, dict(taken)
+
     # Parts of it -------------------------------------------------------------------------------------------------
+
+    def _replies(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        # Not of a subclass with a pull_messages of its own: what that does must not be passed by.
+        if isinstance(self._inner, InProcessGrid) and type(self._inner).pull_messages is InProcessGrid.pull_messages:
+            return self._inner.pull_each(list(message_ids))
+        return self._inner.pull_messages(message_ids)
+
+    def _expect(self, reply: Message) -> _Sent | None:
+        """The message that this is the first reply to. A second reply, or one to nothing, is counted and left out."""
+        sent = self._on_the_way.pop(reply.metadata.reply_to_message_id, None)
+        if sent is None:
+            self._traffic.uplink_bytes += content_bytes(reply)
+            self._refuse(reply.metadata.src_node_id, "reply to no message that is waiting for one")
+        return sent
 
     def _order(self, message: Message, ticket: int) -> ConfigRecord:
         return ConfigRecord(
@@ -331,54 +369,118 @@ class UplinkGrid(Grid):
 
     def _round_of(self, message: Message) -> int:
         """Number of the round where the strategy says it, as Flower's do; it only varies the rounding."""
-        for record in message.content.config_records.values():
-            number = record.get("server-round")
+        for record in message.content.values():
+            number = record.get("server-round") if isinstance(record, ConfigRecord) else None
             if isinstance(number, int):
                 return number
         return 0
 
-    def _receive(self, reply: Message, sent: _Sent) -> Message:
-        node_id = sent.message.metadata.dst_node_id
+    def _receive(self, reply: Message, sent: _Sent) -> Arrival:
+        message_id, node_id = reply.metadata.reply_to_message_id, sent.message.metadata.dst_node_id
+        uplink_bytes = content_bytes(reply)
+        self._traffic.uplink_bytes += uplink_bytes
         if reply.has_error():
-            self._traffic.dropped.append(Refusal(node_id, reply.error.reason or f"error code {reply.error.code}"))
-            return reply
+            reason = reply.error.reason or f"error code {reply.error.code}"
+            self._traffic.dropped.append(Refusal(node_id, reason))
+            return Arrival(message_id, node_id, problem=reason)
+        update, metrics, kind = None, None, category(sent.message)
         try:
             if reply.metadata.src_node_id != node_id:
                 raise Refused(f"reply comes from node {reply.metadata.src_node_id}, the message went to {node_id}")
-            return self._let_through(reply, sent)
+            if kind == MessageType.TRAIN:
+                update = self._check_update(reply, sent)
+            elif kind == MessageType.EVALUATE:
+                num_samples, metrics = check_metrics(reply, self._gate, self._metrics[kind])
+                metrics[NUM_SAMPLES] = num_samples
         except Refused as refusal:
             self._refuse(node_id, str(refusal))
-            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, f"refused: {refusal}"), reply_to=sent.message)
+            return Arrival(message_id, node_id, problem=str(refusal), refused=True, uplink_bytes=uplink_bytes)
+        if update is not None:
+            self._traffic.trained.append(node_id)
+            num_elements = sum(tensor.size for tensor in sent.tensors.values() if is_trained(tensor))
+            self._traffic.fp32_uplink_bytes += 4 * num_elements
+        return Arrival(message_id, node_id, update, metrics, uplink_bytes=uplink_bytes, ticket=sent.ticket)
 
-    def _let_through(self, reply: Message, sent: _Sent) -> Message:
-        """The reply as a strategy expects it, built anew from what was checked and nothing else."""
-        kind = category(sent.message)
-        if kind not in self._metrics:
-            return reply
-        if kind == MessageType.EVALUATE:
-            num_samples, metrics = check_metrics(reply, self._gate, self._metrics[kind])
-            reply.content = RecordDict({"metrics": MetricRecord({NUM_SAMPLES: num_samples, **metrics})})
-            return reply
-        update = check_update(reply, sent.tensors, self._codec, self._gate, self._metrics[kind])
-        model = {}
-        for name, tensor in sent.tensors.items():
-            if name in update.deltas:
-                with np.errstate(over="ignore"):
-                    tensor = np.add(tensor, update.deltas[name], dtype=tensor.dtype)
-                if not np.isfinite(tensor).all():
+    def _check_update(self, reply: Message, sent: _Sent) -> PartialUpdate:
+        """Through the gate, which sees of the model only the parts that the reply is about; see Note [parts]."""
+        try:
+            masks, about = _parts(reply, sent.tensors)
+        except Refused:
+            raise
+        except Exception as error:  # the record was built by somebody else: a border catches everything
+            raise Refused(f"malformed reply ({type(error).__name__}: {error})") from error
+        update = check_update(reply, about, self._codec, self._gate, self._metrics[MessageType.TRAIN])
+        for name, delta in () if sent.roomy else update.deltas.items():
+            with np.errstate(over="ignore"):
+                # Added once here, so that what is accepted can be added.
+                if not np.isfinite(np.add(about[name], delta, dtype=about[name].dtype)).all():
                     raise Refused(f"tensor {name!r} would overflow with this update")
-            model[name] = Array(np.asarray(tensor))
-        node_id = sent.message.metadata.dst_node_id
-        self._taken[node_id] = sent.ticket
-        self._traffic.trained.append(node_id)
-        self._traffic.fp32_uplink_bytes += 4 * sum(delta.size for delta in update.deltas.values())
-        reply.content = RecordDict(
-            {
-                "arrays": ArrayRecord(model),
-                "metrics": MetricRecord({NUM_SAMPLES: update.num_samples, **update.metrics}),
-            }
-        )
-        return reply
+        deltas = {name: delta.reshape(-1) for name, delta in update.deltas.items()}
+        return PartialUpdate(deltas, masks, update.num_samples, update.metrics, sent.tensors)
 
     def _refuse(self, node_id: int, reason: str) -> None:
         self._traffic.refused.append(Refusal(node_id, reason))
+
+
+def _is_roomy(model: Tensors, max_update_norm: float) -> bool:
+    for tensor in model.values():
+        if is_trained(tensor) and tensor.size:
+            largest = np.finfo(tensor.dtype.name).max
+            if not float(np.abs(tensor).max()) + max_update_norm < float(largest) / 2:
+                return False
+    return True
+
+
+def _parts(reply: Message, sent: Tensors) -> tuple[dict[str, npt.NDArray[np.bool_]], Tensors]:
+    """The masks that a reply declares, and of the model that was sent what it is about. Takes the record out."""
+    content = reply.content
+    if PARTS not in content:
+        return {}, sent
+    record = content[PARTS]
+    del content[PARTS]
+    if not isinstance(record, ConfigRecord) or not len(record):
+        raise Refused(f"{PARTS} is no record of parts")
+    masks, about = {}, {}
+    for name, packed in record.items():
+        if name not in sent or not is_trained(sent[name]) or not isinstance(packed, bytes):
+            raise Refused(f"{PARTS} names {name[:40]!r}, which is no trained tensor, or has no mask of it")
+        about[name] = sent[name]
+        if packed:
+            masks[name] = unpack_mask(packed, sent[name].size)
+            about[name] = sent[name].reshape(-1)[masks[name]]
+    return masks, about
+
+
+def _as_message(reply: Message, arrival: Arrival, sent: _Sent, known: dict[str, tuple[str, ...]]) -> Message:
+    """The reply as a strategy expects it, built anew from what was checked and nothing else."""
+    kind = category(sent.message)
+    if reply.has_error() or kind not in known:
+        return reply
+    if arrival.refused:
+        return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, f"refused: {arrival.problem}"), reply_to=sent.message)
+    if arrival.update is None:
+        metrics = dict(arrival.metrics or {})
+        reply.content = RecordDict({"metrics": MetricRecord({**metrics, NUM_SAMPLES: int(metrics[NUM_SAMPLES])})})
+        return reply
+    reply.content = whole_model(arrival.update, arrival.update.sent)
+    return reply
+
+
+def whole_model(update: PartialUpdate, base: Tensors) -> RecordDict:
+    """``base`` plus an update, with sample count and metrics: what a reply of a stock client holds.
+
+    Args:
+        update: Accepted by the gate.
+        base: The model that it is added to, of any tensors; what the update did not train stays as it is here.
+    """
+    model = dict(base)
+    for name, delta in update.deltas.items():
+        before = base[name].reshape(-1)
+        if name in update.masks:
+            after, mask = before.copy(), update.masks[name]
+            after[mask] = np.add(before[mask], delta, dtype=before.dtype)
+        else:
+            after = np.add(before, delta, dtype=before.dtype)
+        model[name] = after.reshape(base[name].shape)
+    metrics = MetricRecord({NUM_SAMPLES: update.num_samples, **update.metrics})
+    return RecordDict({"arrays": write_arrays(model), "metrics": metrics})

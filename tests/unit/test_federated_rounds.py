@@ -71,7 +71,8 @@ def test_rounds_are_reported_and_counted() -> None:
     codec, num_clients = SMALL.uplink.build(), 3
     payloads = sum(codec.encoded_bytes(tensor.numel()) for tensor in result.state.values())
     names = sum(len(name) for name in result.state)
-    metrics = sum(8 + len(name) for name in ("num-examples", "loss", "partition-id")) * 2 + 8 + len("accuracy")
+    both = ("num-examples", "loss", "partition-id")
+    metrics = sum(8 + len(name) for name in (*both, *both, "ram-bytes", "accuracy"))
     assert seen[0].uplink_bytes == num_clients * (payloads + names + metrics)
     assert seen[0].downlink_bytes > 2 * 3 * 4 * 8471
     assert result.final_sha256 == state_sha256(result.state)

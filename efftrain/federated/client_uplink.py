@@ -1,0 +1,157 @@
+"""The client's end of the compressed uplink: a Flower mod. See ``uplink`` for both ends and the notes."""
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from efftrain.compression import Codec, Feedback, parse_codec
+from efftrain.errors import ConfigError
+from efftrain.federated.flower import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    RecordDict,
+    read_arrays,
+    write_arrays,
+)
+from efftrain.federated.gate import PAYLOAD_STYPE, is_trained
+
+ORDER = "efftrain.uplink"
+"""Name of the record that tells a client how to encode its reply."""
+PARTS = "efftrain.parts"
+"""Name of the record that says which parts of the model a reply is about. See Note [parts] in ``uplink``."""
+RESIDUAL, STAGED, TICKET = "efftrain.residual", "efftrain.residual.staged", "efftrain.residual.ticket"
+"""Names of the records in ``Context.state``."""
+
+Tensors = dict[str, npt.NDArray[np.generic]]
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
+"""A Flower mod: message, context, and what comes next."""
+
+
+def uplink_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Flower mod: encode the reply to a training message as the server ordered.
+
+    A message without an order (from a server without ``UplinkGrid``, or an evaluation) passes through unchanged, so
+    the mod can be part of any ``ClientApp(mods=[uplink_mod])``.
+
+    Raises:
+        NonFiniteError: Training gave inf or NaN. The client then gives an error reply, its residual stays.
+        ConfigError: The reply lacks tensors of the model that was sent, or the order is malformed.
+    """
+    if ORDER not in message.content:
+        return call_next(message, context)
+    order = message.content.config_records[ORDER]
+    del message.content[ORDER]
+    sent = model_of(message.content)
+    reply = call_next(message, context)
+    if not reply.has_content():
+        return reply
+    updates = _trained_only(_updates(sent, model_of(reply.content)), reply.content.get(PARTS))
+    codec, key = parse_codec(str(order["codec"])), _client_key(order, context)
+    if order["feedback"]:
+        payloads = _encode_with_feedback(updates, codec, key, order, context)
+    else:
+        payloads = {name: bytes(codec.encode(flat, key=_key(key, name))) for name, flat in updates.items()}
+    [record] = [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)]
+    reply.content[record] = ArrayRecord(
+        {name: Array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
+    )
+    return reply
+
+
+def model_of(content: RecordDict) -> Tensors:
+    """The tensors of the one record of arrays in a message.
+
+    Raises:
+        ConfigError: There is none, or more than one.
+    """
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    if len(records) != 1:
+        raise ConfigError(f"the message has {len(records)} records of arrays, the uplink needs exactly one: the model")
+    return read_arrays(records[0])
+
+
+def unpack_mask(data: bytes, num_elements: int) -> npt.NDArray[np.bool_]:
+    """The elements that a part is about, from the bytes of a ``PARTS`` record.
+
+    Raises:
+        ValueError: It is no mask of so many elements, or an empty one.
+    """
+    unpacker = zlib.decompressobj()
+    num_bytes = (num_elements + 7) // 8
+    try:
+        bits = unpacker.decompress(data, num_bytes + 1)  # a bomb is not inflated
+    except zlib.error as error:
+        raise ValueError(f"mask does not inflate: {error}") from error
+    if len(bits) != num_bytes:
+        raise ValueError(f"mask has {len(bits)} bytes or more, expected {num_bytes}")
+    mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_elements).astype(np.bool_)
+    if not mask.any():
+        raise ValueError("mask has no element")
+    return mask
+
+
+def _updates(sent: Tensors, trained: Tensors) -> dict[str, npt.NDArray[np.float32]]:
+    """Trained minus sent, flat, for the tensors that travel."""
+    if set(sent) != set(trained):
+        raise ConfigError(f"the client replied with the tensors {sorted(trained)}, it was sent {sorted(sent)}")
+    updates = {}
+    for name, before in sent.items():
+        if is_trained(before):
+            after = trained[name]
+            if after.shape != before.shape:
+                raise ConfigError(f"tensor {name!r} came back with shape {after.shape}, it was sent as {before.shape}")
+            updates[name] = np.subtract(after, before).astype(np.float32).reshape(-1)
+    return updates
+
+
+def _trained_only(updates: dict[str, npt.NDArray[np.float32]], parts: object) -> dict[str, npt.NDArray[np.float32]]:
+    """Of each update what the reply's parts name; everything without such a record. See Note [parts]."""
+    if parts is None:
+        return updates
+    if not isinstance(parts, ConfigRecord) or not set(parts) <= set(updates):
+        raise ConfigError(f"the reply's {PARTS} record must name trained tensors; the model has {sorted(updates)}")
+    chosen = {}
+    for name, packed in parts.items():
+        if not isinstance(packed, bytes):
+            raise ConfigError(f"the mask of {name!r} is a {type(packed).__name__}, expected bytes")
+        chosen[name] = updates[name][unpack_mask(packed, updates[name].size)] if packed else updates[name]
+    return chosen
+
+
+def _client_key(order: ConfigRecord, context: Context) -> int:
+    """A key of this client: with one for all, their stochastic rounding errors would add up instead of averaging out.
+    By partition where there is one, so that it does not depend on the node ids that a deployment draws."""
+    client = context.node_config.get("partition-id", context.node_id)
+    return zlib.crc32(f"{order['key']!r}/{client}".encode())
+
+
+def _key(key: int, name: str) -> int:
+    return zlib.crc32(f"{key}/{name}".encode())
+
+
+def _encode_with_feedback(
+    updates: dict[str, npt.NDArray[np.float32]], codec: Codec, key: int, order: ConfigRecord, context: Context
+) -> dict[str, bytes]:
+    """See Note [feedback over rounds]."""
+    state = context.state
+    if STAGED in state:
+        if state.config_records[TICKET]["ticket"] == order["taken"]:
+            state[RESIDUAL] = state.array_records[STAGED]
+        del state[STAGED]
+    feedback = Feedback(codec)
+    if RESIDUAL in state:
+        kept = read_arrays(state.array_records[RESIDUAL])
+        # A client that now trains other parts owes nothing of those that it no longer trains.
+        sizes = {name: flat.size for name, flat in updates.items()}
+        fitting = {key: r for key, r in kept.items() if sizes.get(key.partition("/")[2]) == r.size}
+        feedback.load_state_dict({key: np.asarray(residual, np.float32) for key, residual in fitting.items()})
+    payloads = {name: bytes(feedback.encode(name, flat, key=_key(key, name))) for name, flat in updates.items()}
+    feedback.commit()
+    state[STAGED] = write_arrays(feedback.state_dict())
+    state[TICKET] = ConfigRecord({"ticket": order["ticket"]})
+    return payloads

@@ -1,0 +1,122 @@
+"""Threads that run clients: results in the order asked for, and a client that hangs costs only itself."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 4
+"""Results that a worker may be ahead of whoever takes them: enough to keep it busy, few enough to stay small."""
+
+
+def in_order(
+    run: Callable[[T], R], items: Sequence[T], *, workers: int = 1, timeout_s: float | None = None
+) -> Iterator[R | None]:
+    """``map(run, items)`` with threads.
+
+    Args:
+        run: Called once an item, from any thread. What it raises is raised here, when that item's turn comes.
+        items: All of them.
+        workers: Number of threads. One without a timeout needs no thread: then ``run`` is called right here.
+        timeout_s: An item that takes longer gives None, and its thread is abandoned: nobody can end a thread in
+            Python, but what it returns later is dropped.
+
+    Yields:
+        The results in the order of ``items``.
+    """
+    if timeout_s is None and workers == 1:
+        yield from map(run, items)
+        return
+    work = _Work(run, items, workers, timeout_s)
+    try:
+        for number in range(len(items)):
+            yield work.take(number)
+    finally:
+        work.stop()
+
+
+class _Work(Generic[T, R]):
+    """A list of jobs that threads take from the front."""
+
+    def __init__(self, run: Callable[[T], R], items: Sequence[T], workers: int, timeout_s: float | None) -> None:
+        self._run, self._items, self._timeout_s = run, items, timeout_s
+        self._changed = threading.Condition()
+        self._next = 0
+        self._taken = 0
+        self._ahead = _AHEAD * workers
+        self._started: dict[int, float] = {}
+        self._results: dict[int, R | None] = {}
+        self._errors: dict[int, BaseException] = {}
+        self._abandoned: set[int] = set()
+        self._stopped = False
+        for _ in range(min(workers, len(items))):
+            self._spawn()
+
+    def take(self, number: int) -> R | None:
+        """The result of one job; the numbers come in order."""
+        with self._changed:
+            while number not in self._results and number not in self._errors:
+                self._abandon_late()
+                if number in self._results:
+                    break
+                self._changed.wait(self._patience())
+            self._taken = number + 1
+            self._changed.notify_all()
+            if number in self._errors:
+                raise self._errors.pop(number)
+            return self._results.pop(number)
+
+    def stop(self) -> None:
+        """Let the threads end after the job they are at."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _spawn(self) -> None:
+        # A daemon: a thread that hangs must not keep the process from ending.
+        threading.Thread(target=self._serve, name="efftrain-client", daemon=True).start()
+
+    def _abandon_late(self) -> None:
+        if self._timeout_s is None:
+            return
+        now = time.monotonic()
+        for number in [n for n, at in self._started.items() if now - at >= self._timeout_s]:
+            del self._started[number]
+            self._abandoned.add(number)
+            self._results[number] = None
+            self._spawn()
+
+    def _patience(self) -> float | None:
+        """Seconds until the next job may be late. Never for ever with a limit: a job may start meanwhile."""
+        if self._timeout_s is None:
+            return None
+        oldest = min(self._started.values(), default=time.monotonic())
+        return max(0.0, oldest + self._timeout_s - time.monotonic()) + 1e-3
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stopped and self._next - self._taken >= self._ahead and self._next < len(self._items):
+                    self._changed.wait()
+                if self._stopped or self._next >= len(self._items):
+                    return
+                number = self._next
+                self._next += 1
+                self._started[number] = time.monotonic()
+            result, error = None, None
+            try:
+                result = self._run(self._items[number])
+            except BaseException as caught:
+                error = caught
+            with self._changed:
+                if number in self._abandoned:  # another thread has taken this one's place
+                    return
+                del self._started[number]
+                if error is not None:
+                    self._errors[number] = error
+                else:
+                    self._results[number] = result
+                self._changed.notify_all()
