@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.distributed_c10d import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from efftrain.errors import ConfigError, PeerError
 from efftrain.parallel import agreement, launched, mesh
