@@ -47,18 +47,20 @@ def trace(model: nn.Module, opened: Collection[str] | None = None) -> fx.Graph:
         ) from error
 
 
-def facts(model: nn.Module, graph: fx.Graph, inputs: Tensor) -> dict[fx.Node, NodeFacts]:
+def facts(model: nn.Module, graph: fx.Graph, inputs: Tensor, *, bf16: bool = False) -> dict[fx.Node, NodeFacts]:
     """Shapes, dtypes and costs of all nodes for one input.
 
     Args:
         model: That was traced.
         graph: From ``trace``.
         inputs: As the model takes them, any values.
+        bf16: It runs under autocast.
 
     Raises:
         ConfigError: The model does not take them.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), autocast:
         run = _Costs(model, graph)
         try:
             run.run(mode.from_tensor(inputs))

@@ -1,64 +1,171 @@
 """The plan: how one training run is spread over processes. Valid by construction, or refused with the remedy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from efftrain.compression import Codec, Identity
+from efftrain.compression import Codec, Identity, LowRank
 from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
+from efftrain.parallel.axes import Axes
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.data import DataParallel
+from efftrain.parallel.divided import divided
+from efftrain.parallel.pipeline import (
+    SCHEDULES,
+    SPLIT_BACKWARD,
+    Schedule,
+    check_micro_batches,
+    stages_a_rank,
+)
+from efftrain.parallel.stages import cut_model
 from efftrain.parallel.sync import GradSync, SyncConfig
+from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a run is spread over processes.
+    """How a run is spread over processes: ``data x tensor x pipeline`` of them.
 
     Args:
-        data: Replicas that share each batch; ``None`` takes all processes.
+        data: Replicas that share each batch; ``None`` takes all processes that the other axes leave.
+        tensor: Ranks that divide the layers of a replica (see ``plan_tensor``). They talk in every layer: neighbors on
+            a fast link.
+        pipeline: Ranks that hold consecutive layers each (see ``cut_model``). They send activations only.
+        shard: Divide weights and gradients over the data axis: ``grads`` keeps whole weights between steps' forward
+            and backward passes, ``full`` gathers each layer when it is needed.
+        shard_size: Ranks that share one copy of the weights, a divisor of ``data``; ``None`` is all of them.
+        schedule: In which order a pipeline works. ``zbv`` and ``dualpipev`` idle least and hold most activations.
+        microbatches: Pieces of a replica's batch that are in a pipeline at the same time; ``None`` is two for each of
+            its ranks. More idle less and compute in smaller pieces.
+        sequence: Divide positions over the tensor axis where layers are not divided: less memory.
+        tensor_styles: Module name -> style (``columns``, ``rows``, ``entries``, ``classes``, ``whole``), where the
+            tensor axis is to divide in another way than it finds.
+        exchange: What averages gradients of undivided weights: torch's ``ddp``, our ``gradsync``, or ``auto``: DDP on a
+            data axis alone without a codec.
         codec: What gradients go through on the data axis. ``Identity`` is the plain all-reduce.
         sync: How they are exchanged if there is a codec: buckets, nodes, warm-up, local clipping.
         momentum_correction: Move the momentum of SGD in front of the codec (see ``compression.Feedback``); what sparse
             codecs need to train as the uncompressed run does. Without effect on ``Identity`` and on one process.
         backend: What moves the bytes: ``torch`` (torch.distributed, gloo or NCCL) or ``horovod``.
 
-    The tensor, pipeline and shard axes join this class; a plan of today stays valid then.
+    Raises:
+        ConfigError: Settings that do not go together.
     """
 
     data: int | None = None
+    tensor: int = 1
+    pipeline: int = 1
+    shard: Literal["none", "grads", "full"] = "none"
+    shard_size: int | None = None
+    schedule: Schedule = "1f1b"
+    microbatches: int | None = None
+    sequence: bool = False
+    tensor_styles: Mapping[str, str] = field(default_factory=dict)
+    exchange: Literal["auto", "ddp", "gradsync"] = "auto"
     codec: Codec = field(default_factory=Identity)
     sync: SyncConfig = field(default_factory=SyncConfig)
     momentum_correction: bool = False
     backend: Literal["torch", "horovod"] = "torch"
 
     def __post_init__(self) -> None:
-        if self.data is not None and self.data < 1:
-            raise ConfigError(f"plan.data is {self.data}, expected at least 1")
+        for name in ("data", "tensor", "pipeline", "shard_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ConfigError(f"plan.{name} is {size}, expected at least 1")
         if self.sync.masking and not self.momentum_correction:
             raise ConfigError("momentum factor masking is part of momentum correction; set momentum_correction too")
         if self.sync.momentum:
             raise ConfigError("sync.momentum is the optimizer's, set by momentum_correction; leave it 0 in a plan")
+        self._check_pipeline()
+        self._check_data_axis()
+        if self.tensor == 1 and (self.sequence or self.tensor_styles):
+            raise ConfigError("sequence and tensor_styles are about the tensor axis, which has one rank; set tensor")
 
-    def check(self, world_size: int) -> None:
-        """Refuse a plan that does not fit the number of processes.
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.pipeline * stages_a_rank(self.schedule) if self.pipeline > 1 else 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Pieces of a replica's batch in the pipeline; 1 without one."""
+        if self.pipeline == 1:
+            return 1
+        return 2 * self.pipeline if self.microbatches is None else self.microbatches
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a rank holds less than the whole model."""
+        return self.tensor > 1 or self.pipeline > 1 or self.shard != "none"
+
+    def replicas(self, world_size: int) -> int:
+        """Size of the data axis.
+
+        Raises:
+            ConfigError: The axes do not make up so many processes.
+        """
+        rest = self.tensor * self.pipeline
+        if self.data is None and world_size % rest == 0:
+            return world_size // rest
+        wanted = (self.data or 1) * rest
+        if self.data is None or wanted != world_size:
+            launcher = "torchrun --nproc-per-node" if self.backend == "torch" else "horovodrun --gloo -np"
+            axes = f"{'any' if self.data is None else self.data} data x {self.tensor} tensor x {self.pipeline} pipeline"
+            remedy = f"set parallel.data={world_size // rest}" if world_size % rest == 0 else "change an axis"
+            if rest == 1:
+                raise ConfigError(
+                    f"the plan wants {self.data} data-parallel processes, {world_size} were started; "
+                    f"start with {launcher} {self.data} or {remedy}"
+                )
+            raise ConfigError(
+                f"the plan wants {axes} processes, a multiple of {wanted}, {world_size} were started; start with "
+                f"{launcher} {wanted} or {remedy}"
+            )
+        return self.data
+
+    def check(
+        self, world_size: int, model: nn.Module | None = None, example: Tensor | None = None, *, bf16: bool = False
+    ) -> None:
+        """Refuse a plan that does not fit the processes, or the model. Needs no process group.
+
+        Args:
+            world_size: Processes of the run.
+            model: The whole model; without it only numbers are checked.
+            example: Inputs of one replica's share of a batch, as ``apply`` takes them.
+            bf16: Of the step.
 
         Raises:
             ConfigError: With the remedy.
         """
-        if self.data is not None and self.data != world_size:
-            launcher = "torchrun --nproc-per-node" if self.backend == "torch" else "horovodrun --gloo -np"
+        replicas = self.replicas(world_size)
+        if self.shard_size is not None and replicas % self.shard_size:
             raise ConfigError(
-                f"the plan wants {self.data} data-parallel processes, {world_size} were started; "
-                f"start with {launcher} {self.data} or set parallel.data={world_size}"
+                f"parallel.shard_size is {self.shard_size}, expected a divisor of the data axis, {replicas} ranks"
             )
+        if model is None or not (self.tensor > 1 or self.pipeline > 1):
+            return
+        if example is None:
+            raise ConfigError("a plan with a tensor or pipeline axis needs an example: plan.apply(model, inputs)")
+        if len(example) % self.num_micro_batches:
+            raise ConfigError(
+                f"the share of a replica is {len(example)} samples, expected a multiple of the "
+                f"{self.num_micro_batches} micro-batches of the pipeline; change loop.batch_size or "
+                "parallel.microbatches"
+            )
+        if self.tensor > 1:
+            plan_tensor(model, example, self.tensor, self.tensor_styles, sequence=self.sequence)
+        if self.pipeline > 1:
+            cut_model(model, example[: len(example) // self.num_micro_batches], self.num_stages, bf16=bf16)
 
     def apply(
         self,
         model: nn.Module,
+        example: Tensor | None = None,
         *,
         objective: Objective = cross_entropy,
         optimizer: OptimizerConfig | None = None,
@@ -69,7 +176,8 @@ class Plan:
         """Turn a plain model into a job of this rank.
 
         Args:
-            model: On its device, equal on all ranks (DDP broadcasts rank 0's weights).
+            model: On its device, equal on all ranks. A plan that divides it takes its parts over.
+            example: Inputs of one replica's share of a batch; only a tensor or pipeline axis needs them.
             objective: Gives the mean loss of a batch.
             optimizer: Optimizer and schedule.
             step: How one update is computed.
@@ -77,21 +185,65 @@ class Plan:
             seed: Of stochastic rounding in the codec.
 
         Raises:
-            ConfigError: The plan does not fit the processes started.
+            ConfigError: The plan does not fit the processes started, or the model.
         """
-        self.check(mesh.world_size())
+        step = step or StepConfig()
+        world_size = mesh.world_size()
+        self.check(world_size, model, example, bf16=step.precision == "bf16")
+        if self.pipeline > 1 and step.micro_batches > 1:
+            raise ConfigError(
+                f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "
+                f"parallel.microbatches={step.micro_batches} and leave step.micro_batches out"
+            )
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
+        device = next(model.parameters()).device
+        if self.is_divided and world_size > 1:
+            return self._divided_job(model, example, objective, optimizer, step, total_steps, momentum, seed)
         exchange: Exchange = SingleProcess()
-        if mesh.world_size() > 1:
-            exchange = self._exchange(mesh.transport(next(model.parameters()).device), momentum, seed)
+        if world_size > 1:
+            exchange = self._exchange(mesh.transport(device), momentum, seed)
             optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
         return Job(
             model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange
         )
 
+    def _divided_job(
+        self,
+        model: nn.Module,
+        example: Tensor | None,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        step: StepConfig,
+        total_steps: int | None,
+        momentum: float,
+        seed: int,
+    ) -> Job:
+        device = next(model.parameters()).device
+        data = self.replicas(mesh.world_size())
+        axes = Axes.make(
+            device,
+            pipeline=self.pipeline,
+            data=data,
+            tensor=self.tensor,
+            shard=1 if self.shard == "none" else self.shard_size or data,
+        )
+        momentum = momentum if data > 1 else 0.0
+        part, exchange, compute = divided(
+            self,
+            model,
+            torch.empty(0) if example is None else example.to(device),
+            axes,
+            objective=objective,
+            step=step,
+            sync=replace(self.sync, momentum=momentum, seed=seed),
+        )
+        optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
+        return Job(part, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange, compute=compute)
+
     def _exchange(self, transport: Transport, momentum: float, seed: int) -> Exchange:
-        if isinstance(self.codec, Identity) and self.backend == "torch":
+        plain = isinstance(self.codec, Identity) and self.backend == "torch"
+        if self.exchange == "ddp" or (self.exchange == "auto" and plain):
             return DataParallel(transport, bucket_mb=self.sync.bucket_mb)
         return GradSync(self.codec, transport, replace(self.sync, momentum=momentum, seed=seed))
 
@@ -102,3 +254,52 @@ class Plan:
                 'set optimizer.name="sgd" or parallel.momentum_correction=false'
             )
         return self.momentum_correction and self.codec.combine != "sum"
+
+    def _check_pipeline(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"plan.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        if self.pipeline == 1:
+            if self.microbatches is not None:
+                raise ConfigError(
+                    "plan.microbatches is about the pipeline axis, which has one rank; for gradient accumulation set "
+                    "step.micro_batches"
+                )
+            return
+        check_micro_batches(self.schedule, self.pipeline, self.num_micro_batches)
+        if self.shard != "none" and self.schedule in SPLIT_BACKWARD:
+            raise ConfigError(
+                f"schedule {self.schedule} computes weight gradients apart from fully_shard's hooks, which then leave "
+                "weights without gradients; take schedule=interleaved_1f1b, or shard=none"
+            )
+
+    def _check_data_axis(self) -> None:
+        plain = isinstance(self.codec, Identity)
+        if self.backend == "horovod" and self.is_divided:
+            raise ConfigError(
+                "Horovod has the data axis only; set parallel.backend=torch, or tensor, pipeline and shard off"
+            )
+        if self.exchange == "ddp":
+            if not plain or self.backend == "horovod":
+                raise ConfigError("DDP carries no codec and no Horovod here; take exchange=gradsync or auto")
+            if self.is_divided:
+                where = f"schedule {self.schedule}" if self.pipeline > 1 else "a model whose layers are divided"
+                raise ConfigError(
+                    f"DDP's hooks do not see all gradients of {where}; take exchange=gradsync, the same all-reduce, "
+                    "or auto"
+                )
+        if self.shard == "none":
+            if self.shard_size is not None:
+                raise ConfigError("plan.shard_size is about a sharded data axis; set shard=full or shard=grads too")
+        elif self.exchange == "gradsync":
+            raise ConfigError("sharded weights are exchanged by fully_shard; take exchange=auto, or shard=none")
+        elif not plain and (isinstance(self.codec, LowRank) or self.codec.combine == "sum"):
+            raise ConfigError(f"{self.codec} cannot encode the shards of a module; take TopK, Int8 or shard=none")
+        elif self.momentum_correction or self.sync != SyncConfig(bucket_mb=self.sync.bucket_mb):
+            raise ConfigError(
+                "momentum correction, warm-up, local clipping, nodes and algorithms belong to gradsync; leave them out "
+                "or set shard=none"
+            )
+        if self.sync.node_size > 1 and (self.tensor > 1 or self.pipeline > 1):
+            raise ConfigError(
+                "node_size counts ranks of a data axis alone; with a tensor or pipeline axis leave it out"
+            )

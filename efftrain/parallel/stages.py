@@ -33,7 +33,7 @@ class StageCut:
     output_dtype: torch.dtype
 
 
-def cut_model(model: nn.Module, example: Tensor, num_stages: int) -> list[StageCut]:
+def cut_model(model: nn.Module, example: Tensor, num_stages: int, *, bf16: bool = False) -> list[StageCut]:
     """Cut a model into stages such that the most expensive one is as cheap as can be.
 
     Modules are opened only as far as it takes to find enough places to cut.
@@ -42,6 +42,7 @@ def cut_model(model: nn.Module, example: Tensor, num_stages: int) -> list[StageC
         model: On the CPU or its device; not changed.
         example: A micro-batch of inputs, any values. Costs and shapes are found without computing.
         num_stages: ``S``, at least 1.
+        bf16: It runs under autocast; what travels between stages has another dtype then.
 
     Raises:
         ConfigError: The model cannot be traced, has fewer than ``S`` parts with one tensor between them, or uses a
@@ -50,7 +51,7 @@ def cut_model(model: nn.Module, example: Tensor, num_stages: int) -> list[StageC
     opened: set[str] = set()
     while True:
         graph = trace(model, opened)
-        found = facts(model, graph, example)
+        found = facts(model, graph, example, bf16=bf16)
         ends = _places(model, graph, found)
         if len(ends) >= num_stages:
             break

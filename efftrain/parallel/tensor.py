@@ -14,8 +14,8 @@ all ranks in this process, and refused where the result is another.
 # T ranks of the tensor axis
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal, TypeAlias
 
@@ -61,8 +61,19 @@ class TensorPlan:
 
     styles: Mapping[str, Style]
     """Module name -> style."""
-    sequence: bool = False
-    """Between the divided layers a rank holds a part of the positions only (Korthikanti et al., arXiv:2205.05198)."""
+    position_dims: Mapping[str, int] = field(default_factory=dict)
+    """Module name -> dimension of positions in its output; empty unless positions are divided, too.
+    Between the divided layers a rank holds a part of the positions only (Korthikanti et al., arXiv:2205.05198)."""
+
+    @property
+    def sequence(self) -> bool:
+        """Whether positions are divided."""
+        return bool(self.position_dims)
+
+    @property
+    def divides_classes(self) -> bool:
+        """Whether the output of the model is in parts."""
+        return "classes" in self.styles.values()
 
 
 def plan_tensor(
@@ -99,25 +110,26 @@ def plan_tensor(
             "parallel.tensor_styles"
         )
     _check_sizes(model, styles, size)
+    dims: dict[str, int] = {}
     if sequence:
         styles |= _sequence(model, graph, styles, example, size)
-    found = TensorPlan(styles, sequence)
+        dims = {str(n.target): values[n].ndim - 2 for n in graph.nodes if str(n.target) in styles}
+    found = TensorPlan(styles, dims)
     _try_out(model, graph, found, example, size)
     return found
 
 
-def divide(model: nn.Module, plan: TensorPlan, mesh: DeviceMesh, example: Tensor) -> None:
+def divide(model: nn.Module, plan: TensorPlan, mesh: DeviceMesh) -> None:
     """Divide the parameters of ``model``, in place, and make it exchange activations on the way.
 
     Args:
         model: The model, or a part of it that keeps the names.
         plan: From ``plan_tensor``.
         mesh: The tensor axis.
-        example: Inputs of the whole model; its dimensions tell positions from samples.
     """
     names = dict(model.named_modules())
     styles = {
-        name: _torch_style(style, names[name], plan, example) for name, style in plan.styles.items() if name in names
+        name: _torch_style(style, plan.position_dims.get(name)) for name, style in plan.styles.items() if name in names
     }
     if styles:
         parallelize_module(model, mesh, styles)
@@ -303,13 +315,13 @@ def _try_out(model: nn.Module, graph: fx.Graph, plan: TensorPlan, example: Tenso
                 ) from error
     finally:
         model.train(was_training)
-    found = torch.cat(parts, -1) if "classes" in plan.styles.values() else parts[0]
+    found = torch.cat(parts, -1) if plan.divides_classes else parts[0]
     scale = float(expected.abs().max()) + 1e-30
     difference = float((found.float() - expected.float()).abs().max()) / scale if found.shape == expected.shape else 1.0
     if not difference < 1e-3:
         raise ConfigError(
-            f"divided over {size} ranks the model computes something else (relative difference {difference:.1e}): some part "
-            "of it mixes features across heads. Mark those layers 'whole' in parallel.tensor_styles, or set "
+            f"divided over {size} ranks the model computes something else (relative difference {difference:.1e}): some "
+            "part of it mixes features across heads. Mark those layers 'whole' in parallel.tensor_styles, or set "
             "parallel.tensor=1"
         )
 
@@ -362,20 +374,12 @@ class _AllRanks(fx.Interpreter):
 # torch's styles ---------------------------------------------------------------------------------------------------
 
 
-def _torch_style(style: Style, module: nn.Module, plan: TensorPlan, example: Tensor) -> ParallelStyle:
-    # Positions are the dimension before the features, whether samples come before them or not.
-    between = Shard(1) if plan.sequence else Replicate()
-    if style == "columns":
+def _torch_style(style: Style, position_dim: int | None) -> ParallelStyle:
+    between = Replicate() if position_dim is None else Shard(position_dim)
+    if style in ("columns", "classes"):
         return ColwiseParallel(input_layouts=between)
-    if style == "classes":
-        return ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False)
     if style == "rows":
         return RowwiseParallel(output_layouts=between)
     if style == "entries":
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
-    return SequenceParallel()
-
-
-def divided_names(plan: TensorPlan) -> Sequence[str]:
-    """Modules whose parameters differ from rank to rank of the tensor axis."""
-    return [name for name, style in plan.styles.items() if style != "sequence"]
+    return SequenceParallel(sequence_dim=1 if position_dim is None else position_dim)

@@ -18,8 +18,6 @@ class Compute(Protocol):
 
     model: nn.Module
     """The parameters and buffers that this rank holds, under the names that they have in the whole model."""
-    eval_batch: int | None
-    """Samples of a forward pass without gradients, if it has to be a certain number."""
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Add the gradient of the mean loss of this replica's share to ``.grad``.
@@ -42,8 +40,6 @@ class WholeModel:
         micro_batches: Pieces of equal size whose gradients are accumulated.
         bf16: Run the forward pass under autocast.
     """
-
-    eval_batch = None
 
     def __init__(
         self, model: nn.Module, exchange: Exchange, objective: Objective, *, micro_batches: int, bf16: bool

@@ -187,7 +187,7 @@ def evaluate(job: Job, data: Dataset, batch_size: int = 256) -> Evaluation:
     exchange = job.exchange
     exchange.sync_buffers(job.model)
     longest = -(-len(data) // exchange.num_replicas)
-    size = job.compute.eval_batch or min(batch_size, longest)
+    size = min(batch_size, longest)
     loss = correct = count = 0.0
     for start in range(0, longest, size):
         places = (start + np.arange(size)) * exchange.num_replicas + exchange.replica

@@ -1,0 +1,155 @@
+"""The axes of a plan as groups of processes, and the exchange of a rank that belongs to several of them.
+
+Ranks are numbered pipeline first, then data, then tensor: the ranks of a tensor axis, which talk most, are neighbors.
+"""
+
+# P, D, T: sizes of the pipeline, data and tensor axis; D = R x S with replicas of S sharding ranks
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from efftrain.parallel.backends import Transport
+from efftrain.parallel.backends.torch import TorchTransport
+from efftrain.parallel.local import local
+from efftrain.parallel.replicas import sum_numbers
+from efftrain.training import Exchange
+
+
+@dataclass(frozen=True, eq=False)
+class Axes:
+    """The mesh of a run. Inside ``mesh.process_group`` only.
+
+    Args:
+        device: Of this rank.
+        pipeline: ``P``.
+        data: ``D``.
+        tensor: ``T``.
+        shard: ``S``: ranks that share one copy of the weights, a divisor of ``D``.
+    """
+
+    device: torch.device
+    pipeline: int
+    data: int
+    tensor: int
+    shard: int
+    mesh: DeviceMesh
+    """Its dimensions are ``pipeline``, ``replicate``, ``shard`` and ``tensor``."""
+    replicas: DeviceMesh
+    """``replicate`` and ``shard`` in one: the data axis."""
+
+    @classmethod
+    def make(cls, device: torch.device, *, pipeline: int, data: int, tensor: int, shard: int) -> "Axes":
+        """Every rank of all processes calls it."""
+        sizes = (pipeline, data // shard, shard, tensor)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
+        return cls(device, pipeline, data, tensor, shard, mesh, mesh["replicate", "shard"]._flatten("data"))
+
+    def world(self) -> TorchTransport:
+        """All ranks."""
+        return TorchTransport(self.device)
+
+    def transport(self, axis: str) -> TorchTransport:
+        """The ranks that differ from this one in this axis only: ``pipeline``, ``data`` or ``tensor``."""
+        return TorchTransport(self.device, self.axis(axis).get_group())
+
+    def place(self, axis: str) -> int:
+        """This rank's number on an axis."""
+        return int(self.axis(axis).get_local_rank())
+
+    def axis(self, name: str) -> DeviceMesh:
+        """The mesh of one axis."""
+        return self.replicas if name == "data" else self.mesh[name]
+
+
+class ManyAxes:
+    """An ``Exchange`` of a rank whose model is divided: the data axis exchanges, the others only agree.
+
+    Args:
+        axes: The mesh.
+        inner: The exchange of the data axis.
+        world: All ranks.
+    """
+
+    def __init__(self, axes: Axes, inner: Exchange, world: Transport) -> None:
+        self.rank, self.world_size = world.rank, world.world_size
+        self.replica, self.num_replicas = inner.replica, inner.num_replicas
+        self._axes, self._inner, self._world = axes, inner, world
+        self._model: nn.Module | None = None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Let the data axis set its hooks on what this rank holds."""
+        self._model = model
+        return self._inner.wrap(model)
+
+    def adopt(self, model: nn.Module) -> None:
+        """As ``wrap``, of what the data axis has taken care of already."""
+        self._model = model
+
+    def local_only(self) -> AbstractContextManager[None]:
+        """See ``Exchange``."""
+        return self._inner.local_only()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """See ``sum_numbers``."""
+        return sum_numbers(self._world, values)
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """Over the data axis; the ranks of a tensor axis saw the same samples."""
+        self._inner.sync_buffers(model)
+
+    def check_replicas(self, model: nn.Module) -> None:
+        """Over the data axis."""
+        self._inner.check_replicas(model)
+
+    def finish(self) -> bool:
+        """Bring each gradient into the layout of its parameter, then average over the data axis."""
+        assert self._model is not None, "finish() before wrap()"
+        for parameter in self._model.parameters():
+            grad = parameter.grad
+            if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+                parameter.grad = grad.redistribute(placements=parameter.placements)
+        return self._inner.finish()
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """Squares of all pieces, each counted once, added up over all ranks in their order."""
+        total = 0.0
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                square = torch.linalg.vector_norm(local(parameter.grad).double()) ** 2
+                total += float(square) / self._copies(parameter)
+        return torch.tensor(math.sqrt(self.sum([total])[0]) if math.isfinite(total) else self.sum([total])[0])
+
+    def settle(self, ok: bool) -> None:
+        """See ``Exchange``."""
+        self._inner.settle(ok)
+
+    def residual_norm(self) -> float:
+        """See ``Exchange``."""
+        return self._inner.residual_norm()
+
+    def stats(self) -> dict[str, float]:
+        """Of the data axis; activations are not counted."""
+        return self._inner.stats()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of the data axis."""
+        return self._inner.state_dict()
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take this rank's own part back."""
+        self._inner.load_state_dicts(states)
+
+    def _copies(self, parameter: Tensor) -> float:
+        """Ranks of one stage that hold the same piece of a parameter."""
+        divided = 1
+        if isinstance(parameter, DTensor):
+            sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+            divided = math.prod(size for placement, size in sizes if not placement.is_replicate())
+        return self._axes.data * self._axes.tensor / divided

@@ -1,0 +1,179 @@
+"""From a plan with more than one axis to the job of this rank: cut, divide, shard, and put together again."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+
+from efftrain.parallel.axes import Axes, ManyAxes
+from efftrain.parallel.graph import part_of
+from efftrain.parallel.pipeline import Pipeline, stages_of
+from efftrain.parallel.replicas import broadcast, refuse_other_models
+from efftrain.parallel.sharded import Sharded
+from efftrain.parallel.stages import cut_model
+from efftrain.parallel.sync import GradSync, SyncConfig
+from efftrain.parallel.tensor import TensorPlan, divide, plan_tensor
+from efftrain.training import Exchange, Objective, SingleProcess, StepConfig
+from efftrain.training.compute import Compute, WholeModel
+
+if TYPE_CHECKING:
+    from efftrain.parallel.plan import Plan
+
+
+def divided(
+    plan: "Plan",
+    model: nn.Module,
+    example: Tensor,
+    axes: Axes,
+    *,
+    objective: Objective,
+    step: StepConfig,
+    sync: SyncConfig,
+) -> tuple[nn.Module, ManyAxes, Compute]:
+    """What this rank trains, whom it talks to, and how it computes.
+
+    Args:
+        plan: Checked.
+        model: The whole model, on the device of this rank, equal on all ranks; its parts are taken over.
+        example: Inputs of one replica's share of a batch.
+        axes: The mesh of the plan.
+        objective: Gives the mean loss of a batch.
+        step: How one update is computed.
+        sync: Of the data axis.
+    """
+    tensor_plan = None
+    if plan.tensor > 1:
+        tensor_plan = plan_tensor(model, example, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
+    bf16 = step.precision == "bf16"
+    world = axes.world()
+    inner = _data_exchange(plan, axes, sync)
+    exchange = ManyAxes(axes, inner, world)
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    if tensor_plan is not None and tensor_plan.divides_classes:
+        around = loss_parallel
+    classes = _Classes(tensor_plan, axes.mesh["tensor"]) if tensor_plan is not None else None
+    counts = axes.place("tensor") == 0
+    if plan.pipeline == 1:
+        refuse_other_models(world, model)
+        if tensor_plan is not None:
+            divide(model, tensor_plan, axes.mesh["tensor"])
+        whole_model = WholeModel(
+            model,
+            exchange,
+            objective if classes is None else classes.objective(objective),
+            micro_batches=step.micro_batches,
+            bf16=bf16,
+        )
+        return model, exchange, _OneOfMany(whole_model, around, classes, counts)
+    cuts = cut_model(model, example[: len(example) // plan.num_micro_batches], plan.num_stages, bf16=bf16)
+    own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
+    part = part_of(model, {name for number in own for name in cuts[number].names})
+    refuse_other_models(axes.transport("data"), part)
+    if tensor_plan is not None:
+        divide(part, tensor_plan, axes.mesh["tensor"])
+    stages: dict[int, nn.Module] = {number: cuts[number].module for number in own}
+    if isinstance(inner, Sharded):
+        for value in (*part.parameters(), *part.buffers()):
+            broadcast(axes.transport("data"), value)
+        inner.shard(list(stages.values()))
+        exchange.adopt(part)
+    else:
+        exchange.wrap(part)
+    given = classes.objective(objective) if classes is not None else objective
+    pipeline = Pipeline(
+        part,
+        stages,
+        cuts,
+        axes.mesh["pipeline"].get_group(),
+        schedule=plan.schedule,
+        num_micro_batches=plan.num_micro_batches,
+        objective=lambda output, targets: given(_Given(output), output, targets),
+        exchange=exchange,
+        device=axes.device,
+        num_parts=plan.tensor if plan.sequence else 1,
+        bf16=bf16,
+        around=around,
+        whole=classes.whole if classes is not None else lambda output: output,
+        counts=counts,
+    )
+    return part, exchange, pipeline
+
+
+def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig) -> Exchange:
+    transport = axes.transport("data")
+    if plan.shard != "none":
+        mesh = axes.mesh["shard"] if axes.shard == axes.data else axes.mesh["replicate", "shard"]
+        return Sharded(transport, mesh, codec=plan.codec, free_weights=plan.shard == "full", seed=sync.seed)
+    return SingleProcess() if axes.data == 1 else GradSync(plan.codec, transport, sync)
+
+
+class _Given(nn.Module):
+    """Stands for a model whose output is there already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self._output
+
+
+class _Classes:
+    """A last layer that leaves each rank its part of the classes: the loss is computed on parts, too."""
+
+    def __init__(self, plan: TensorPlan, mesh: DeviceMesh) -> None:
+        self._divided, self._mesh = plan.divides_classes, mesh
+
+    def objective(self, objective: Objective) -> Objective:
+        """The same loss of a model whose outputs are parts."""
+
+        def of_parts(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+            loss = objective(_Whole(model, self._mesh) if self._divided else model, inputs, targets)
+            return loss.to_local() if isinstance(loss, DTensor) else loss
+
+        return of_parts
+
+    def whole(self, output: Tensor) -> Tensor:
+        """All classes, for evaluation. Every rank of the tensor axis calls it."""
+        return DTensor.from_local(output, self._mesh, [Shard(-1)]).full_tensor() if self._divided else output
+
+
+class _Whole(nn.Module):
+    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self._call, self._mesh = model.__call__, mesh
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return DTensor.from_local(self._call(inputs), self._mesh, [Shard(-1)])
+
+
+class _OneOfMany:
+    """A ``WholeModel`` whose layers are divided: one rank of the tensor axis speaks for all."""
+
+    def __init__(
+        self,
+        inner: WholeModel,
+        around: Callable[[], AbstractContextManager[object]],
+        classes: _Classes | None,
+        counts: bool,
+    ) -> None:
+        self.model = inner.model
+        self._inner, self._around, self._classes, self._counts = inner, around, classes, counts
+
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See ``Compute``."""
+        with self._around():
+            loss = self._inner.backward(inputs, targets)
+        return loss if self._counts else torch.zeros_like(loss)
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor | None:
+        """See ``Compute``."""
+        logits = self._inner.logits(inputs)
+        logits = logits if self._classes is None else self._classes.whole(logits)
+        return logits if self._counts else None

@@ -1,0 +1,152 @@
+"""The data axis with divided weights: torch's ``fully_shard``, gradients optionally through a codec."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from efftrain.compression import Codec, Identity
+from efftrain.errors import CheckpointError
+from efftrain.parallel.backends import Transport
+from efftrain.parallel.hooks import CompressedReduceScatter, compress_fsdp
+from efftrain.parallel.replicas import broadcast, refuse_other_models, sum_numbers
+from efftrain.training.exchange import local_grad_norm
+
+_LARGE = 1 << 20
+"""A layer of a ``Sequential`` with so many parameters is gathered on its own."""
+
+
+class Sharded:
+    """Divides weights, gradients and optimizer state over the data axis; an ``Exchange`` of the training step.
+
+    Args:
+        transport: The data axis.
+        mesh: The same ranks, one dimension, or two: copies, and ranks that share one.
+        codec: Encodes the reduce-scatter of the gradients; ``Identity`` leaves it to torch.
+        free_weights: Give the gathered weights of a layer back after its forward pass and gather them again for the
+            backward pass. Less memory, more bytes.
+        seed: Of stochastic rounding.
+
+    Source: Rajbhandari et al., ZeRO (arXiv:1910.02054): stage 3 with ``free_weights``, else stage 2.
+    """
+
+    def __init__(
+        self, transport: Transport, mesh: DeviceMesh, *, codec: Codec, free_weights: bool, seed: int = 0
+    ) -> None:
+        self.rank = self.replica = transport.rank
+        self.world_size = self.num_replicas = transport.world_size
+        self._transport, self._mesh = transport, mesh
+        self._codec, self._free_weights, self._seed = codec, free_weights, seed
+        self._roots: list[FSDPModule] = []
+        self._codecs: list[CompressedReduceScatter] = []
+        self._num_parameters = 0
+        self._num_steps = 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Divide a whole model, after giving all ranks the weights of rank 0. Returns the model itself."""
+        refuse_other_models(self._transport, model)
+        for value in (*model.parameters(), *model.buffers()):
+            broadcast(self._transport, value)
+        self.shard([model])
+        return model
+
+    def shard(self, parts: Sequence[nn.Module]) -> None:
+        """Divide the weights of modules that are called on their own: a model, or the stages of a pipeline."""
+        for part in parts:
+            self._num_parameters += sum(p.numel() for p in part.parameters())
+            for name, layer in list(part.named_modules()):
+                if name and _is_layer(part, name, layer):
+                    fully_shard(layer, mesh=self._mesh, reshard_after_forward=self._free_weights)
+            self._roots.append(fully_shard(part, mesh=self._mesh, reshard_after_forward=self._free_weights))
+            if not isinstance(self._codec, Identity):
+                self._codecs.append(compress_fsdp(part, self._codec, seed=self._seed))
+
+    @contextmanager
+    def local_only(self) -> Iterator[None]:
+        """Gradients inside are summed up and not sent; they take the memory of whole ones."""
+        for root in self._roots:
+            root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for root in self._roots:
+                root.set_requires_gradient_sync(True)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """See ``sum_numbers``."""
+        return sum_numbers(self._transport, values)
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """One broadcast a buffer."""
+        for buffer in model.buffers():
+            broadcast(self._transport, buffer)
+
+    def check_replicas(self, model: nn.Module) -> None:
+        """There is one copy of each weight, or copies that no code of ours writes apart."""
+
+    def finish(self) -> bool:
+        """The backward pass has reduced already; inf and NaN are in the sum."""
+        self._num_steps += 1
+        return True
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """Of this rank's pieces; ``ManyAxes`` adds up."""
+        return local_grad_norm(model)
+
+    def settle(self, ok: bool) -> None:
+        """Keep or forget what the codec left unsent in this step."""
+        for codec in self._codecs:
+            codec.settle(ok)
+
+    def residual_norm(self) -> float:
+        """Of what this rank's codec has not sent yet."""
+        return float(sum(float(torch.linalg.vector_norm(value)) ** 2 for value in self.state_dict().values()) ** 0.5)
+
+    def stats(self) -> dict[str, float]:
+        """Of the steps since the last call. ``wire_bytes``: weights gathered once or twice, and gradients as sent."""
+        share = 4 * self._num_parameters * (self.world_size - 1) / self.world_size * self._num_steps
+        gathered = share * (2 if self._free_weights else 1)
+        self._num_steps = 0
+        found = {"wire_bytes": 0.0, "encode_s": 0.0, "exchange_s": 0.0, "decode_s": 0.0}
+        for codec in self._codecs:
+            for name, value in codec.stats().items():
+                found[name] = found.get(name, 0.0) + value
+        if not self._codecs:
+            found = {"wire_bytes": share}
+        found["wire_bytes"] += gathered
+        return {**found, "uncompressed_bytes": gathered + share}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's feedback."""
+        return {f"{i}/{name}": v for i, codec in enumerate(self._codecs) for name, v in codec.state_dict().items()}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take this rank's feedback back. Residuals belong to their layout: other ranks or plans forget them.
+
+        Raises:
+            CheckpointError: The feedback is of another model.
+        """
+        if len(states) != self.world_size or not self._codecs:
+            return
+        own = states[self.rank]
+        for name in own:
+            if not name.partition("/")[0].isdigit() or int(name.partition("/")[0]) >= len(self._codecs):
+                raise CheckpointError(f"feedback {name!r} fits no sharded module here")
+        for i, codec in enumerate(self._codecs):
+            prefix = f"{i}/"
+            codec.load_state_dict({n.removeprefix(prefix): v for n, v in own.items() if n.startswith(prefix)})
+
+
+def _is_layer(part: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Whether a module is gathered on its own: a block of a stack, or a large layer."""
+    path = name.rpartition(".")[0]
+    parent = part.get_submodule(path)
+    num_parameters = sum(p.numel() for p in layer.parameters(recurse=True))
+    if not num_parameters or isinstance(layer, (nn.ModuleList, nn.Sequential)):
+        return False
+    if isinstance(parent, nn.ModuleList):
+        return True
+    return isinstance(parent, nn.Sequential) and num_parameters >= _LARGE
