@@ -13,6 +13,7 @@ import efftrain
 from efftrain.cli.console import launched_rank
 from efftrain.cli.demo import demo_command
 from efftrain.cli.doctor import doctor_command
+from efftrain.cli.launch import launch_command
 from efftrain.cli.ondevice import app as ondevice_app
 from efftrain.cli.profile import profile_command
 from efftrain.cli.report import report_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)
+app.command("launch")(launch_command)
 app.add_typer(ondevice_app, name="ondevice")
 app.command("profile")(profile_command)
 app.command("report")(report_command)
