@@ -48,7 +48,8 @@ class Measured:
 
 
 class Engine(Protocol):
-    """Trains and measures one client. Stateless: equal arguments give equal results."""
+    """Trains and measures one client. Stateless, and called by several threads at once: equal arguments give equal
+    results, to the bit, for any number of threads."""
 
     def initial_state(self, model: ModelConfig, seed: int) -> State:
         """A model with fresh weights."""
@@ -65,6 +66,7 @@ class Engine(Protocol):
             seed: Of the order of the samples.
 
         Raises:
+            ConfigError: The engine cannot train this model or scheme; the message says what can.
             NonFiniteError: The loss became inf or NaN.
         """
         ...
@@ -74,7 +76,11 @@ class Engine(Protocol):
         ...
 
 
-_ENGINES: Mapping[str, tuple[str, str]] = {"torch": ("efftrain.federated.engines.torch_engine", "TorchEngine")}
+_ENGINES: Mapping[str, tuple[str, str]] = {
+    "torch": ("efftrain.federated.engines.torch_engine", "TorchEngine"),
+    "device": ("efftrain.federated.engines.device_engine", "DeviceEngine"),
+    "board": ("efftrain.federated.engines.board_engine", "BoardEngine"),
+}
 
 ENGINES: tuple[str, ...] = tuple(_ENGINES)
 """Names that ``get_engine`` knows."""
