@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
+from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
 from efftrain.parallel.local import local
 from efftrain.parallel.replicas import sum_numbers
 from efftrain.training import Exchange
@@ -77,15 +78,21 @@ class ManyAxes:
         world: All ranks.
     """
 
+    is_divided = True
+
     def __init__(self, axes: Axes, inner: Exchange, world: Transport) -> None:
         self.rank, self.world_size = world.rank, world.world_size
         self.replica, self.num_replicas = inner.replica, inner.num_replicas
         self._axes, self._inner, self._world = axes, inner, world
+        self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Let the data axis set its hooks on what this rank holds."""
+        """Let the data axis set its hooks on what this rank holds, behind those that lay gradients out."""
         self._model = model
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_settle_layout)  # type: ignore[no-untyped-call]
         return self._inner.wrap(model)
 
     def adopt(self, model: nn.Module) -> None:
@@ -109,12 +116,10 @@ class ManyAxes:
         self._inner.check_replicas(model)
 
     def finish(self) -> bool:
-        """Bring each gradient into the layout of its parameter, then average over the data axis."""
+        """See ``Exchange``."""
         assert self._model is not None, "finish() before wrap()"
         for parameter in self._model.parameters():
-            grad = parameter.grad
-            if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
-                parameter.grad = grad.redistribute(placements=parameter.placements)
+            _settle_layout(parameter)  # of schedules whose weight gradients come past the hooks
         return self._inner.finish()
 
     def grad_norm(self, model: nn.Module) -> Tensor:
@@ -139,12 +144,27 @@ class ManyAxes:
         return self._inner.stats()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of the data axis."""
-        return self._inner.state_dict()
+        """This rank's feedback, and the axes that it belongs to."""
+        return {**self._inner.state_dict(), AXES: torch.tensor(self._sizes)}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take this rank's own part back."""
-        self._inner.load_state_dicts(states)
+        """Take this rank's part back; see ``feedback`` for other axes."""
+        tensor, place = self._axes.tensor, self._axes.place("tensor")
+        if self._sizes[3] > 1:
+            if axes_of(states) != self._sizes:
+                if any(name != AXES for state in states for name in state):
+                    forget()
+                return
+            data, stage = self._axes.data, self._axes.place("pipeline")
+            own = [states[(stage * data + replica) * tensor + place] for replica in range(data)]
+            self._inner.load_state_dicts([{k: v for k, v in state.items() if k != AXES} for state in own])
+            return
+        replicas = of_replicas(states, tensor=tensor, place=place)
+        if replicas is not None and self._model is not None:
+            names = {name for name, _ in self._model.named_parameters()}
+            self._inner.load_state_dicts(
+                [{k: v for k, v in state.items() if "/" not in k or k.partition("/")[2] in names} for state in replicas]
+            )
 
     def _copies(self, parameter: Tensor) -> float:
         """Ranks of one stage that hold the same piece of a parameter."""
@@ -153,3 +173,10 @@ class ManyAxes:
             sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
             divided = math.prod(size for placement, size in sizes if not placement.is_replicate())
         return self._axes.data * self._axes.tensor / divided
+
+
+def _settle_layout(parameter: Tensor) -> None:
+    """Give a gradient the layout of its parameter: it may come as parts that the ranks of the tensor axis add up."""
+    grad = parameter.grad
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad.redistribute(placements=parameter.placements)

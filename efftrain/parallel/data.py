@@ -21,6 +21,8 @@ class DataParallel:
         bucket_mb: MiB of gradients that share an all-reduce; ``None`` leaves it to DDP.
     """
 
+    is_divided = False
+
     def __init__(self, transport: Transport, *, bucket_mb: float | None = None) -> None:
         self.rank = self.replica = transport.rank
         self.world_size = self.num_replicas = transport.world_size

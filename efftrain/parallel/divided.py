@@ -62,6 +62,7 @@ def divided(
         refuse_other_models(world, model)
         if tensor_plan is not None:
             divide(model, tensor_plan, axes.mesh["tensor"])
+            model.register_forward_hook(_copy_views)
         whole_model = WholeModel(
             model,
             exchange,
@@ -77,6 +78,9 @@ def divided(
     if tensor_plan is not None:
         divide(part, tensor_plan, axes.mesh["tensor"])
     stages: dict[int, nn.Module] = {number: cuts[number].module for number in own}
+    if tensor_plan is not None:
+        for stage in stages.values():
+            stage.register_forward_hook(_copy_views)
     if isinstance(inner, Sharded):
         for value in (*part.parameters(), *part.buffers()):
             broadcast(axes.transport("data"), value)
@@ -123,6 +127,11 @@ class _Given(nn.Module):
         return self._output
 
 
+def _copy_views(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    """A part of a DTensor is a view, which torch's split backward passes cannot detach and ``fully_shard`` warns of."""
+    return output.clone() if output._is_view() else output
+
+
 class _Classes:
     """A last layer that leaves each rank its part of the classes: the loss is computed on parts, too."""
 
@@ -134,7 +143,7 @@ class _Classes:
 
         def of_parts(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
             loss = objective(_Whole(model, self._mesh) if self._divided else model, inputs, targets)
-            return loss.to_local() if isinstance(loss, DTensor) else loss
+            return loss.to_local().clone() if isinstance(loss, DTensor) else loss
 
         return of_parts
 

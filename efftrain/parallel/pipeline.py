@@ -132,10 +132,11 @@ class Pipeline:
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See ``Compute``."""
-        if len(inputs) % self._num_micro_batches:
+        expected = self._num_micro_batches * self._cuts[0].input_shape[0]
+        if len(inputs) != expected:
             raise ConfigError(
-                f"a batch of {len(inputs)} a replica cannot be cut into {self._num_micro_batches} micro-batches of "
-                "equal size; change loop.batch_size or parallel.microbatches"
+                f"a replica's share of the batch is {len(inputs)} samples, the pipeline was made for {expected}, the "
+                "size of the example; apply the plan to an example of the batch's size"
             )
         self.model.train()
         losses: list[Tensor] = []

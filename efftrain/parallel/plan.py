@@ -142,25 +142,34 @@ class Plan:
         Raises:
             ConfigError: With the remedy.
         """
+        if model is None:
+            self._check_processes(world_size)
+            return
+        self._check_share(world_size, example)
+        if self.tensor > 1 and example is not None:
+            plan_tensor(model, example, self.tensor, self.tensor_styles, sequence=self.sequence)
+        if self.pipeline > 1 and example is not None:
+            cut_model(model, example[: len(example) // self.num_micro_batches], self.num_stages, bf16=bf16)
+
+    def _check_processes(self, world_size: int) -> None:
         replicas = self.replicas(world_size)
         if self.shard_size is not None and replicas % self.shard_size:
             raise ConfigError(
                 f"parallel.shard_size is {self.shard_size}, expected a divisor of the data axis, {replicas} ranks"
             )
-        if model is None or not (self.tensor > 1 or self.pipeline > 1):
+
+    def _check_share(self, world_size: int, example: Tensor | None) -> None:
+        self._check_processes(world_size)
+        if self.tensor == self.pipeline == 1:
             return
         if example is None:
             raise ConfigError("a plan with a tensor or pipeline axis needs an example: plan.apply(model, inputs)")
-        if len(example) % self.num_micro_batches:
+        if not len(example) or len(example) % self.num_micro_batches:
             raise ConfigError(
                 f"the share of a replica is {len(example)} samples, expected a multiple of the "
                 f"{self.num_micro_batches} micro-batches of the pipeline; change loop.batch_size or "
                 "parallel.microbatches"
             )
-        if self.tensor > 1:
-            plan_tensor(model, example, self.tensor, self.tensor_styles, sequence=self.sequence)
-        if self.pipeline > 1:
-            cut_model(model, example[: len(example) // self.num_micro_batches], self.num_stages, bf16=bf16)
 
     def apply(
         self,
@@ -189,7 +198,7 @@ class Plan:
         """
         step = step or StepConfig()
         world_size = mesh.world_size()
-        self.check(world_size, model, example, bf16=step.precision == "bf16")
+        self._check_share(world_size, example)
         if self.pipeline > 1 and step.micro_batches > 1:
             raise ConfigError(
                 f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "

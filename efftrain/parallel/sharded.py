@@ -33,6 +33,8 @@ class Sharded:
     Source: Rajbhandari et al., ZeRO (arXiv:1910.02054): stage 3 with ``free_weights``, else stage 2.
     """
 
+    is_divided = True
+
     def __init__(
         self, transport: Transport, mesh: DeviceMesh, *, codec: Codec, free_weights: bool, seed: int = 0
     ) -> None:
@@ -124,13 +126,11 @@ class Sharded:
         return {f"{i}/{name}": v for i, codec in enumerate(self._codecs) for name, v in codec.state_dict().items()}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take this rank's feedback back. Residuals belong to their layout: other ranks or plans forget them.
+        """Take this rank's feedback back, of as many ranks and the same layout.
 
         Raises:
             CheckpointError: The feedback is of another model.
         """
-        if len(states) != self.world_size or not self._codecs:
-            return
         own = states[self.rank]
         for name in own:
             if not name.partition("/")[0].isdigit() or int(name.partition("/")[0]) >= len(self._codecs):

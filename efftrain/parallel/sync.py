@@ -47,6 +47,7 @@ from efftrain.parallel.collectives import (
     num_collectives,
     ring_bytes,
 )
+from efftrain.parallel.feedback import AXES, of_replicas
 from efftrain.parallel.local import local, local_grad
 from efftrain.parallel.replicas import broadcast, check_replicas, refuse_other_models, sum_numbers
 from efftrain.training.exchange import local_grad_norm
@@ -103,6 +104,8 @@ class GradSync:
     Raises:
         ConfigError: Codec and ``node_size`` do not go together, or the nodes do not divide the ranks.
     """
+
+    is_divided = False
 
     def __init__(self, codec: Codec, transport: Transport, config: SyncConfig | None = None) -> None:
         self.codec, self.config = codec, config or SyncConfig()
@@ -238,6 +241,8 @@ class GradSync:
         Raises:
             CheckpointError: The feedback is of another model.
         """
+        if AXES in states[0]:
+            states = of_replicas(states, tensor=1, place=0) or [{}]
         numbers = ("num_steps", "node_size")
         feedback = [{k: v.numpy() for k, v in state.items() if k not in numbers} for state in states]
         node_size = int(states[0].get("node_size", torch.tensor(1)))
@@ -380,9 +385,7 @@ class _Bucket:
         """Inverse of ``by_parameter``. A parameter that owes nothing has zeros."""
         for kind in ("residual", "velocity"):
             if any(f"{kind}/{name}" in state for name in self.parameters):
-                parts = [
-                    state.get(f"{kind}/{name}", np.zeros(size, np.float32)) for name, size in self.sizes.items()
-                ]
+                parts = [state.get(f"{kind}/{name}", np.zeros(size, np.float32)) for name, size in self.sizes.items()]
                 yield f"{kind}/{self._first}", np.concatenate(parts)
 
     def _split(self, whole: Floats) -> dict[str, Floats]:

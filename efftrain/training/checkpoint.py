@@ -1,9 +1,12 @@
 """Checkpoints: safetensors and JSON, whole or not at all.
 
-``checkpoints/step-00000100/`` holds ``shared.safetensors`` (model, optimizer: equal on all ranks, written by rank 0),
-``rank-<r>.safetensors`` (random state, feedback) and ``meta.json`` with the SHA-256 of each file. Everything is written
-into a ``.partial`` folder that is renamed when all ranks are done, so a folder without that ending is complete. The
-newest two are kept.
+``checkpoints/step-00000100/`` holds ``state/`` (model, optimizer), ``rank-<r>.safetensors`` (random state, feedback)
+and ``meta.json`` with the SHA-256 of each file. Everything is written into a ``.partial`` folder that is renamed when
+all ranks are done, so a folder without that ending is complete. The newest two are kept.
+
+In ``state/`` is one file of rank 0 if all ranks hold the same, and else one of each rank with what it holds, written by
+torch's distributed checkpoints (DCP) in their safetensors form: no pickle. Both are read by DCP, which gives each rank
+its part of each tensor, so a checkpoint fits every plan of the same model.
 
 A resumed run goes on to the same bits as one that was never stopped. One exception: uncompressed gradients of three
 ranks and more. Their ring adds in an order that follows DDP's buckets, which a fresh process has to find anew, so the
@@ -20,7 +23,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from efftrain.errors import CheckpointError
 from efftrain.training.exchange import Exchange
 from efftrain.training.job import Job
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEEP = 2
+_STATE = "state"
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,12 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
         return None
     path = found[-1]
     meta = _read_meta(path)
-    shared = _read(path, "shared.safetensors", meta)
-    own = [_read(path, f"rank-{rank}.safetensors", meta) for rank in range(meta["world_size"])]
+    own = [_parse(path, f"rank-{rank}.safetensors", meta) for rank in range(meta["world_size"])]
+    for name in meta["files"]:
+        if name.startswith(f"{_STATE}/"):
+            _read(path, name, meta)
     try:
-        job.load_state_dict(shared, meta["numbers"])
+        job.load_state_dict(_read_state(path / _STATE, job, meta["numbers"]), meta["numbers"])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     exchange = job.exchange
@@ -122,15 +134,19 @@ def _save(path: Path, job: Job, extra: Mapping[str, Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob("step-*.partial"):  # by a crash
                 shutil.rmtree(left)
-            partial.mkdir()
-    shared, numbers = job.state_dict()
+            (partial / _STATE).mkdir(parents=True)
+    tensors, numbers = job.state_dict()
     with _Together(exchange, f"checkpoint {path}"):
         _write(partial / f"rank-{exchange.rank}.safetensors", format_safetensors(_own_state(exchange)))
-        if exchange.rank == 0:
-            _write(partial / "shared.safetensors", format_safetensors(shared))
+        if exchange.is_divided:
+            writer = HuggingFaceStorageWriter(str(partial / _STATE), save_distributed=True)
+            _quietly(lambda: save_distributed(tensors, storage_writer=writer))
+        elif exchange.rank == 0:
+            _write(partial / _STATE / "shared.safetensors", format_safetensors(tensors))
     with _Together(exchange, f"checkpoint {path}"):
         if exchange.rank == 0:
-            files = {p.name: _sha256(p.read_bytes()) for p in sorted(partial.glob("*.safetensors"))}
+            found = sorted(p.relative_to(partial) for p in partial.rglob("*.safetensors"))
+            files = {name.as_posix(): _sha256((partial / name).read_bytes()) for name in found}
             meta = {
                 "format_version": FORMAT_VERSION,
                 "world_size": exchange.world_size,
@@ -232,7 +248,38 @@ def _meta_sha256(meta: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(rest, sort_keys=True).encode())
 
 
-def _read(path: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_state(folder: Path, job: Job, numbers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What this rank holds of the tensors of a checkpoint whose checksums are right; needs no other rank."""
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        found = reader.read_metadata().state_dict_metadata
+        shapes = {name: tuple(one.size) for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
+        tensors = job.expect(shapes, numbers)
+        _quietly(lambda: load_distributed(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True))
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} cannot be read ({error}); delete it to use an older checkpoint") from error
+    return tensors
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """torch warns that a single process needs no process group, which we know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        action()
+
+
+def _parse(path: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        return parse_safetensors(_read(path, name, meta))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"checkpoint file {path / name} cannot be read ({error}); delete the folder to use an older checkpoint"
+        ) from error
+
+
+def _read(path: Path, name: str, meta: Mapping[str, Any]) -> bytes:
     expected = meta["files"].get(name)
     try:
         data = (path / name).read_bytes()
@@ -241,8 +288,8 @@ def _read(path: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"checkpoint file {path / name}: SHA-256 is {_sha256(data)}, expected {expected}; "
                 "it is damaged. Delete the folder to use an older checkpoint."
             )
-        return parse_safetensors(data)
-    except (OSError, SafetensorError) as error:
+        return data
+    except OSError as error:
         raise CheckpointError(
             f"checkpoint file {path / name} cannot be read ({error}); delete the folder to use an older checkpoint"
         ) from error

@@ -19,6 +19,8 @@ class Exchange(Protocol):
     replica: int
     """Which copy of the model this rank belongs to; each copy takes its share of the batch."""
     num_replicas: int
+    is_divided: bool
+    """Whether ranks hold different parts of the model, so that all of them have to write a checkpoint."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make the backward pass of ``model`` leave the average gradient of all ranks in ``.grad``."""
@@ -76,6 +78,7 @@ class SingleProcess:
 
     rank = replica = 0
     world_size = num_replicas = 1
+    is_divided = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself."""

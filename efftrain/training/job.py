@@ -1,6 +1,6 @@
 """A job: a model, its optimizer, and all that one update needs. The plan decides who takes part in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,7 +137,10 @@ class Job:
         return StepResult(total / self.exchange.num_replicas, float(norm), lr, skipped=False)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Model and optimizer, equal on all ranks: tensors by name, and numbers that JSON can hold."""
+        """Model and optimizer: tensors by name, and numbers that JSON can hold.
+
+        What this rank holds of them: all, equal on all ranks, unless ``exchange.is_divided``.
+        """
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         numbers: dict[str, Any] = {
             "num_steps": self.num_steps,
@@ -145,47 +148,72 @@ class Job:
             "skipped_in_a_row": self._skipped_in_a_row,
             "optimizer": self.optimizer_config.name,
         }
-        for index, state in self.optimizer.state_dict()["state"].items():
-            for key, value in state.items():
+        for name, parameter in self._trained().items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer/{index}/{key}"] = value
+                    tensors[f"optimizer/{name}/{key}"] = value
         return {name: value.detach().contiguous() for name, value in tensors.items()}, numbers
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` gave.
+    def expect(self, shapes: Mapping[str, Sequence[int]], numbers: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors that a checkpoint has to fill, of what this rank holds; ``load_state_dict`` takes them.
+
+        Args:
+            shapes: Of the whole tensors in the checkpoint.
+            numbers: Of ``state_dict``.
 
         Raises:
-            CheckpointError: The tensors do not fit this model or its optimizer.
+            CheckpointError: The checkpoint is of another model or optimizer.
         """
         if numbers.get("optimizer") != self.optimizer_config.name:
             raise CheckpointError(
                 f"checkpoint was written with optimizer {numbers.get('optimizer')!r}, this run has "
                 f"{self.optimizer_config.name!r}; resume with the optimizer of the checkpoint"
             )
-        own = self.model.state_dict()
-        saved = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        for name in sorted(own.keys() | saved.keys()):
-            if name not in own or name not in saved or own[name].shape != saved[name].shape:
+        own = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        saved = {name for name in shapes if name.startswith("model/")}
+        foreign = set() if self.exchange.is_divided else saved - own.keys()
+        for name in sorted(own.keys() | foreign):
+            if name not in own or name not in saved or tuple(own[name].shape) != tuple(shapes[name]):
                 expected = tuple(own[name].shape) if name in own else "no such tensor"
-                found = tuple(saved[name].shape) if name in saved else "no such tensor"
+                found = tuple(shapes[name]) if name in saved else "no such tensor"
                 raise CheckpointError(
-                    f"checkpoint tensor {name!r}: expected {expected}, found {found}; is it of another model?"
+                    f"checkpoint tensor {name.removeprefix('model/')!r}: expected {expected}, found {found}; is it of "
+                    "another model?"
                 )
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                if int(index) >= len(trained) or value.shape not in (trained[int(index)].shape, ()):
-                    raise CheckpointError(
-                        f"checkpoint tensor {name!r} of shape {tuple(value.shape)} fits no trained parameter here; "
-                        "are other layers frozen?"
-                    )
-                state.setdefault(int(index), {})[key] = value
-        self.model.load_state_dict(saved)
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        tensors = {name: torch.empty_like(value) for name, value in own.items()}
+        trained = self._trained()
+        for full, shape in shapes.items():
+            kind, _, rest = full.partition("/")
+            name = rest.rpartition("/")[0]
+            if kind != "optimizer" or (name not in trained and self.exchange.is_divided):
+                continue
+            if name not in trained or tuple(shape) not in (tuple(trained[name].shape), ()):
+                raise CheckpointError(
+                    f"checkpoint tensor {full!r} of shape {tuple(shape)} fits no trained parameter here; are other "
+                    "layers frozen?"
+                )
+            tensors[full] = torch.empty_like(trained[name]).detach() if tuple(shape) else torch.empty(())
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave: the tensors of ``expect``, filled."""
+        self.model.load_state_dict(
+            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        )
+        trained = self._trained()
+        self.optimizer.state.clear()
+        for full, value in tensors.items():
+            kind, _, rest = full.partition("/")
+            name, _, key = rest.rpartition("/")
+            if kind == "optimizer":
+                self.optimizer.state[trained[name]][key] = value
         self.num_steps, self.num_skipped = int(numbers["num_steps"]), int(numbers["num_skipped"])
         self._skipped_in_a_row = int(numbers["skipped_in_a_row"])
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The optimizer's parameters by name."""
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in known}
 
     def _count_skip(self) -> None:
         self.num_skipped += 1

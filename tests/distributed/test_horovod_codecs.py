@@ -41,7 +41,7 @@ def test_a_run_over_horovod_has_the_bits_of_a_run_over_gloo(tmp_path: Path, star
     assert rows_of(over_horovod) == rows_of(over_gloo)
     ours, theirs = last_checkpoint(over_horovod), last_checkpoint(over_gloo)
     if kind == "identity":  # the plain all-reduce of torch is DDP's, which keeps no state of its own
-        ours, theirs = ({"shared": found["shared.safetensors"]} for found in (ours, theirs))
+        ours, theirs = ({"shared": found["state/shared.safetensors"]} for found in (ours, theirs))
     else:
         assert len(theirs) == 3, "the weights, and the feedback of two ranks"
     assert ours == theirs

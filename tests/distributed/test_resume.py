@@ -136,7 +136,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_others(finished: Path, start_ranks: 
     checkpoint = newest(finished)
     arguments = (str(checkpoint.parent), CODECS["correction"][0])
     found = start_ranks(jobs.load_only, world_size, *arguments).results()
-    shared = load_file(checkpoint / "shared.safetensors")
+    shared = load_file(checkpoint / "state/shared.safetensors")
     old = [load_file(checkpoint / f"rank-{rank}.safetensors") for rank in range(2)]
     for facts in found:
         assert facts["step"] == 1437 // 66

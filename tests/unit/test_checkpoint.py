@@ -93,7 +93,7 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
 def test_two_are_kept_and_leftovers_go(folder: Path) -> None:
     for name in ("step-00000009.partial", "step-00000001.old.partial"):
         (folder / name).mkdir()
-        (folder / name / "shared.safetensors").write_bytes(b"half")
+        (folder / name / "rank-0.safetensors").write_bytes(b"half")
     (folder / "step-of-mine").mkdir()
     assert [path.name for path in complete_checkpoints(folder)] == ["step-00000003", "step-00000005"]
     job = make_job()
@@ -128,7 +128,7 @@ def test_the_same_step_twice_replaces(folder: Path) -> None:
 
 # Damage
 
-FILES = ["shared.safetensors", "rank-0.safetensors", "meta.json"]
+FILES = ["state/shared.safetensors", "rank-0.safetensors", "meta.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -173,7 +173,7 @@ def test_a_meta_file_that_is_not_ours(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["world_size", "numbers", "extra", "files", "format_version"])
-@pytest.mark.parametrize("value", [None, -1, 0, 2, [], {}, "x"])
+@pytest.mark.parametrize("value", [None, -1, 0, 3, [], {}, "x"])
 def test_a_changed_meta_file(folder: Path, key: str, value: object) -> None:
     path = folder / "step-00000005" / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
@@ -183,8 +183,8 @@ def test_a_changed_meta_file(folder: Path, key: str, value: object) -> None:
 
 def test_a_newer_format_is_named(folder: Path) -> None:
     path = folder / "step-00000005" / "meta.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
-    with pytest.raises(CheckpointError, match=r"has format version 2, expected 1; resume it with the efftrain that"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 3}))
+    with pytest.raises(CheckpointError, match=r"has format version 3, expected 2; resume it with the efftrain that"):
         load_checkpoint(folder, make_job(), seed=0)
 
 
