@@ -151,6 +151,14 @@ def launch_id() -> str | None:
     return _launch
 
 
+def launched_size() -> int:
+    """Number of processes that the launcher started; known before they meet."""
+    size = os.environ.get("HOROVOD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdigit() or int(size) < 1:
+        raise ConfigError(f"the launcher's number of processes is {size!r}, expected 1 or more; start with torchrun")
+    return int(size)
+
+
 def world_size() -> int:
     """Number of processes; 1 outside a ``process_group``."""
     if _world is not None:

@@ -187,7 +187,8 @@ class Plan:
         Args:
             model: On its device, equal on all ranks. A plan that divides it takes its parts over.
             example: Inputs of one replica's share of a batch; only a tensor or pipeline axis needs them.
-            objective: Gives the mean loss of a batch.
+            objective: Gives the mean loss of a batch. With a pipeline the inputs are elsewhere: it gets none, and
+                ``model(...)`` gives the output.
             optimizer: Optimizer and schedule.
             step: How one update is computed.
             total_steps: Length of the schedule in updates; without it the learning rate stays at its peak.

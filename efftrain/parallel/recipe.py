@@ -18,11 +18,13 @@ from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import launched, mesh
 from efftrain.parallel.agreement import check_agreement, facts_of
+from efftrain.parallel.pipeline import Schedule
 from efftrain.parallel.plan import Plan
 from efftrain.parallel.sync import SyncConfig
 from efftrain.report.run import RunFolder, check_tensorboard, claim_run, next_run_number, run_path
 from efftrain.training import (
     Distillation,
+    Job,
     LoopConfig,
     Objective,
     OptimizerConfig,
@@ -33,6 +35,7 @@ from efftrain.training import (
     fit,
     set_seed,
 )
+from efftrain.training.checkpoint import complete_checkpoints, load_model
 
 OnStep: TypeAlias = Callable[[int, int, StepResult], None]
 """Called with updates done, updates in all, and the result of the last."""
@@ -65,7 +68,26 @@ class ParallelConfig:
     """The plan, as a recipe writes it."""
 
     data: int | None = None
-    """Replicas; left out: all processes."""
+    """Replicas; left out: all processes that the other axes leave."""
+    tensor: int = 1
+    """Ranks that divide the layers of a replica; neighbors, on a fast link."""
+    pipeline: int = 1
+    """Ranks that hold consecutive layers each."""
+    shard: Literal["none", "grads", "full"] = "none"
+    """Divide weights over the data axis: ``full`` gathers each layer when it is needed, ``grads`` once a step."""
+    shard_size: int | None = None
+    """Ranks that share one copy of sharded weights; left out: the whole data axis."""
+    schedule: Schedule = "1f1b"
+    """In which order a pipeline works: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``interleaved_zero_bubble``, ``zbv``
+    or ``dualpipev``."""
+    microbatches: int | None = None
+    """Pieces of a replica's batch in the pipeline; left out: two for each of its ranks."""
+    sequence: bool = False
+    """Divide positions over the tensor axis where layers are not divided."""
+    tensor_styles: dict[str, str] = field(default_factory=dict)
+    """Module name -> ``columns``, ``rows``, ``entries``, ``classes`` or ``whole``, against what was found."""
+    exchange: Literal["auto", "ddp", "gradsync"] = "auto"
+    """What averages gradients: torch's DDP, our GradSync; ``auto`` is DDP without codec and other axes."""
     codec: str = "Identity()"
     """What gradients go through, e.g. ``"TopK(0.01) >> Int8()"``."""
     momentum_correction: bool = False
@@ -98,6 +120,15 @@ class ParallelConfig:
         """The plan, valid or refused."""
         return Plan(
             data=self.data,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            shard=self.shard,
+            shard_size=self.shard_size,
+            schedule=self.schedule,
+            microbatches=self.microbatches,
+            sequence=self.sequence,
+            tensor_styles=self.tensor_styles,
+            exchange=self.exchange,
             codec=parse_codec(self.codec),
             sync=SyncConfig(
                 masking=self.momentum_masking,
@@ -168,20 +199,33 @@ def train(
     Raises:
         EfftrainError: Anything wrong with recipe, data, checkpoint or numbers; see ``training.fit``.
     """
+    prepared = _prepare(recipe, mesh.launched_size())
     with mesh.process_group(timeout_s=recipe.parallel.timeout_s, backend=recipe.parallel.backend) as device:
-        return _train(recipe, device, out, resume, on_step)
+        return _train(recipe, prepared, device, out, resume, on_step)
 
 
-def _train(
-    recipe: ClusterRecipe, device: torch.device, out: Path, resume: bool, on_step: OnStep | None
-) -> dict[str, Any] | None:
-    if mesh.world_size() > 1:
-        check_agreement(mesh.transport(device), facts_of(to_dict(recipe)))
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What a run is made of, checked before the ranks meet."""
+
+    plan: Plan
+    model: nn.Module
+    train_data: Dataset
+    test_data: Dataset
+    num_outputs: int
+    example: torch.Tensor
+    """Inputs of one replica's share of a batch."""
+
+
+def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
     plan = recipe.parallel.plan()
-    plan.check(mesh.world_size())
+    plan.check(world_size)
     if recipe.tensorboard:
         check_tensorboard()
-    recipe.loop.check_pieces(mesh.world_size(), recipe.step.micro_batches)
+    if recipe.distillation is not None and (plan.tensor > 1 or plan.pipeline > 1):
+        raise ConfigError("a teacher needs the inputs and outputs of whole models; set parallel.tensor=pipeline=1")
+    num_replicas = plan.replicas(world_size)
+    recipe.loop.check_pieces(num_replicas, recipe.step.micro_batches * plan.num_micro_batches)
     set_seed(recipe.seed, 0, deterministic=recipe.loop.deterministic)  # equal weights on all ranks
     model = build_model(recipe.model.name, **recipe.model.options)
     if recipe.model.pretrained is not None:
@@ -194,22 +238,42 @@ def _train(
     train_data, test_data = (
         load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
     )
-    total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
+    recipe.loop.steps_per_epoch(len(train_data))
     num_outputs = _check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
+    example = torch.from_numpy(train_data.batch(np.arange(recipe.loop.batch_size // num_replicas))[0])
+    plan.check(world_size, model, example, bf16=recipe.step.precision == "bf16")
+    return _Prepared(plan, model, train_data, test_data, num_outputs, example)
+
+
+def _train(
+    recipe: ClusterRecipe,
+    prepared: _Prepared,
+    device: torch.device,
+    out: Path,
+    resume: bool,
+    on_step: OnStep | None,
+) -> dict[str, Any] | None:
+    if mesh.world_size() > 1:
+        check_agreement(mesh.transport(device), facts_of(to_dict(recipe)))
+    plan, model, train_data = prepared.plan, prepared.model, prepared.train_data
+    total_steps = recipe.loop.epochs * recipe.loop.steps_per_epoch(len(train_data))
+    num_parameters = sum(p.numel() for p in model.parameters())
     objective = _objective(recipe, device)
     if isinstance(objective, Distillation) and recipe.distillation is not None:
         teacher = f"teacher {recipe.distillation.teacher!r}"
         found = _check_fit(teacher, objective.teacher, recipe.data.name, train_data)
-        if found != num_outputs:
-            raise ConfigError(f"{teacher} has {found} outputs, expected those of the model, {num_outputs}")
+        if found != prepared.num_outputs:
+            raise ConfigError(f"{teacher} has {found} outputs, expected those of the model, {prepared.num_outputs}")
     job = plan.apply(
         model.to(device),
+        prepared.example,
         objective=objective,
         optimizer=recipe.optimizer,
         step=recipe.step,
         seed=recipe.seed,
     )
-    set_seed(recipe.seed, mesh.rank(), deterministic=recipe.loop.deterministic)
+    # Ranks that divide the layers of one replica drop out the same units.
+    set_seed(recipe.seed, job.exchange.replica, deterministic=recipe.loop.deterministic)
     begun = _find_run(recipe, out, resume) if mesh.rank() == 0 else (0, False)
     number, goes_on = (int(value) for value in job.exchange.sum(begun))  # what rank 0 found
     path = run_path(out, recipe.name, number)
@@ -221,7 +285,7 @@ def _train(
         result = fit(
             job,
             train_data,
-            test_data,
+            prepared.test_data,
             recipe.loop,
             seed=recipe.seed,
             run=run,
@@ -232,7 +296,7 @@ def _train(
         if run is None:
             return None
         if isinstance(model, Pretrained):
-            model.save_pretrained(path / "model")
+            _whole(recipe, model, job, path).save_pretrained(path / "model")
         return run.finish(
             {
                 "kind": "cluster",
@@ -247,13 +311,23 @@ def _train(
                 "num_steps": result.num_steps,
                 "num_skipped": result.num_skipped,
                 "train_s": result.train_s,
-                "num_parameters": sum(p.numel() for p in model.parameters()),
+                "num_parameters": num_parameters,
                 **result.totals,
             }
         )
     finally:
         if run is not None:
             run.close()
+
+
+def _whole(recipe: ClusterRecipe, model: Pretrained, job: Job, path: Path) -> Pretrained:
+    """The trained model in one piece; what a plan has divided is put together from the last checkpoint."""
+    if not job.exchange.is_divided:
+        return model
+    whole = build_model(recipe.model.name, **recipe.model.options)
+    assert isinstance(whole, Pretrained), "built as the model was"
+    load_model(complete_checkpoints(path / "checkpoints")[-1], whole)
+    return whole
 
 
 def _find_run(recipe: ClusterRecipe, out: Path, resume: bool) -> tuple[int, bool]:

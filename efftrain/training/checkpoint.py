@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -47,6 +47,7 @@ from efftrain.training.job import Job
 FORMAT_VERSION = 2
 KEEP = 2
 _STATE = "state"
+_UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
     path = found[-1]
     meta = _read_meta(path)
     own = [_parse(path, f"rank-{rank}.safetensors", meta) for rank in range(meta["world_size"])]
-    for name in meta["files"]:
-        if name.startswith(f"{_STATE}/"):
-            _read(path, name, meta)
+    _check_state(path, meta)
     try:
-        job.load_state_dict(_read_state(path / _STATE, job, meta["numbers"]), meta["numbers"])
+        tensors = job.expect(_shapes(path / _STATE), meta["numbers"])
+        _fill(path / _STATE, tensors)
+        job.load_state_dict(tensors, meta["numbers"])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     exchange = job.exchange
@@ -111,6 +112,29 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
     else:
         torch.manual_seed(hash_seed(seed, job.num_steps, exchange.rank))
     return Restored(path, job.num_steps, meta["extra"])
+
+
+def load_model(checkpoint: Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint into a whole model, in one process, whatever plan wrote them.
+
+    Args:
+        checkpoint: A finished one, of ``complete_checkpoints``.
+        model: Of the same kind; its tensors are overwritten.
+
+    Raises:
+        CheckpointError: Damaged, or of another model.
+    """
+    meta = _read_meta(checkpoint)
+    _check_state(checkpoint, meta)
+    own = {f"model/{name}": value for name, value in model.state_dict().items()}
+    shapes = _shapes(checkpoint / _STATE)
+    for name, value in own.items():
+        if shapes.get(name) != tuple(value.shape):
+            raise CheckpointError(
+                f"{checkpoint}: tensor {name.removeprefix('model/')!r}: expected {tuple(value.shape)}, found "
+                f"{shapes.get(name, 'no such tensor')}; is it of another model?"
+            )
+    _fill(checkpoint / _STATE, own)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -248,19 +272,28 @@ def _meta_sha256(meta: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(rest, sort_keys=True).encode())
 
 
-def _read_state(folder: Path, job: Job, numbers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What this rank holds of the tensors of a checkpoint whose checksums are right; needs no other rank."""
+def _check_state(path: Path, meta: Mapping[str, Any]) -> None:
+    for name in meta["files"]:
+        if name.startswith(f"{_STATE}/"):
+            _read(path, name, meta)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the whole tensors in files whose checksums are right."""
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); delete it to use an older checkpoint") from error
+    return {name: tuple(one.size) for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
+
+
+def _fill(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read this rank's part of each tensor, without the other ranks."""
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        found = reader.read_metadata().state_dict_metadata
-        shapes = {name: tuple(one.size) for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
-        tensors = job.expect(shapes, numbers)
-        _quietly(lambda: load_distributed(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True))
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        _quietly(lambda: load_distributed(tensors, storage_reader=reader, no_dist=True))
+    except _UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); delete it to use an older checkpoint") from error
-    return tensors
 
 
 def _quietly(action: Callable[[], object]) -> None:

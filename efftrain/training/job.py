@@ -127,7 +127,10 @@ class Job:
             return StepResult(float("nan"), float("nan"), lr, skipped=True)
         self._skipped_in_a_row = 0
         if self.step_config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.step_config.clip_norm, norm)
+            # Some of a divided model's gradients are DTensors, some are not: torch cannot scale both in one kernel.
+            one_by_one = False if self.exchange.is_divided else None
+            limit = self.step_config.clip_norm
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm, foreach=one_by_one)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

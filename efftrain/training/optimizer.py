@@ -53,9 +53,11 @@ class OptimizerConfig:
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
+        # A kernel over many parameters takes plain ones or those of a mesh, not both.
+        foreach = None if len({type(p.data) for p in trainable}) == 1 else False
         if self.name == "sgd":
-            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, foreach=foreach)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), foreach=foreach)
 
     def lr_at(self, step: int, total_steps: int | None) -> float:
         """Learning rate of update ``step``, counted from 0, of ``total_steps`` (``None``: not known, so no decay)."""
