@@ -1,0 +1,143 @@
+"""What the ranks of the grid test do: many plans in one group, each against one process."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from efftrain.compression import parse_codec
+from efftrain.errors import ConfigError
+from efftrain.models import build_model
+from efftrain.parallel import Plan, mesh
+from efftrain.training import Job, OptimizerConfig, StepConfig
+from tests.distributed.jobs import in_group
+
+Facts = dict[str, Any]
+Settings = Mapping[str, Any]
+
+SAMPLES = 8
+OPTIMIZER = OptimizerConfig(lr=0.1)
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_model("char-transformer", vocab=32, context=8, width=16, depth=4, heads=2)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(32, (SAMPLES, 9), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def plan_of(settings: Settings) -> Plan:
+    return Plan(**{**settings, "codec": parse_codec(settings.get("codec", "Identity()"))})
+
+
+def job_of(settings: Settings) -> Job:
+    plan = plan_of(settings)
+    share = SAMPLES // plan.replicas(mesh.world_size())
+    return plan.apply(model(), batch(0)[0][:share], optimizer=OPTIMIZER, step=StepConfig(check_replicas_every=1))
+
+
+def step_of(job: Job, step: int) -> Any:
+    inputs, targets = batch(step)
+    share = SAMPLES // job.exchange.num_replicas
+    mine = slice(job.exchange.replica * share, (job.exchange.replica + 1) * share)
+    return job.step(inputs[mine], targets[mine])
+
+
+def one_process(num_steps: int) -> Facts:
+    """Gradients of the first step by name, losses and norms."""
+    job = Job(model(), optimizer=OPTIMIZER)
+    results = []
+    grads = {}
+    for step in range(num_steps):
+        results.append(job.step(*batch(step)))
+        if step == 0:
+            grads = {name: p.grad.clone() for name, p in job.model.named_parameters() if p.grad is not None}
+    return {"grads": grads, "losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
+
+
+@in_group
+def cells(plans: Sequence[Settings], num_steps: int = 3) -> list[Facts]:
+    """Of each plan: largest error of a gradient relative to the largest entry of all, losses and norms; or why not."""
+    expected = one_process(num_steps)
+    found = []
+    for settings in plans:
+        try:
+            found.append(_cell(settings, expected, num_steps))
+        except Exception as error:
+            raise AssertionError(f"{dict(settings)}: {error}") from error
+    return found
+
+
+def _cell(settings: Settings, expected: Facts, num_steps: int) -> Facts:
+    try:
+        job = job_of(settings)
+    except ConfigError as error:
+        return {"refused": str(error)}
+    results, facts = [], {}
+    for step in range(num_steps):
+        results.append(step_of(job, step))
+        if step == 0:
+            facts = _compare(job, expected["grads"], int(settings.get("tensor", 1)))
+    return {
+        **facts,
+        "losses": max(abs(r.loss - x) for r, x in zip(results, expected["losses"], strict=True)),
+        "norms": max(abs(r.grad_norm / x - 1) for r, x in zip(results, expected["norms"], strict=True)),
+    }
+
+
+def _compare(job: Job, expected: Mapping[str, Tensor], tensor: int) -> Facts:
+    """The error of what was exchanged, and of that plus what all replicas keep for later."""
+    residuals = _mean_residuals(job, tensor)
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    error = owed = 0.0
+    names = []
+    for name, parameter in job.model.named_parameters():
+        assert parameter.grad is not None, name
+        names.append(name)
+        grad = parameter.grad
+        error = max(error, float((_whole(grad) - expected[name]).abs().max()) / scale)
+        own = grad.to_local() if isinstance(grad, DTensor) else grad
+        total = own + residuals.get(name, torch.zeros(own.numel())).view_as(own)
+        if isinstance(grad, DTensor):
+            total = DTensor.from_local(total, grad.device_mesh, grad.placements, shape=grad.shape, stride=grad.stride())
+        owed = max(owed, float((_whole(total) - expected[name]).abs().max()) / scale)
+    return {"error": error, "with_residuals": owed, "names": names}
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _mean_residuals(job: Job, tensor: int) -> dict[str, Tensor]:
+    """Of the ranks with this rank's place on the tensor axis: what each parameter is owed."""
+    everyone: list[Any] = [None] * mesh.world_size()
+    own = {k.partition("/")[2]: v for k, v in job.exchange.state_dict().items() if k.startswith("residual/")}
+    dist.all_gather_object(everyone, own)
+    total: dict[str, Tensor] = {}
+    for rank, found in enumerate(everyone):
+        if rank % tensor == mesh.rank() % tensor:
+            for name, value in found.items():
+                total[name] = total.get(name, torch.zeros_like(value)) + value / job.exchange.num_replicas
+    return total
+
+
+@in_group
+def train_and_save(settings: Settings, folder: str, num_steps: int) -> Facts:
+    """Some steps, a checkpoint, and some more."""
+    from pathlib import Path
+
+    from efftrain.training.checkpoint import load_checkpoint, save_checkpoint
+
+    job = job_of(settings)
+    restored = load_checkpoint(Path(folder), job, seed=0)
+    first = job.num_steps
+    losses = [step_of(job, step).loss for step in range(first, first + num_steps)]
+    save_checkpoint(Path(folder), job)
+    return {"losses": losses, "first": first, "restored": restored is not None, "owed": job.exchange.residual_norm()}
