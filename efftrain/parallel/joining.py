@@ -23,6 +23,8 @@ from efftrain.errors import PeerError
 
 _PREFIX = "efftrain/join"
 _POLL_S = (0.005, 0.2)
+_PATIENCE_S = 300.0
+"""At least so long a restarted worker waits for the others. It costs nothing: torchrun ends all if one of them dies."""
 _meetings = itertools.count(1)
 
 
@@ -35,10 +37,11 @@ def meet(timeout_s: float) -> tuple[Store, int, int]:
     Raises:
         PeerError: Somebody did not come in time.
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    limit_s = max(timeout_s, _PATIENCE_S) if _outlives_workers() else timeout_s
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=limit_s)))
     if not _outlives_workers():
         return store, rank, world_size
-    return PrefixStore(call_roll(store, rank, world_size, timeout_s), store), rank, world_size
+    return PrefixStore(call_roll(store, rank, world_size, limit_s), store), rank, world_size
 
 
 def call_roll(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
