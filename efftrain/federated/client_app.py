@@ -4,9 +4,7 @@ It needs its number in the population (``node_config["partition-id"]``, which sa
 everything else from the message: model, recipe, round.
 """
 
-import contextlib
 import json
-import threading
 import zlib
 from functools import lru_cache
 
@@ -16,7 +14,8 @@ from efftrain.config import from_dict
 from efftrain.errors import ConfigError
 from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
 from efftrain.federated.data import client_data, client_train
-from efftrain.federated.engines import Engine, Trained, get_engine
+from efftrain.federated.engines import Trained, get_engine
+from efftrain.federated.fleet import client_config
 from efftrain.federated.flower import (
     ClientApp,
     ConfigRecord,
@@ -49,15 +48,13 @@ def train(message: Message, context: Context) -> Message:
         NonFiniteError: Training diverged.
     """
     recipe, partition, server_round = _read(message, context)
-    engine = get_engine(recipe.client.engine)
-    with _alone(engine):
-        result = engine.train(
-            recipe.model,
-            model_of(message.content),
-            client_train(recipe.data, partition, recipe.seed),
-            recipe.client,
-            seed=_client_seed(recipe.seed, server_round, partition),
-        )
+    result = get_engine(recipe.client.engine).train(
+        recipe.model,
+        model_of(message.content),
+        client_train(recipe.data, partition, recipe.seed),
+        client_config(recipe, partition),
+        seed=_client_seed(recipe.seed, server_round, partition),
+    )
     metrics = MetricRecord(
         {NUM_SAMPLES: result.num_samples, "loss": result.loss, PARTITION: partition, RAM: result.ram_bytes or 0}
     )
@@ -77,10 +74,9 @@ def evaluate(message: Message, context: Context) -> Message:
         ConfigError: As ``train``.
     """
     recipe, partition, _ = _read(message, context)
-    engine = get_engine(recipe.client.engine)
     data = client_data(recipe.data, partition, recipe.seed).test
-    with _alone(engine):
-        result = engine.evaluate(recipe.model, model_of(message.content), data, recipe.client)
+    config = client_config(recipe, partition)
+    result = get_engine(recipe.client.engine).evaluate(recipe.model, model_of(message.content), data, config)
     metrics = MetricRecord(
         {NUM_SAMPLES: result.num_samples, "accuracy": result.accuracy, "loss": result.loss, PARTITION: partition}
     )
@@ -106,14 +102,6 @@ def _read(message: Message, context: Context) -> tuple[FederatedRecipe, int, int
 @lru_cache(maxsize=4)
 def _recipe(text: str) -> FederatedRecipe:
     return from_dict(FederatedRecipe, json.loads(text))
-
-
-_ENGINE_LOCK = threading.Lock()
-
-
-def _alone(engine: Engine) -> contextlib.AbstractContextManager[object]:
-    """Keep other threads out of an engine that does not say that it lets several in (``parallel = True``)."""
-    return contextlib.nullcontext() if getattr(engine, "parallel", False) else _ENGINE_LOCK
 
 
 def _parts(result: Trained) -> ConfigRecord:

@@ -84,7 +84,20 @@ with warnings.catch_warnings():
         from flwr.clientapp import ClientApp
         from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
         from flwr.serverapp import Grid, ServerApp
-        from flwr.serverapp.strategy import FedAvg, Strategy
+        from flwr.serverapp.strategy import (
+            Bulyan,
+            FedAdagrad,
+            FedAdam,
+            FedAvg,
+            FedAvgM,
+            FedMedian,
+            FedProx,
+            FedTrimmedAvg,
+            FedYogi,
+            Krum,
+            MultiKrum,
+            Strategy,
+        )
         from flwr.supercore.run import Run
         from flwr.supercore.task_identity import TaskIdentity
     except ImportError as error:
@@ -92,21 +105,35 @@ with warnings.catch_warnings():
             f"Flower {VERSION} is installed but cannot be imported ({error}). Install it again: {_INSTALL}"
         ) from error
 
+MEAN_STRATEGIES: tuple[type[Strategy], ...] = (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad)
+"""Strategies of Flower that look at nothing but the weighted mean of the replies."""
+
 __all__ = [
+    "MEAN_STRATEGIES",
     "SUPERLINK_NODE_ID",
     "VERSION",
     "Array",
     "ArrayRecord",
+    "Bulyan",
     "ClientApp",
     "ConfigRecord",
     "Context",
     "Error",
     "ErrorCode",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
     "Grid",
+    "Krum",
     "Message",
     "MessageType",
     "MetricRecord",
+    "MultiKrum",
     "RecordDict",
     "Run",
     "ServerApp",

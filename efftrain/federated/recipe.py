@@ -5,6 +5,7 @@ its data and this package.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from efftrain.compression import Codec, parse_codec
@@ -12,6 +13,8 @@ from efftrain.models import MODELS
 
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
 MAX_CLIENTS = 10_000_000
+DEVICES = tuple(sorted(path.stem for path in (Path(__file__).parent / "devices").glob("*.toml")))
+"""Names of the device profiles; see ``efftrain.federated.devices``."""
 Options = dict[str, int | float | str | bool]
 
 
@@ -104,6 +107,8 @@ class ClientConfig:
     momentum: float = 0.0
     threads: int = 1
     """Threads of one operator. Part of the recipe: sums split over threads round differently."""
+    timeout_s: float = 600.0
+    """In process: a client that computes for longer is given up, and counts as dropped."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "threads"):
@@ -113,6 +118,8 @@ class ClientConfig:
             raise ValueError(f"lr is {self.lr}, expected a positive number")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}, expected a number in [0, 1)")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}, expected a positive number of seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,25 +127,44 @@ class RoundsConfig:
     """The server's side: how many rounds, with whom, aggregated how."""
 
     rounds: int = 25
+    """Rounds; with ``[fedbuff]``, updates of the global model."""
     fraction: float = 1.0
-    """Share of the clients that train in a round, at least one; drawn from the recipe's seed."""
+    """Share of the clients that a round takes replies of, at least one; drawn from the recipe's seed."""
+    cohort: int = 0
+    """The same as a number; 0 leaves it to ``fraction``."""
+    over_select: bool = False
+    """Ask more clients than a round takes replies of, by the share that dropped out lately: the round ends with the
+    reply that completes it, and the work of those that were slower is lost."""
     strategy: str = "fedavg"
     """How updates become a model; see ``efftrain.federated.strategies``. ``fedavg``: mean of the clients' models
     weighted by samples (McMahan et al., arXiv:1602.05629)."""
     strategy_options: Options = field(default_factory=dict, hash=False)
     """Knobs of the strategy."""
     min_replies: int = 1
-    """Quorum: with fewer accepted replies in a round the run ends with ``RoundError``."""
+    """Quorum: a round with fewer accepted replies is abandoned, and the model stays as it was."""
+    max_abandoned: int = 3
+    """So many rounds abandoned one after the other end the run with ``RoundError``."""
     timeout_s: float = 600.0
-    """How long a round waits for replies on a real network. In process, clients run inside the call."""
+    """Deadline of a round: virtual seconds where ``[fleet]`` gives clients a device, else seconds on the wall."""
+    pace_s: float = 0.0
+    """Pace steering: a client that took part is asked again no sooner than after so long."""
+    evaluate: Literal["clients", "server"] = "clients"
+    """Who measures the global model: every client on its own test data, or the server on the whole test set."""
+    evaluate_every: int = 1
+    """Rounds between two measurements; the last round is always measured."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}, expected at least 1")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction}, expected a share in (0, 1]")
-        if self.min_replies < 1:
-            raise ValueError(f"min_replies is {self.min_replies}, expected at least 1")
+        for name in ("min_replies", "max_abandoned", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.cohort < 0:
+            raise ValueError(f"cohort is {self.cohort}, expected a number of clients, or 0")
+        if not 0 <= self.pace_s < float("inf"):
+            raise ValueError(f"pace_s is {self.pace_s}, expected 0 or more seconds")
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s is {self.timeout_s}, expected a positive number of seconds")
 
@@ -177,6 +203,78 @@ class GateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FleetConfig:
+    """Simulation only: what devices the clients are. Without it every client answers at once."""
+
+    devices: dict[str, float] = field(default_factory=dict, hash=False)
+    """Device profile -> share of the population; the profiles are ``efftrain.federated.devices.DEVICES``."""
+    schemes: dict[str, str] = field(default_factory=dict, hash=False)
+    """Device profile -> update scheme that these devices train with, instead of ``client.scheme``."""
+    drop_out: float = 0.0
+    """Share of the trainings that end without a reply: battery empty, network gone, app closed."""
+    availability: bool = False
+    """Whether a device can only be asked when its profile has it switched on and charging; otherwise always."""
+    workers: int = 1
+    """Threads that run clients. The results are the same for any number."""
+
+    def __post_init__(self) -> None:
+        if any(not share > 0 for share in self.devices.values()):
+            raise ValueError(f"devices is {self.devices}, expected positive shares")
+        unknown = sorted(set(self.devices) - set(DEVICES))
+        if unknown:
+            raise ValueError(f"devices names {unknown[0]!r}, expected some of {', '.join(DEVICES)}")
+        if set(self.schemes) - set(self.devices):
+            raise ValueError(f"schemes is {self.schemes}, expected only devices of the fleet: {list(self.devices)}")
+        if not 0 <= self.drop_out < 1:
+            raise ValueError(f"drop_out is {self.drop_out}, expected a share in [0, 1)")
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FedBuffConfig:
+    """Buffered asynchronous updates instead of rounds.
+
+    Source: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation (arXiv:2106.06639).
+    """
+
+    buffer: int = 0
+    """``K``: the model moves on with every ``K`` updates. 0: synchronous rounds."""
+    concurrency: int = 0
+    """``M``: so many clients train at any time. 0: as many as a synchronous round takes."""
+    lr: float = 1.0
+    """Server learning rate: factor of the mean update."""
+
+    def __post_init__(self) -> None:
+        if self.buffer < 0 or self.concurrency < 0:
+            raise ValueError(f"buffer is {self.buffer} and concurrency {self.concurrency}, expected 0 or more")
+        if self.concurrency and not self.buffer:
+            raise ValueError(f"concurrency is {self.concurrency}, but buffer is 0: rounds are synchronous")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr is {self.lr}, expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttackConfig:
+    """Simulation only: clients that send what harms. To find out what a strategy stands."""
+
+    kind: Literal["none", "sign_flip", "scale", "label_flip", "alie"] = "none"
+    """``sign_flip``: the update backwards. ``scale``: the update ``factor`` times. ``label_flip``: honest training on
+    labels ``classes - 1 - label``. ``alie``: a little is enough (Baruch et al., arXiv:1902.06156), all attackers
+    together."""
+    share: float = 0.2
+    """Share of the population that attacks, drawn from the recipe's seed."""
+    factor: float = 100.0
+    """Of ``scale``."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}, expected a share in (0, 1)")
+        if not 0 < self.factor < float("inf"):
+            raise ValueError(f"factor is {self.factor}, expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FederatedRecipe:
     """A whole federated run. ``efftrain.config.load_recipe(FederatedRecipe, path)`` reads one.
 
@@ -193,16 +291,30 @@ class FederatedRecipe:
     server: RoundsConfig = field(default_factory=RoundsConfig)
     uplink: UplinkConfig = field(default_factory=UplinkConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    fedbuff: FedBuffConfig = field(default_factory=FedBuffConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected 0 or more")
-        if self.server.min_replies > self.num_clients:
+        for name in ("min_replies", "cohort"):
+            if getattr(self.server, name) > self.num_clients:
+                raise ValueError(
+                    f"server.{name} is {getattr(self.server, name)}, but there are {self.num_clients} clients"
+                )
+        if self.data.samples_per_client > self.gate.max_samples and self.data.partition != "natural":
             raise ValueError(
-                f"server.min_replies is {self.server.min_replies}, but there are {self.num_clients} clients"
+                f"every client has {self.data.samples_per_client} samples, but gate.max_samples refuses more than "
+                f"{self.gate.max_samples}"
             )
 
     @property
     def num_clients(self) -> int:
         """Clients of the whole population."""
         return self.data.num_clients
+
+    @property
+    def cohort(self) -> int:
+        """Replies that a round takes, at most."""
+        return self.server.cohort or max(1, round(self.server.fraction * self.num_clients))

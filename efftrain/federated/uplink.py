@@ -195,6 +195,11 @@ class UplinkGrid(Grid):
         """The grid that carries the messages."""
         return self._inner
 
+    @property
+    def downlink_bytes(self) -> int:
+        """Sent since the last ``take_traffic``."""
+        return self._traffic.downlink_bytes
+
     def take_traffic(self) -> Traffic:
         """What happened since the last call, and start counting anew."""
         taken, self._traffic = self._traffic, Traffic()

@@ -10,6 +10,7 @@ R = TypeVar("R")
 
 _AHEAD = 4
 """Results that a worker may be ahead of whoever takes them: enough to keep it busy, few enough to stay small."""
+_STOP_S = 5.0
 
 
 def in_order(
@@ -48,6 +49,8 @@ class _Work(Generic[T, R]):
         self._taken = 0
         self._ahead = _AHEAD * workers
         self._started: dict[int, float] = {}
+        self._serving: dict[int, threading.Thread] = {}
+        self._threads: list[threading.Thread] = []
         self._results: dict[int, R | None] = {}
         self._errors: dict[int, BaseException] = {}
         self._abandoned: set[int] = set()
@@ -70,14 +73,21 @@ class _Work(Generic[T, R]):
             return self._results.pop(number)
 
     def stop(self) -> None:
-        """Let the threads end after the job they are at."""
+        """Let the threads end after the job they are at, and wait for them for a moment: a process that ends while one
+        of its threads computes is aborted."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+            busy = [thread for thread in self._threads if thread.is_alive()]
+        end = time.monotonic() + _STOP_S
+        for thread in busy:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _spawn(self) -> None:
         # A daemon: a thread that hangs must not keep the process from ending.
-        threading.Thread(target=self._serve, name="efftrain-client", daemon=True).start()
+        thread = threading.Thread(target=self._serve, name="efftrain-client", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _abandon_late(self) -> None:
         if self._timeout_s is None:
@@ -87,6 +97,7 @@ class _Work(Generic[T, R]):
             del self._started[number]
             self._abandoned.add(number)
             self._results[number] = None
+            self._threads.remove(self._serving.pop(number))  # nobody waits for it any more
             self._spawn()
 
     def _patience(self) -> float | None:
@@ -106,6 +117,7 @@ class _Work(Generic[T, R]):
                 number = self._next
                 self._next += 1
                 self._started[number] = time.monotonic()
+                self._serving[number] = threading.current_thread()
             result, error = None, None
             try:
                 result = self._run(self._items[number])
@@ -114,7 +126,7 @@ class _Work(Generic[T, R]):
             with self._changed:
                 if number in self._abandoned:  # another thread has taken this one's place
                     return
-                del self._started[number]
+                del self._started[number], self._serving[number]
                 if error is not None:
                     self._errors[number] = error
                 else:

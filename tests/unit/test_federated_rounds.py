@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = FederatedRecipe(
     data=DataConfig(people=(1, 4, 7)), client=ClientConfig(epochs=1), server=RoundsConfig(rounds=2), seed=3
 )
-TIMES = ("round_s", "first_round_s", "wall_s")
+TIMES = ("train_s", "round_s", "first_round_s", "wall_s")
 
 
 def figures(recipe: FederatedRecipe) -> dict[str, object]:
@@ -63,7 +63,7 @@ def test_the_callers_generators_are_left_alone() -> None:
 def test_rounds_are_reported_and_counted() -> None:
     seen: list[RoundResult] = []
     result = run_federated(SMALL, on_round=seen.append)
-    assert tuple(seen) == result.rounds
+    assert tuple(replace(one, clients=()) for one in seen) == result.rounds
     assert [one.round for one in seen] == [1, 2]
     assert set(seen[0].accuracy_per_person) == {"1", "4", "7"}
     assert seen[1].accuracy == pytest.approx(np.mean(list(seen[1].accuracy_per_person.values())))

@@ -1,0 +1,439 @@
+"""One federated run in the making: the global model, who is on the way, and the two ways to move on.
+
+``round`` is synchronous: a cohort trains the same model, and the round ends when enough have replied, when nobody is
+left, or at the deadline. ``buffered`` is FedBuff: clients come and go, and the model moves on with every ``K`` updates.
+"""
+
+import contextlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from efftrain.config import to_dict
+from efftrain.errors import ConfigError, RoundError
+from efftrain.federated.aggregate import HELD, Aggregation, is_mean_only
+from efftrain.federated.client_app import EVALUATE_METRICS, RAM, TRAIN_METRICS
+from efftrain.federated.client_uplink import Tensors
+from efftrain.federated.data import server_test
+from efftrain.federated.engines import State, get_engine
+from efftrain.federated.fleet import Fleet, device_of
+from efftrain.federated.flower import (
+    ArrayRecord,
+    ConfigRecord,
+    Grid,
+    Message,
+    MessageType,
+    RecordDict,
+    Run,
+    Strategy,
+    read_arrays,
+    write_arrays,
+)
+from efftrain.federated.gate import is_trained
+from efftrain.federated.grid import InProcessGrid
+from efftrain.federated.mailbox import TOO_LATE, Delivery, Mailbox, VirtualMailbox, WallMailbox
+from efftrain.federated.recipe import FederatedRecipe
+from efftrain.federated.results import MAX_REASONS, ClientResult, Outcome, RoundResult, state_sha256
+from efftrain.federated.selection import Selector
+from efftrain.federated.uplink import UplinkGrid
+
+SURPLUS = "the round was complete without it"
+_WAIT_S = 300.0
+"""Virtual seconds that a simulated server waits where nobody can be asked ..."""
+_MOST_WAITS = 2016
+"""... and how often it does so before it gives up: for a week."""
+
+
+class Driver:
+    """See the top of this file.
+
+    Args:
+        grid: Carries the messages. An ``InProcessGrid`` is a simulation, with the recipe's fleet and virtual time.
+        recipe: What to do.
+        strategy: What goes out, and how replies become a model.
+
+    Raises:
+        ConfigError: A network is given a recipe that simulates devices or attacks, or no simulated device can do the
+            training.
+    """
+
+    def __init__(self, grid: Grid, recipe: FederatedRecipe, strategy: Strategy) -> None:
+        simulated = isinstance(grid, InProcessGrid)
+        if not simulated and (recipe.fleet.devices or recipe.fleet.drop_out or recipe.attack.kind != "none"):
+            raise ConfigError("[fleet] and [attack] are for simulation in one process; real clients bring their own")
+        self.recipe = recipe
+        self.strategy = strategy
+        self.wire = UplinkGrid(
+            grid,
+            recipe.uplink.build(),
+            recipe.gate,
+            feedback=recipe.uplink.feedback,
+            seed=recipe.seed,
+            train_metrics=TRAIN_METRICS,
+            evaluate_metrics=EVALUATE_METRICS,
+        )
+        self.fleet = Fleet(recipe) if simulated else None
+        if self.fleet is not None:
+            self.fleet.check()
+        self.selector = Selector(recipe, self.fleet)
+        self.arrays = ArrayRecord()
+        self.old_arrays: dict[int, ArrayRecord] = {}
+        """Model versions that clients on the way were sent, in buffered mode."""
+        self.initial_sha256 = ""
+        self.accuracy_before = float("nan")
+        self.accuracy_per_person_before: dict[str, float] = {}
+        self.peak_ram_bytes = 0
+        self.mailbox: Mailbox
+        self._mean_only = is_mean_only(strategy) and (recipe.fedbuff.buffer > 0 or recipe.cohort > HELD)
+        self._nodes: list[int] = list(grid.get_node_ids()) if simulated else []
+        self._text = json.dumps(to_dict(recipe), separators=(",", ":"))
+        self._state: Tensors = {}
+        self._measured: tuple[float, dict[str, float], float] = (float("nan"), {}, float("nan"))
+        self._busy: set[int] = set()
+
+    def begin(self, state: State) -> None:
+        """Start from a model: wait for the nodes, measure it."""
+        self._set_model(write_arrays(state))
+        self.initial_sha256 = state_sha256(self._state)
+        self.make_mailbox()
+        _wait_for_nodes(self.wire, self.recipe)
+        self.accuracy_before, self.accuracy_per_person_before, _ = self._measure(0)
+        self.wire.take_traffic()  # measuring the start is no part of any round
+
+    def make_mailbox(self) -> None:
+        """The mailbox of this kind of grid."""
+        limit_s = self.recipe.server.timeout_s if self.recipe.fedbuff.buffer else math.inf
+        if self.fleet is None:
+            self.mailbox = WallMailbox(self.wire, limit_s)
+            return
+        codec = self.recipe.uplink.build()
+        uplink_bytes = sum(codec.encoded_bytes(tensor.size) for tensor in self._state.values() if is_trained(tensor))
+        self.mailbox = VirtualMailbox(self.wire, self.fleet, uplink_bytes, limit_s)
+
+    # Synchronous rounds ------------------------------------------------------------------------------------------
+
+    def round(self, number: int) -> RoundResult:
+        """Train one cohort and aggregate; measure the result if it is due."""
+        wall_s, server, box = time.perf_counter(), self.recipe.server, self.mailbox
+        goal = min(self.recipe.cohort, self.recipe.num_clients)
+        cohort = self._select(number, self.selector.num_to_ask(goal))
+        started_s = box.now_s
+        self.selector.asked(cohort, started_s)
+        box.post(self._messages(number, self.arrays, cohort), number - 1)
+        taken = Aggregation(self.strategy, mean_only=self._mean_only)
+        accepted: list[Delivery] = []
+        rows: list[ClientResult] = []
+        while len(accepted) < goal and box.num_waiting:
+            num_before = len(rows)
+            for delivery in box.collect(goal - len(accepted), started_s + server.timeout_s):
+                rows.append(self._row(number, delivery))
+                update = delivery.arrival.update
+                if update is None:
+                    continue
+                if box.in_order and self._mean_only:  # added at once, for 10,000 of them would be gigabytes
+                    taken.add(update, delivery.arrival.node_id, weight=update.num_samples)
+                    delivery = _without_tensors(delivery)
+                accepted.append(delivery)
+            if len(rows) == num_before:
+                break
+        for delivery in box.give_up(SURPLUS if len(accepted) >= goal else TOO_LATE):
+            rows.append(self._row(number, delivery))
+        if not taken.num_updates:  # a sum of floats depends on its order, and that of a network never repeats
+            for delivery in sorted(accepted, key=_order):
+                if (update := delivery.arrival.update) is not None:
+                    taken.add(update, delivery.arrival.node_id, weight=update.num_samples)
+        self.selector.learn(
+            sum(row.outcome != "surplus" for row in rows), sum(row.outcome in ("dropped", "late") for row in rows)
+        )
+        problem = ""
+        if len(accepted) < server.min_replies:
+            problem = self._too_few("training", number, len(accepted), len(cohort), server.min_replies, rows)
+        else:
+            self._close(number, taken)
+            self.wire.settle([delivery.arrival for delivery in accepted])
+        return self._result(number, rows, taken, wall_s, problem)
+
+    def _select(self, number: int, size: int) -> list[int]:
+        """A cohort; in simulation the server waits until at least the quorum can be asked."""
+        nodes = self._nodes or sorted(self.wire.get_node_ids())
+        for _ in range(_MOST_WAITS):
+            cohort = self.selector.cohort(number, nodes, size, self.mailbox.now_s)
+            if len(cohort) >= min(size, self.recipe.server.min_replies) or not isinstance(self.mailbox, VirtualMailbox):
+                return cohort
+            self.mailbox.wait(_WAIT_S)
+        raise RoundError(
+            f"round {number}: for a week of virtual time fewer than server.min_replies "
+            f"({self.recipe.server.min_replies}) clients were online, fitted their device and were not resting"
+        )
+
+    # Buffered updates --------------------------------------------------------------------------------------------
+
+    def buffered(self, number: int) -> RoundResult:
+        """Collect ``fedbuff.buffer`` updates of clients that started at various times, and move the model on."""
+        wall_s, box, size = time.perf_counter(), self.mailbox, self.recipe.fedbuff.buffer
+        taken = Aggregation(self.strategy, mean_only=self._mean_only)
+        rows: list[ClientResult] = []
+        while taken.num_updates < size:
+            self._fill_up(number, box.now_s)
+            # Who starts meanwhile is sent the same model: it changes with the last of the updates, not before.
+            fill_up = partial(self._fill_up, number)
+            for delivery in box.collect(size - taken.num_updates, math.inf, fill_up):
+                row = self._row(number, delivery)
+                rows.append(row)
+                self._busy.discard(delivery.arrival.node_id)
+                update = delivery.arrival.update
+                if update is not None:
+                    # Section 5 of the paper: each update counts 1 / sqrt(1 + staleness), whatever the client's number
+                    # of samples, and the sum is divided by K.
+                    share = 1 / math.sqrt(1 + row.staleness)
+                    taken.add(update, delivery.arrival.node_id, weight=1.0, share=share)
+                    self.wire.settle([delivery.arrival])
+            if len(rows) >= size * (2 + self.recipe.server.max_abandoned) and not taken.num_updates:
+                raise RoundError(self._too_few("training", number, 0, len(rows), 1, rows))
+        self._close(number, taken, lr=self.recipe.fedbuff.lr)
+        return self._result(number, rows, taken, wall_s, "")
+
+    def _fill_up(self, number: int, time_s: float) -> None:
+        """Start clients with the current model until ``concurrency`` train."""
+        box, nodes = self.mailbox, self._nodes or sorted(self.wire.get_node_ids())
+        missing = min(self.recipe.fedbuff.concurrency or self.recipe.cohort, len(nodes)) - box.num_waiting
+        chosen: list[int] = []
+        for _ in range(_MOST_WAITS):
+            while len(chosen) < missing:
+                node_id = self.selector.one(nodes, self._busy, time_s)
+                if node_id is None:
+                    break
+                self._busy.add(node_id)
+                chosen.append(node_id)
+            if chosen or box.num_waiting or not isinstance(box, VirtualMailbox):
+                break
+            box.wait(_WAIT_S)
+            time_s = box.now_s
+        if chosen:
+            self.selector.asked(chosen, time_s)
+            self.old_arrays[number - 1] = self.arrays
+            messages = self._messages(number, self.arrays, sorted(chosen))
+            box.post(messages, number - 1, [time_s] * len(messages))
+        elif not box.num_waiting and not self._busy:
+            raise RoundError(f"update {number}: nobody could be asked, for a week of virtual time")
+
+    # Both --------------------------------------------------------------------------------------------------------
+
+    def _messages(self, number: int, arrays: ArrayRecord, nodes: Sequence[int]) -> list[Message]:
+        """What the strategy sends to these nodes, in their order; see Note [seeded sampling] in ``selection``."""
+        cohort = _CohortGrid(self.wire, list(nodes))
+        with _seeded(self.recipe.seed, number, 0):
+            messages = list(self.strategy.configure_train(number, arrays, ConfigRecord({"recipe": self._text}), cohort))
+        return sorted(messages, key=lambda message: message.metadata.dst_node_id)
+
+    def _close(self, number: int, taken: Aggregation, *, lr: float = 1.0) -> None:
+        arrays = taken.close(number, self._state, lr=lr)
+        if arrays is None:
+            raise RoundError(f"round {number}: the strategy made no model of {taken.num_updates} accepted replies")
+        self._set_model(arrays)
+
+    def _set_model(self, arrays: ArrayRecord) -> None:
+        self.arrays, self._state = arrays, read_arrays(arrays)
+
+    def _row(self, number: int, delivery: Delivery) -> ClientResult:
+        arrival, update = delivery.arrival, delivery.arrival.update
+        outcome: Outcome = "trained"
+        if update is None:
+            outcomes: Mapping[str, Outcome] = {SURPLUS: "surplus", TOO_LATE: "late"}
+            outcome = "refused" if arrival.refused else outcomes.get(arrival.problem, "dropped")
+        ram_bytes = device_ram_bytes = 0
+        device = None
+        if self.fleet is not None and delivery.partition is not None:
+            ram_bytes = self.fleet.cost(delivery.partition).ram_bytes
+            device = device_of(self.recipe, delivery.partition)
+            profile = self.fleet.device(delivery.partition)
+            device_ram_bytes = 0 if profile is None else profile.ram_bytes
+        if update is not None and self.fleet is None:
+            ram_bytes = int(update.metrics.get(RAM, 0))
+        if outcome == "trained":
+            self.peak_ram_bytes = max(self.peak_ram_bytes, ram_bytes)
+        return ClientResult(
+            round=number,
+            node_id=arrival.node_id,
+            partition=delivery.partition,
+            device=device,
+            outcome=outcome,
+            reason=arrival.problem,
+            started_s=delivery.started_s,
+            ended_s=delivery.ended_s,
+            energy_j=delivery.energy_j,
+            uplink_bytes=arrival.uplink_bytes,
+            num_samples=0 if update is None else update.num_samples,
+            loss=None if update is None else update.metrics.get("loss"),
+            ram_bytes=ram_bytes,
+            device_ram_bytes=device_ram_bytes,
+            staleness=number - 1 - delivery.version,
+        )
+
+    def _result(
+        self, number: int, rows: list[ClientResult], taken: Aggregation, wall_s: float, problem: str
+    ) -> RoundResult:
+        server = self.recipe.server
+        train_s = time.perf_counter() - wall_s
+        trained = [row for row in rows if row.outcome == "trained"] if not problem else []
+        due = number % server.evaluate_every == 0 or number == server.rounds
+        if due:
+            self._measure(number)
+        accuracy, per_person, loss = self._measured
+        traffic = self.wire.take_traffic()
+        reasons = [problem] if problem else []
+        reasons += [f"node {one.node_id} dropped: {one.reason}" for one in traffic.dropped if one.reason != SURPLUS]
+        reasons += [f"node {one.node_id} refused: {one.reason}" for one in traffic.refused]
+        num_surplus = sum(row.outcome == "surplus" for row in rows)
+        simulated = self.fleet is not None and self.fleet.has_devices
+        return RoundResult(
+            round=number,
+            accuracy=accuracy,
+            accuracy_per_person=per_person,
+            loss=loss,
+            measured=due,
+            train_loss=float(taken.metrics.get("loss", float("nan"))),
+            uplink_bytes=traffic.uplink_bytes,
+            downlink_bytes=traffic.downlink_bytes,
+            fp32_uplink_bytes=traffic.fp32_uplink_bytes,
+            clients_selected=len(rows),
+            clients_trained=len(trained),
+            clients_dropped=len(traffic.dropped) - num_surplus,
+            clients_surplus=num_surplus,
+            replies_refused=len(traffic.refused),
+            abandoned=bool(problem),
+            staleness=float(np.mean([row.staleness for row in trained])) if trained else 0.0,
+            reasons=tuple(reasons[:MAX_REASONS]),
+            virtual_s=self.mailbox.now_s if simulated else None,
+            energy_j=math.fsum(row.energy_j for row in rows) if simulated else None,
+            train_s=train_s,
+            round_s=time.perf_counter() - wall_s,
+            clients=tuple(rows),
+        )
+
+    # Measuring ---------------------------------------------------------------------------------------------------
+
+    def _measure(self, number: int) -> tuple[float, dict[str, float], float]:
+        """Accuracy, accuracy of each person, and loss of the global model."""
+        if self.recipe.server.evaluate == "server":
+            # fp32 in torch, whatever the clients compute in: the global model is fp32.
+            client = replace(self.recipe.client, engine="torch", scheme="fp32")
+            found = get_engine("torch").evaluate(self.recipe.model, self._state, server_test(self.recipe.data), client)
+            self._measured = found.accuracy, {}, found.loss
+        else:
+            accuracies, losses = self._ask_all(number)
+            self._measured = float(np.mean(list(accuracies.values()))), accuracies, float(np.mean(losses))
+        return self._measured
+
+    def _ask_all(self, number: int) -> tuple[dict[str, float], list[float]]:
+        """As the clients report them. The driver asks every client itself: a strategy would give it one mean weighted
+        by samples. Outside of virtual time: no device of the simulation spends anything on it."""
+        content = RecordDict(
+            {"arrays": self.arrays, "config": ConfigRecord({"recipe": self._text, "server-round": number})}
+        )
+        nodes = self._nodes or sorted(self.wire.get_node_ids())
+        box = WallMailbox(self.wire)
+        box.post([Message(content, node_id, MessageType.EVALUATE) for node_id in nodes], number)
+        deliveries: list[Delivery] = []
+        while box.num_waiting:
+            found = list(box.collect(box.num_waiting, self.recipe.server.timeout_s))
+            deliveries += found or list(box.give_up(TOO_LATE))
+        accuracies: dict[str, float] = {}
+        losses = []
+        for delivery in sorted(deliveries, key=_order):
+            metrics = delivery.arrival.metrics
+            name = None if delivery.partition is None else self._name_of(delivery.partition)
+            if metrics is not None and name is not None and name not in accuracies:
+                accuracies[name] = metrics["accuracy"]
+                losses.append(metrics["loss"])
+        if not accuracies:
+            raise RoundError(self._too_few("evaluation", number, 0, len(nodes), 1, []))
+        return accuracies, losses
+
+    def _name_of(self, partition: int) -> str | None:
+        """A client's name in the figures: the person, where there is one."""
+        if not 0 <= partition < self.recipe.num_clients:
+            return None
+        data = self.recipe.data
+        return str(data.people[partition] if data.partition == "natural" else partition)
+
+    def _too_few(
+        self, what: str, number: int, num_accepted: int, num_sent: int, expected: int, rows: Sequence[ClientResult]
+    ) -> str:
+        reasons = [f"node {row.node_id} {row.outcome}: {row.reason}" for row in rows if row.reason]
+        if not rows:
+            traffic = self.wire.take_traffic()
+            reasons = [f"node {one.node_id}: {one.reason}" for one in (*traffic.dropped, *traffic.refused)]
+        return (
+            f"round {number}, {what}: {num_accepted} of {num_sent} replies were accepted, expected at least "
+            f"{expected}. {reasons[0] if reasons else ''}"
+        ).strip()
+
+
+class _CohortGrid(Grid):
+    """Shows a strategy the nodes of one cohort. Sending is the driver's business."""
+
+    def __init__(self, grid: Grid, node_ids: list[int]) -> None:
+        self._grid = grid
+        self._node_ids = node_ids
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._node_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _seeded(*seeds: int) -> Iterator[None]:
+    """See Note [seeded sampling] in ``selection``."""
+    before = random.getstate()
+    random.seed(repr(seeds))
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+def _wait_for_nodes(grid: Grid, recipe: FederatedRecipe) -> None:
+    end = time.monotonic() + recipe.server.timeout_s
+    while (found := len(list(grid.get_node_ids()))) < recipe.num_clients:
+        if time.monotonic() >= end:
+            raise RoundError(f"{found} of {recipe.num_clients} nodes connected within {recipe.server.timeout_s:g} s")
+        time.sleep(0.2)
+
+
+def _without_tensors(delivery: Delivery) -> Delivery:
+    update = delivery.arrival.update
+    assert update is not None, "only an accepted delivery has something to leave out"
+    empty = replace(update, deltas={}, masks={}, sent={})
+    return replace(delivery, arrival=replace(delivery.arrival, update=empty))
+
+
+def _order(delivery: Delivery) -> tuple[float, int]:
+    """By partition where the reply says it: node ids differ from one deployment to the next."""
+    return float("inf") if delivery.partition is None else delivery.partition, delivery.arrival.node_id

@@ -1,0 +1,246 @@
+"""The simulated population: which device each client is, when it can be asked, how long its work takes and what of.
+
+Everything is a function of the recipe's seed and the client's number, so nothing is kept for a client and a population
+of any size costs nothing. What a device computes is real; how long it takes and what energy it needs is arithmetic:
+download + multiply-accumulates / speed + upload, with the figures of its profile.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from efftrain.errors import BudgetError, CompileError, ConfigError
+from efftrain.federated.data import client_train
+from efftrain.federated.devices import DeviceProfile
+from efftrain.federated.recipe import ClientConfig, FederatedRecipe, ModelConfig
+
+_MOST_BATTERY = 0.05
+"""A device is not asked for a training that would take a larger share of its battery than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one client's training needs of its device."""
+
+    ram_bytes: int
+    macs_per_sample: float
+    """Forward and backward."""
+    number_format: str
+    refusal: str = ""
+    """Why the device cannot do it; empty if it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trip:
+    """One client's part in one round, planned before it starts."""
+
+    duration_s: float
+    """Download, training and upload."""
+    energy_j: float
+    ends_s: float | None = None
+    """So long after its start the client drops out; None if it does not."""
+    reason: str = ""
+
+
+def device_of(recipe: FederatedRecipe, partition: int) -> str | None:
+    """Name of the device profile of a client; None where the recipe names no devices."""
+    devices = recipe.fleet.devices
+    if not devices:
+        return None
+    left = _uniform(recipe.seed, "device", partition) * sum(devices.values())
+    for name, share in devices.items():
+        left -= share
+        if left < 0:
+            return name
+    return next(reversed(devices))
+
+
+def client_config(recipe: FederatedRecipe, partition: int) -> ClientConfig:
+    """How a client trains: the recipe's settings, with the update scheme that is meant for its device."""
+    device = device_of(recipe, partition)
+    return recipe.client if device is None else _config_of(recipe.client, recipe.fleet.schemes.get(device), device)
+
+
+class Fleet:
+    """The devices of a recipe's clients.
+
+    Args:
+        recipe: With ``fleet.devices``, or without: then every client answers at once, always, at no cost.
+    """
+
+    def __init__(self, recipe: FederatedRecipe) -> None:
+        self._recipe = recipe
+        self._costs: dict[str | None, Cost] = {}
+        self.has_devices = bool(recipe.fleet.devices)
+
+    def device(self, partition: int) -> DeviceProfile | None:
+        """Profile of a client."""
+        name = device_of(self._recipe, partition)
+        return None if name is None else DeviceProfile.named(name)
+
+    def cost(self, partition: int) -> Cost:
+        """What training one client once needs, and whether its device can do it."""
+        device = device_of(self._recipe, partition)
+        if not self._costs:
+            self.check()
+        return self._costs[device]
+
+    def check(self) -> None:
+        """Plan the training of every device, before anything else runs: counting a model's operators disturbs whatever
+        another thread computes meanwhile.
+
+        Raises:
+            ConfigError: No device of the fleet can do the training; with the reason of the last one looked at.
+        """
+        refusals = []
+        for device in self._recipe.fleet.devices or (None,):
+            client = self._recipe.client
+            if device is not None:
+                client = _config_of(client, self._recipe.fleet.schemes.get(device), device)
+            self._costs[device] = _cost(self._recipe, client, device)
+            refusals.append(self._costs[device].refusal)
+        if all(refusals):
+            raise ConfigError(
+                f"no device of the fleet can do this training: {refusals[-1]}. Lower client.batch_size, give an update "
+                "scheme of the device engine (fleet.schemes), or name other devices."
+            )
+
+    def num_samples(self, partition: int) -> int:
+        """Size of a client's training data."""
+        data = self._recipe.data
+        return data.samples_per_client if data.partition != "natural" else len(client_train(data, partition))
+
+    def refusal(self, partition: int) -> str:
+        """Why a client is never asked: its training does not fit its device. Empty if it does."""
+        device = self.device(partition)
+        if device is None:
+            return ""
+        cost = self.cost(partition)
+        if cost.refusal or not device.battery_j:
+            return cost.refusal
+        needed_j = device.compute_j(self._macs(partition, cost), cost.number_format)
+        if needed_j > _MOST_BATTERY * device.battery_j:
+            name = device_of(self._recipe, partition)
+            return f"training takes {needed_j:.0f} J, more than {_MOST_BATTERY:.0%} of the battery of a {name}"
+        return ""
+
+    def is_online(self, partition: int, time_s: float) -> bool:
+        """Whether a client can be asked at a time."""
+        device = self.device(partition)
+        if device is None or not self._recipe.fleet.availability:
+            return True
+        slot, _ = self._slot(device, partition, time_s)
+        share = device.online_share(slot * device.slot_s)
+        return _uniform(self._recipe.seed, "online", partition, slot) < share
+
+    def trip(self, partition: int, number: int, time_s: float, downlink_bytes: int, uplink_bytes: int) -> Trip:
+        """One client's part in a round.
+
+        Args:
+            partition: Number of the client.
+            number: Of the training: every one has its own luck.
+            time_s: When it starts.
+            downlink_bytes: Of the message to it.
+            uplink_bytes: Of its reply, at most.
+        """
+        seed, device = self._recipe.seed, self.device(partition)
+        duration_s = energy_j = 0.0
+        if device is not None:
+            cost = self.cost(partition)
+            macs = self._macs(partition, cost)
+            duration_s = device.download_s(downlink_bytes) + device.upload_s(uplink_bytes)
+            duration_s += device.compute_s(macs, cost.number_format)
+            energy_j = device.compute_j(macs, cost.number_format) + device.radio_j(uplink_bytes, downlink_bytes)
+        ends_s, reason = None, ""
+        if _uniform(seed, "drop", partition, number) < self._recipe.fleet.drop_out:
+            ends_s = duration_s * _uniform(seed, "when", partition, number)
+            reason = "dropped out in mid-round"
+        if device is not None and self._recipe.fleet.availability:
+            _, left_s = self._slot(device, partition, time_s)
+            while left_s < (duration_s if ends_s is None else ends_s):
+                if not self.is_online(partition, time_s + left_s + 1e-3):
+                    ends_s, reason = left_s, "went offline in mid-round"
+                    break
+                left_s += device.slot_s
+        share = 1.0 if ends_s is None or not duration_s else ends_s / duration_s
+        return Trip(duration_s=duration_s, energy_j=share * energy_j, ends_s=ends_s, reason=reason)
+
+    def _macs(self, partition: int, cost: Cost) -> float:
+        return cost.macs_per_sample * self.num_samples(partition) * self._recipe.client.epochs
+
+    def _slot(self, device: DeviceProfile, partition: int, time_s: float) -> tuple[int, float]:
+        """The client's on/off slot at a time, and seconds left of it; not all clients switch at once."""
+        shifted = time_s / device.slot_s + _uniform(self._recipe.seed, "shift", partition)
+        return int(shifted), (int(shifted) + 1 - shifted) * device.slot_s
+
+
+def _uniform(*parts: object) -> float:
+    """A number in ``[0, 1)`` of these parts alone; a generator a client and question would cost 20 times as much."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2.0**64
+
+
+@lru_cache(maxsize=64)
+def _config_of(client: ClientConfig, scheme: str | None, device: str) -> ClientConfig:
+    from efftrain.ondevice.target import Board
+
+    board = device if device in Board.names() else client.board
+    return replace(client, scheme=scheme or client.scheme, board=board)
+
+
+def _cost(recipe: FederatedRecipe, client: ClientConfig, device: str | None) -> Cost:
+    """Of one plan on one device; all clients with the same device share it."""
+    cost = _float_cost(recipe, client) if client.scheme == "fp32" else _int8_cost(recipe, client)
+    if device is None or cost.refusal:
+        return cost
+    ram_bytes = DeviceProfile.named(device).ram_bytes
+    if cost.ram_bytes > ram_bytes:
+        refusal = f"training needs {cost.ram_bytes} bytes of RAM, a {device} has {ram_bytes}"
+        return replace(cost, refusal=refusal)
+    return cost
+
+
+def _float_cost(recipe: FederatedRecipe, client: ClientConfig) -> Cost:
+    samples = client_train(recipe.data, 0, recipe.seed)
+    return _model_cost(recipe.model, samples.input_shape, min(client.batch_size, len(samples)))
+
+
+@lru_cache(maxsize=16)
+def _model_cost(model_config: ModelConfig, input_shape: tuple[int, ...], batch_size: int) -> Cost:
+    """Weights, gradients and what the backward pass needs of a batch, counted by running the model once."""
+    import torch
+
+    from efftrain.models import build_model
+    from efftrain.profile import profile_model
+
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(model_config.name, **model_config.options)
+    profile = profile_model(model, torch.zeros(batch_size, *input_shape))
+    macs = (profile.macs + profile.backward_macs) / batch_size
+    return Cost(ram_bytes=profile.training_bytes, macs_per_sample=macs, number_format="fp32")
+
+
+def _int8_cost(recipe: FederatedRecipe, client: ClientConfig) -> Cost:
+    """Of the compiler's plan: every byte of it is known before anything runs."""
+    import torch
+
+    from efftrain.models import build_model
+    from efftrain.ondevice import compile
+
+    samples = client_train(recipe.data, 0, recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(recipe.model.name, **recipe.model.options)
+    example = torch.from_numpy(samples.inputs[:1])
+    try:
+        program = compile(
+            model,
+            example,
+            scheme=client.scheme,
+            board=client.board,
+            calibration=samples.inputs,
+            learning_rate=client.lr,
+        )
+    except (BudgetError, CompileError) as error:
+        return Cost(ram_bytes=0, macs_per_sample=0.0, number_format="int8", refusal=str(error))
+    macs = program.plan.macs_forward + program.plan.macs_backward
+    return Cost(ram_bytes=program.plan.total_ram_bytes, macs_per_sample=macs, number_format="int8")

@@ -1,0 +1,258 @@
+"""Rounds and buffered updates in virtual time: deadlines, quorum, drop-outs, staleness, devices; all repeatable."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from efftrain.errors import ConfigError, RoundError
+from efftrain.federated import FederatedRecipe, RoundResult, run_federated
+from efftrain.federated.aggregate import Aggregation, Fold
+from efftrain.federated.devices import DeviceProfile
+from efftrain.federated.fleet import Fleet, device_of
+from efftrain.federated.flower import ArrayRecord, FedAvg, read_arrays
+from efftrain.federated.recipe import (
+    DEVICES,
+    ClientConfig,
+    DataConfig,
+    FedBuffConfig,
+    FleetConfig,
+    ModelConfig,
+    RoundsConfig,
+    UplinkConfig,
+)
+from efftrain.federated.selection import Selector
+from efftrain.federated.uplink import PartialUpdate
+
+DIGITS = FederatedRecipe(
+    name="digits",
+    model=ModelConfig(name="fashion-cnn", options={"size": 8, "channels": (2, 4), "hidden": 8}),
+    data=DataConfig(name="digits", partition="iid", clients=40, samples_per_client=20),
+    client=ClientConfig(epochs=1, batch_size=10),
+    server=RoundsConfig(rounds=3, cohort=8, evaluate="server"),
+    uplink=UplinkConfig(codec="Int8()", feedback=False),
+)
+MIXED = FleetConfig(devices={"phone_high": 1.0, "rp2040": 1.0})
+
+
+def with_server(recipe: FederatedRecipe, **knobs: Any) -> FederatedRecipe:
+    return replace(recipe, server=replace(recipe.server, **knobs))
+
+
+def tensors(arrays: ArrayRecord | None) -> dict[str, Any]:
+    assert arrays is not None
+    return dict(read_arrays(arrays))
+
+
+def rounds_of(recipe: FederatedRecipe) -> list[RoundResult]:
+    seen: list[RoundResult] = []
+    run_federated(recipe, on_round=seen.append)
+    return seen
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(workers: int) -> None:
+    recipe = replace(DIGITS, fleet=FleetConfig(devices=MIXED.devices, drop_out=0.2, workers=workers))
+    result = run_federated(recipe)
+    again = run_federated(replace(recipe, fleet=replace(recipe.fleet, workers=1)))
+    assert result.final_sha256 == again.final_sha256
+    assert [one.virtual_s for one in result.rounds] == [one.virtual_s for one in again.rounds]
+
+
+def test_virtual_time_and_energy_are_those_of_the_slowest_and_of_all() -> None:
+    for one in rounds_of(replace(DIGITS, fleet=MIXED)):
+        assert one.virtual_s == pytest.approx(max(row.ended_s for row in one.clients))
+        assert one.energy_j == pytest.approx(sum(row.energy_j for row in one.clients))
+        assert {row.device for row in one.clients} == {"phone_high", "rp2040"}
+        slow, fast = (
+            min(row.ended_s - row.started_s for row in one.clients if row.device == name)
+            for name in ("rp2040", "phone_high")
+        )
+        assert slow > 2 * fast
+        assert all(row.fits and 0 < row.ram_bytes < row.device_ram_bytes for row in one.clients)
+
+
+def test_without_devices_there_is_no_virtual_time() -> None:
+    assert {(one.virtual_s, one.energy_j) for one in rounds_of(DIGITS)} == {(None, None)}
+
+
+def test_a_round_ends_at_its_deadline_with_what_has_come() -> None:
+    every = rounds_of(replace(DIGITS, fleet=MIXED))[0]
+    slowest = max(row.ended_s for row in every.clients)
+    limit = 0.5 * (slowest + max(row.ended_s for row in every.clients if row.device == "phone_high"))
+    [one, *_] = rounds_of(with_server(replace(DIGITS, fleet=MIXED), timeout_s=limit))
+    late = [row for row in one.clients if row.outcome == "late"]
+    assert late
+    assert {row.device for row in late} == {"rp2040"}
+    assert one.clients_trained + len(late) == 8
+    assert one.clients_dropped == len(late)
+    assert one.virtual_s == pytest.approx(limit)
+
+
+def test_drop_outs_do_not_hold_a_round_up_and_over_selection_makes_up_for_them() -> None:
+    fleet = FleetConfig(devices={"phone_high": 1.0}, drop_out=0.3)
+    plain = rounds_of(with_server(replace(DIGITS, fleet=fleet), rounds=12))
+    more = rounds_of(with_server(replace(DIGITS, fleet=fleet), rounds=12, over_select=True))
+    assert 0.1 < np.mean([one.clients_dropped / one.clients_selected for one in plain]) < 0.5
+    assert np.mean([one.clients_trained for one in more[4:]]) > np.mean([one.clients_trained for one in plain[4:]])
+    assert max(one.clients_trained for one in more) == 8
+    assert any(one.clients_surplus for one in more)
+    for one in more:
+        assert one.clients_trained + one.clients_dropped + one.clients_surplus == one.clients_selected
+
+
+def test_below_the_quorum_a_round_is_abandoned_and_the_model_stays() -> None:
+    recipe = with_server(replace(DIGITS, fleet=FleetConfig(drop_out=0.5)), rounds=8, min_replies=5, max_abandoned=8)
+    seen = rounds_of(recipe)
+    abandoned = [one for one in seen if one.abandoned]
+    assert 0 < len(abandoned) < 8
+    for before, one in itertools.pairwise(seen):
+        if one.abandoned:
+            assert "replies were accepted, expected at least 5" in one.reasons[0]
+            assert (one.accuracy, one.loss, one.clients_trained) == (before.accuracy, before.loss, 0)
+        else:
+            assert one.loss != before.loss
+
+
+def test_too_many_abandoned_rounds_end_the_run() -> None:
+    recipe = with_server(replace(DIGITS, fleet=FleetConfig(drop_out=0.9)), rounds=50, min_replies=8, max_abandoned=2)
+    with pytest.raises(RoundError, match=r"3 rounds one after the other were abandoned.*expected at least 8"):
+        run_federated(recipe)
+
+
+def test_a_device_that_cannot_hold_the_training_is_never_asked() -> None:
+    """fashion-cnn with batches of 10 needs 1.1 MB: no microcontroller here has that."""
+    recipe = replace(DIGITS, model=ModelConfig(name="fashion-cnn", options={"size": 8, "hidden": 4096}), fleet=MIXED)
+    for one in rounds_of(recipe):
+        assert {row.device for row in one.clients} == {"phone_high"}
+    with pytest.raises(ConfigError, match=r"no device of the fleet can do this training: training needs \d+ bytes"):
+        run_federated(replace(recipe, fleet=FleetConfig(devices={"rp2040": 1.0})))
+
+
+def test_pace_steering_gives_clients_a_rest() -> None:
+    fleet = FleetConfig(devices={"phone_high": 1.0})
+    seen = rounds_of(with_server(replace(DIGITS, fleet=fleet), rounds=5, pace_s=1e9))
+    asked = [row.partition for one in seen for row in one.clients]
+    assert len(asked) == len(set(asked)) == 40
+
+
+def test_availability_follows_the_day() -> None:
+    recipe = replace(DIGITS, fleet=FleetConfig(devices={"phone_low": 1.0}, availability=True))
+    fleet = Fleet(recipe)
+
+    def online(hour: float) -> float:
+        return float(np.mean([fleet.is_online(client, hour * 3600) for client in range(400)]))
+
+    assert online(0.5) < 0.2 < 0.5 < online(12.0)
+    assert [fleet.is_online(7, s) for s in range(0, 9000, 60)] == [fleet.is_online(7, s) for s in range(0, 9000, 60)]
+    assert all(one.clients_trained for one in rounds_of(recipe))
+
+
+def test_the_fleet_has_the_shares_asked_for() -> None:
+    recipe = replace(DIGITS, fleet=FleetConfig(devices={"phone_low": 3.0, "rp2040": 1.0}))
+    names = [device_of(recipe, client) for client in range(2000)]
+    assert 0.72 < names.count("phone_low") / 2000 < 0.78
+    assert names == [device_of(recipe, client) for client in range(2000)]
+
+
+def test_every_profile_loads_and_is_in_order() -> None:
+    assert set(DEVICES) >= {"stm32f746", "nrf52840", "rp2040", "esp32_s3", "raspberry_pi", "phone_low", "phone_high"}
+    for name in DEVICES:
+        device = DeviceProfile.named(name)
+        assert device.macs_per_s_int8 > device.macs_per_s_fp32
+        assert device.online_share(0) == pytest.approx(device.online_by_day)
+        assert device.online_share(43_200) == pytest.approx(device.online_by_night)
+    with pytest.raises(ConfigError, match="device profile 'pdp11' is unknown"):
+        DeviceProfile.named("pdp11")
+
+
+# Buffered updates -------------------------------------------------------------------------------------------------
+
+FEDBUFF = with_server(
+    replace(DIGITS, fleet=MIXED, fedbuff=FedBuffConfig(buffer=4, concurrency=10)), rounds=10, timeout_s=1e6
+)
+
+
+def test_fedbuff_is_repeatable_learns_and_does_not_wait_for_the_slow() -> None:
+    seen = rounds_of(FEDBUFF)
+    assert [one.clients_trained for one in seen] == [4] * 10
+    assert [row.partition for one in seen for row in one.clients] == [
+        row.partition for one in rounds_of(replace(FEDBUFF, fleet=replace(MIXED, workers=3))) for row in one.clients
+    ]
+    assert seen[0].staleness == 0
+    assert max(row.staleness for one in seen for row in one.clients) >= 2
+    times = [row.ended_s for one in seen for row in one.clients]
+    assert times == sorted(times)
+    synchronous = rounds_of(with_server(replace(DIGITS, fleet=MIXED), rounds=10, cohort=4))
+    assert seen[-1].virtual_s < 0.5 * synchronous[-1].virtual_s  # type: ignore[operator]
+    assert seen[-1].loss < seen[0].loss
+
+
+def test_a_stale_update_counts_less() -> None:
+    model: dict[str, Any] = {"w": np.zeros(2, np.float32)}
+    taken = Aggregation(FedAvg(), mean_only=True)
+    for delta, staleness in ((1.0, 0), (1.0, 3)):
+        taken.add(update_of(model, {"w": [delta, delta]}), 1, weight=1.0, share=1 / np.sqrt(1 + staleness))
+    np.testing.assert_allclose(tensors(taken.close(1, model, lr=0.5))["w"], [0.5 * 1.5 / 2] * 2)
+
+
+def test_fedbuff_gives_up_when_nobody_ever_replies() -> None:
+    with pytest.raises(RoundError, match=r"0 of \d+ replies were accepted"):
+        run_federated(with_server(FEDBUFF, timeout_s=1e-4))
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+def update_of(sent: dict[str, Any], deltas: dict[str, Any], masks: dict[str, Any] | None = None) -> PartialUpdate:
+    flat = {name: np.asarray(delta, np.float32) for name, delta in deltas.items()}
+    known = {name: np.asarray(mask, bool) for name, mask in (masks or {}).items()}
+    return PartialUpdate(flat, known, 10, {"loss": 1.0}, sent)
+
+
+@pytest.mark.parametrize("mean_only", [True, False])
+def test_an_element_is_the_mean_over_those_that_trained_it(mean_only: bool) -> None:
+    model: dict[str, Any] = {
+        "a": np.zeros(3, np.float32),
+        "b": np.ones(2, np.float32),
+        "c": np.ones(1, np.float32),
+        "n": np.array(5),
+    }
+    taken = Aggregation(FedAvg(min_train_nodes=1), mean_only=mean_only)
+    for deltas, masks in (
+        ({"a": [1.0, 2.0], "b": [1.0, 1.0]}, {"a": [True, False, True]}),
+        ({"a": [3.0]}, {"a": [True, False, False]}),
+        ({"b": [3.0, 3.0]}, {}),
+    ):
+        taken.add(update_of(model, deltas, masks), 1, weight=10)
+    state = tensors(taken.close(1, model))
+    np.testing.assert_allclose(state["a"], [2.0, 0.0, 2.0])
+    np.testing.assert_allclose(state["b"], [3.0, 3.0])
+    np.testing.assert_allclose(state["c"], [1.0])
+    assert state["n"] == 5
+    assert state["n"].dtype == model["n"].dtype
+
+
+def test_the_running_mean_is_flowers_up_to_rounding() -> None:
+    rng = np.random.default_rng(0)
+    model: dict[str, Any] = {"w": rng.normal(size=50).astype(np.float32)}
+    fold, held = Aggregation(FedAvg(), mean_only=True), Aggregation(FedAvg(), mean_only=False)
+    for number in range(20):
+        update = replace(update_of(model, {"w": rng.normal(size=50)}), num_samples=number + 1)
+        for one in (fold, held):
+            one.add(update, number, weight=number + 1)
+    first, second = (tensors(one.close(1, model))["w"] for one in (fold, held))
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
+    assert Fold().metrics() == {}
+
+
+def test_selection_is_seeded_and_asks_nobody_twice() -> None:
+    selector, nodes = Selector(DIGITS, None), list(range(1000, 1040))
+    first = selector.cohort(1, nodes, 8, 0.0)
+    assert first == Selector(DIGITS, None).cohort(1, nodes, 8, 0.0) == sorted(set(first))
+    assert selector.cohort(2, nodes, 8, 0.0) != first
+    busy = set(nodes[1:])
+    assert selector.one(nodes[:1], busy, 0.0) == 1000
+    assert selector.one(nodes[1:], busy, 0.0) is None
