@@ -1,6 +1,8 @@
 """What the ranks of the grid test do: many plans in one group, each against one process."""
 
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan, mesh
 from efftrain.training import Job, OptimizerConfig, StepConfig
+from efftrain.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.distributed.jobs import in_group
 
 Facts = dict[str, Any]
@@ -131,13 +134,17 @@ def _mean_residuals(job: Job, tensor: int) -> dict[str, Tensor]:
 @in_group
 def train_and_save(settings: Settings, folder: str, num_steps: int) -> Facts:
     """Some steps, a checkpoint, and some more."""
-    from pathlib import Path
-
-    from efftrain.training.checkpoint import load_checkpoint, save_checkpoint
-
     job = job_of(settings)
-    restored = load_checkpoint(Path(folder), job, seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        restored = load_checkpoint(Path(folder), job, seed=0)
     first = job.num_steps
     losses = [step_of(job, step).loss for step in range(first, first + num_steps)]
     save_checkpoint(Path(folder), job)
-    return {"losses": losses, "first": first, "restored": restored is not None, "owed": job.exchange.residual_norm()}
+    return {
+        "losses": losses,
+        "first": first,
+        "restored": restored is not None,
+        "owed": job.exchange.residual_norm(),
+        "warnings": [str(warning.message) for warning in caught],
+    }
