@@ -1,6 +1,6 @@
 """From a plan with more than one axis to the job of this rank: cut, divide, shard, and put together again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
+from efftrain.errors import ConfigError
 from efftrain.parallel.axes import Axes, ManyAxes
 from efftrain.parallel.graph import part_of
 from efftrain.parallel.pipeline import Pipeline, stages_of
+from efftrain.parallel.recompute import blocks, recompute
 from efftrain.parallel.replicas import broadcast, refuse_other_models
 from efftrain.parallel.sharded import Sharded
-from efftrain.parallel.stages import cut_model
+from efftrain.parallel.stages import StageCut, cut_model
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import TensorPlan, divide, plan_tensor
 from efftrain.training import Exchange, Objective, SingleProcess, StepConfig
@@ -72,6 +74,7 @@ def divided(
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
     cuts = cut_model(model, example[: len(example) // plan.num_micro_batches], plan.num_stages, bf16=bf16)
+    _recompute_blocks(plan, model, cuts)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})
     refuse_other_models(axes.transport("data"), part)
@@ -106,6 +109,20 @@ def divided(
         counts=counts,
     )
     return part, exchange, pipeline
+
+
+def _recompute_blocks(plan: "Plan", model: nn.Module, cuts: Sequence[StageCut]) -> None:
+    """After the cut: what is traced is the model itself."""
+    if plan.checkpointing == "none":
+        return
+    called = {name for cut in cuts for name in cut.names}
+    opened = [name for name in blocks(model) if name not in called]
+    if opened:
+        raise ConfigError(
+            f"{len(cuts)} stages cut through block {opened[0]!r}, which parallel.checkpointing={plan.checkpointing} "
+            "would compute again as a whole; take fewer stages or checkpointing=none"
+        )
+    recompute(model, plan.checkpointing)
 
 
 def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig) -> Exchange:

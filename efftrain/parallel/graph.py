@@ -1,6 +1,7 @@
 """The graph of a plain model: which of its modules feed which. What the tensor and the pipeline axis are cut along."""
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def facts(model: nn.Module, graph: fx.Graph, inputs: Tensor, *, bf16: bool = Fal
         ConfigError: The model does not take them.
     """
     autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), autocast:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), autocast, evaluating(model):
         run = _Costs(model, graph)
         try:
             run.run(mode.from_tensor(inputs))
@@ -70,6 +71,18 @@ def facts(model: nn.Module, graph: fx.Graph, inputs: Tensor, *, bf16: bool = Fal
                 f"{inputs.dtype}: {str(error).splitlines()[0]}"
             ) from error
     return run.found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode meanwhile: no dropout, no running statistics."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def uses(graph: fx.Graph, model: nn.Module) -> Iterator[tuple[fx.Node, str]]:

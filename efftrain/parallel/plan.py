@@ -21,6 +21,7 @@ from efftrain.parallel.pipeline import (
     check_micro_batches,
     stages_a_rank,
 )
+from efftrain.parallel.recompute import Checkpointing, check_blocks, recompute
 from efftrain.parallel.stages import cut_model
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
@@ -45,6 +46,7 @@ class Plan:
         sequence: Divide positions over the tensor axis where layers are not divided: less memory.
         tensor_styles: Module name -> style (``columns``, ``rows``, ``entries``, ``classes``, ``whole``), where the
             tensor axis is to divide in another way than it finds.
+        checkpointing: Recompute activations in the backward pass (see ``recompute``): ``selective`` or ``full``.
         exchange: What averages gradients of undivided weights: torch's ``ddp``, our ``gradsync``, or ``auto``: DDP on a
             data axis alone without a codec.
         codec: What gradients go through on the data axis. ``Identity`` is the plain all-reduce.
@@ -66,6 +68,7 @@ class Plan:
     microbatches: int | None = None
     sequence: bool = False
     tensor_styles: Mapping[str, str] = field(default_factory=dict)
+    checkpointing: Checkpointing = "none"
     exchange: Literal["auto", "ddp", "gradsync"] = "auto"
     codec: Codec = field(default_factory=Identity)
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -145,6 +148,8 @@ class Plan:
         if model is None:
             self._check_processes(world_size)
             return
+        if self.checkpointing != "none":
+            check_blocks(model, self.checkpointing)
         self._check_share(world_size, example)
         if self.tensor > 1 and example is not None:
             plan_tensor(model, example, self.tensor, self.tensor_styles, sequence=self.sequence)
@@ -208,6 +213,8 @@ class Plan:
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         device = next(model.parameters()).device
+        if self.pipeline == 1:
+            recompute(model, self.checkpointing)
         if self.is_divided and world_size > 1:
             return self._divided_job(model, example, objective, optimizer, step, total_steps, momentum, seed)
         exchange: Exchange = SingleProcess()
@@ -276,6 +283,11 @@ class Plan:
                 )
             return
         check_micro_batches(self.schedule, self.pipeline, self.num_micro_batches)
+        if self.checkpointing != "none" and self.schedule in SPLIT_BACKWARD:
+            raise ConfigError(
+                f"schedule {self.schedule} goes through a graph twice, which recomputed activations have only once; "
+                "take schedule=interleaved_1f1b, or checkpointing=none"
+            )
         if self.shard != "none" and self.schedule in SPLIT_BACKWARD:
             raise ConfigError(
                 f"schedule {self.schedule} computes weight gradients apart from fully_shard's hooks, which then leave "

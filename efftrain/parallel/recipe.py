@@ -20,6 +20,7 @@ from efftrain.parallel import launched, mesh
 from efftrain.parallel.agreement import check_agreement, facts_of
 from efftrain.parallel.pipeline import Schedule
 from efftrain.parallel.plan import Plan
+from efftrain.parallel.recompute import Checkpointing
 from efftrain.parallel.sync import SyncConfig
 from efftrain.report.run import RunFolder, check_tensorboard, claim_run, next_run_number, run_path
 from efftrain.training import (
@@ -86,6 +87,8 @@ class ParallelConfig:
     """Divide positions over the tensor axis where layers are not divided."""
     tensor_styles: dict[str, str] = field(default_factory=dict)
     """Module name -> ``columns``, ``rows``, ``entries``, ``classes`` or ``whole``, against what was found."""
+    checkpointing: Checkpointing = "none"
+    """Compute activations of blocks again in the backward pass: ``selective`` or ``full``, for less memory."""
     exchange: Literal["auto", "ddp", "gradsync"] = "auto"
     """What averages gradients: torch's DDP, our GradSync; ``auto`` is DDP without codec and other axes."""
     codec: str = "Identity()"
@@ -128,6 +131,7 @@ class ParallelConfig:
             microbatches=self.microbatches,
             sequence=self.sequence,
             tensor_styles=self.tensor_styles,
+            checkpointing=self.checkpointing,
             exchange=self.exchange,
             codec=parse_codec(self.codec),
             sync=SyncConfig(

@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from efftrain.errors import ConfigError
-from efftrain.parallel.graph import facts, trace
+from efftrain.parallel.graph import evaluating, facts, trace
 
 Style: TypeAlias = Literal["columns", "rows", "entries", "classes", "sequence", "whole"]
 """How a module is divided: ``whole`` is on every rank, ``sequence`` whole too but works on a part of the positions."""
@@ -100,7 +100,7 @@ def plan_tensor(
     graph = trace(model)
     wanted = {name: _checked_override(model, name, style) for name, style in (overrides or {}).items()}
     kept_whole = frozenset(name for name, style in wanted.items() if style == "whole")
-    values = {node: found.value for node, found in facts(model, graph, example[:1]).items()}
+    values = {node: found.value for node, found in facts(model, graph, example).items()}
     styles = _derive(model, graph, values, size, kept_whole) | wanted
     styles = {name: style for name, style in styles.items() if style != "whole"}
     if not styles:
@@ -300,21 +300,16 @@ def _try_out(model: nn.Module, graph: fx.Graph, plan: TensorPlan, example: Tenso
     Raises:
         ConfigError: It fails or gives something else.
     """
-    was_training = model.training
-    model.eval()  # dropout must not differ
-    try:
-        with torch.no_grad():
-            expected = fx.Interpreter(model, graph=graph).run(example[:1])
-            try:
-                parts = _AllRanks(model, graph, plan, size).run([example[:1]] * size)
-            except Exception as error:  # a shape that is written as a constant somewhere in the user's code
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ConfigError(
-                    f"divided over {size} ranks the model fails: {reason}. Sizes of features and the number of heads "
-                    "must be read off the tensors (-1 in view and unflatten) and parallel.tensor must divide the heads"
-                ) from error
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), evaluating(model):
+        expected = fx.Interpreter(model, graph=graph).run(example[:1])
+        try:
+            parts = _AllRanks(model, graph, plan, size).run([example[:1]] * size)
+        except Exception as error:  # a shape that is written as a constant somewhere in the user's code
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"divided over {size} ranks the model fails: {reason}. Sizes of features and the number of heads must "
+                "be read off the tensors (-1 in view and unflatten) and parallel.tensor must divide the heads"
+            ) from error
     found = torch.cat(parts, -1) if plan.divides_classes else parts[0]
     scale = float(expected.abs().max()) + 1e-30
     difference = float((found.float() - expected.float()).abs().max()) / scale if found.shape == expected.shape else 1.0

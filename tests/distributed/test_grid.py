@@ -126,6 +126,17 @@ def test_sharded_groups_with_copies(start_ranks: StartRanks) -> None:
     run(start_ranks, 4, [cell, {**cell, "shard": "grads"}])
 
 
+def test_recomputed_activations(start_ranks: StartRanks) -> None:
+    full: Settings = {"tensor": 1, "pipeline": 1, "codec": "Identity()", "checkpointing": "full"}
+    plans: list[Settings] = [
+        {**full, "shard": "full"},
+        {**full, "tensor": 2, "exchange": "gradsync"},
+        {**full, "pipeline": 2, "schedule": "interleaved_1f1b", "exchange": "gradsync"},
+        {**full, "pipeline": 2, "schedule": "1f1b", "exchange": "gradsync", "checkpointing": "selective"},
+    ]
+    run(start_ranks, 2, plans)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [2, 4, 8])

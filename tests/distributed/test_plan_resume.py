@@ -28,7 +28,7 @@ ROUTES: dict[str, list[tuple[int, dict[str, Any]]]] = {
 def test_any_plan_goes_on_where_another_stopped(name: str, start_ranks: StartRanks, tmp_path: Path) -> None:
     route = ROUTES[name]
     expected = grid_jobs.one_process(STEPS * len(route))
-    found = []
+    found: list[float] = []
     for world_size, settings in route:
         ranks = start_ranks(grid_jobs.train_and_save, world_size, settings, str(tmp_path), STEPS).results()
         assert {facts["first"] for facts in ranks} == {len(found)}

@@ -1,0 +1,296 @@
+"""Plans without processes: what is refused and with which remedy, how models are cut and divided."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from efftrain.compression import Int8, LowRank, TopK
+from efftrain.errors import ConfigError
+from efftrain.models import build_model
+from efftrain.parallel import Plan, SyncConfig
+from efftrain.parallel.pipeline import SCHEDULES, stages_a_rank, stages_of
+from efftrain.parallel.recompute import recompute
+from efftrain.parallel.stages import balance, cut_model
+from efftrain.parallel.tensor import plan_tensor
+from efftrain.training import cross_entropy
+
+SHAPES = {
+    "char-transformer": (4, 32),
+    "mlp-10m": (4, 1, 28, 28),
+    "fashion-cnn": (4, 1, 28, 28),
+    "resnet8": (4, 3, 32, 32),
+    "watch-cnn": (4, 6, 128),
+}
+
+
+def example(name: str) -> Tensor:
+    torch.manual_seed(1)
+    shape = SHAPES[name]
+    return torch.randint(256, shape) if name == "char-transformer" else torch.randn(shape)
+
+
+# Plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor": 0}, r"plan\.tensor is 0, expected at least 1"),
+        ({"pipeline": 2, "schedule": "2f2b"}, r"plan\.schedule is '2f2b', expected one of gpipe, 1f1b"),
+        ({"microbatches": 4}, r"about the pipeline axis, which has one rank; .* set step\.micro_batches"),
+        ({"pipeline": 2, "schedule": "dualpipev", "microbatches": 3}, "microbatches=3; take 4"),
+        ({"pipeline": 4, "schedule": "interleaved_1f1b", "microbatches": 10, "data": 1}, None),
+        ({"pipeline": 4, "schedule": "interleaved_1f1b", "microbatches": 13}, "take 12"),
+        ({"pipeline": 2, "schedule": "zbv", "shard": "full"}, r"take schedule=interleaved_1f1b, or shard=none"),
+        ({"exchange": "ddp", "codec": Int8()}, r"DDP carries no codec .* take exchange=gradsync"),
+        ({"exchange": "ddp", "pipeline": 2, "schedule": "zbv"}, r"DDP's hooks .* schedule zbv; take exchange=gradsync"),
+        ({"exchange": "ddp", "tensor": 2}, r"DDP's hooks do not see"),
+        ({"shard": "full", "exchange": "gradsync"}, "sharded weights are exchanged by fully_shard"),
+        ({"shard": "full", "codec": LowRank(2)}, "cannot encode the shards"),
+        ({"shard": "grads", "momentum_correction": True, "codec": TopK(0.1)}, "belong to gradsync"),
+        ({"shard_size": 2}, "set shard=full or shard=grads"),
+        ({"backend": "horovod", "tensor": 2}, r"Horovod has the data axis only; set parallel\.backend=torch"),
+        ({"sequence": True}, "about the tensor axis"),
+        ({"tensor": 2, "codec": Int8(), "sync": SyncConfig(node_size=2)}, "leave it out"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        Plan(**settings)
+        return
+    with pytest.raises(ConfigError, match=message):
+        Plan(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        ({"data": 4}, 2, r"wants 4 data-parallel processes, 2 were started; start with torchrun --nproc-per-node 4 or"),
+        (
+            {"tensor": 2, "pipeline": 2},
+            6,
+            r"any data x 2 tensor x 2 pipeline processes, a multiple of 4, 6 were started",
+        ),
+        ({"data": 2, "tensor": 2}, 8, r"start with torchrun --nproc-per-node 4 or set parallel\.data=4"),
+        ({"shard": "full", "shard_size": 3}, 4, r"shard_size is 3, expected a divisor of the data axis, 4 ranks"),
+    ],
+)
+def test_another_number_of_processes(settings: dict[str, Any], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan(**settings).check(world_size)
+
+
+def test_a_model_that_does_not_fit_is_refused_without_processes() -> None:
+    model, inputs = build_model("char-transformer", width=32, depth=2, heads=2, context=32), example("char-transformer")
+    Plan(tensor=2, pipeline=2).check(4, model, inputs)
+    with pytest.raises(ConfigError, match=r"needs an example: plan\.apply\(model, inputs\)"):
+        Plan(tensor=2).check(2, model)
+    with pytest.raises(ConfigError, match=r"4 samples, expected a multiple of the 8 micro-batches"):
+        Plan(pipeline=4).check(4, model, inputs)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor must divide the heads"):
+        Plan(tensor=4).check(4, model, inputs)
+    tied = build_model("char-transformer", width=32, depth=2, heads=2, context=32, tied=True)
+    with pytest.raises(ConfigError, match=r"'embedding\.weight' is used in pipeline stages 0 and 1, .* Untie it"):
+        Plan(pipeline=2).check(2, tied, inputs)
+
+
+# Stages -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=9), st.data())
+def test_balance_is_the_best_there_is(costs: list[float], data: st.DataObject) -> None:
+    parts = data.draw(st.integers(1, len(costs)))
+    ends = balance(costs, parts)
+    assert ends == sorted(set(ends))
+    assert len(ends) == parts
+    assert ends[-1] == len(costs)
+
+    def worst(cuts: tuple[int, ...]) -> float:
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *cuts, len(costs))))
+
+    best = min(worst(cuts) for cuts in itertools.combinations(range(1, len(costs)), parts - 1))
+    assert worst(tuple(ends[:-1])) <= best + 1e-9
+
+
+@pytest.mark.parametrize(("name", "num_stages"), [(name, n) for name in SHAPES for n in (1, 2, 4)])
+def test_stages_in_a_row_are_the_model(name: str, num_stages: int) -> None:
+    model, inputs = build_model(name).eval(), example(name)
+    stages = cut_model(model, inputs, num_stages)
+    value = inputs
+    for stage in stages:
+        assert tuple(value.shape) == stage.input_shape
+        assert value.dtype == stage.input_dtype
+        value = stage.module(value)
+    assert torch.equal(value, model(inputs))
+    names = [name for stage in stages for name, _ in stage.module.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters()), "each parameter in one stage"
+    assert all(any(True for _ in stage.module.parameters()) for stage in stages)
+
+
+def test_blocks_are_opened_only_if_need_be() -> None:
+    model = build_model("char-transformer", width=32, depth=2, heads=2, context=32)
+    inputs = example("char-transformer")
+    assert any("blocks.0" in stage.names for stage in cut_model(model, inputs, 2))
+    opened = {name for stage in cut_model(model, inputs, 6) for name in stage.names}
+    assert "blocks.0.attention" in opened
+    with pytest.raises(ConfigError, match=r"can be cut into \d+ stages at most, the plan wants 40"):
+        cut_model(model, inputs, 40)
+
+
+def test_a_branch_on_values_is_named() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.sum() > 0 else x
+
+    with pytest.raises(
+        ConfigError, match=r"Branching cannot be cut .* set parallel\.tensor=1 and parallel\.pipeline=1"
+    ):
+        cut_model(Branching(), torch.ones(2, 4), 2)
+
+
+@pytest.mark.parametrize(("schedule", "size"), list(itertools.product(SCHEDULES, (2, 3, 4))))
+def test_every_stage_has_one_rank(schedule: str, size: int) -> None:
+    stages = [stage for rank in range(size) for stage in stages_of(rank, size, schedule)]
+    assert sorted(stages) == list(range(size * stages_a_rank(schedule)))
+
+
+# Tensor axis ------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Heads written in several ways; only one of them can be divided."""
+
+    mask: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("mask", torch.zeros(5, 5))
+
+    def heads(self, x: Tensor) -> Tensor:
+        b, t = x.shape[0], x.shape[1]
+        shape = {"constant": (b, t, 4, 2), "fewer": (b, t, 4, -1), "right": (b, t, -1, 2)}[self.how]
+        return x.view(*shape).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        weights = torch.softmax(q @ k.transpose(-1, -2) + self.mask, -1)
+        result: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
+        return result
+
+
+def test_attention_is_divided_by_heads() -> None:
+    plan = plan_tensor(Attention("right"), torch.randn(2, 5, 8), 2)
+    assert dict(plan.styles) == {"q": "columns", "k": "columns", "v": "columns", "o": "rows"}
+
+
+@pytest.mark.parametrize(("how", "message"), [("constant", "the model fails"), ("fewer", "computes something else")])
+def test_attention_that_would_be_wrong_is_refused(how: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_tensor(Attention(how), torch.randn(2, 5, 8), 2)
+
+
+class Stack(nn.Module):
+    """Linear layers with something between them."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.a, self.between, self.b = nn.Linear(6, 8), between, nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.between(self.a(x)))
+        return F.relu(y) + x
+
+
+@pytest.mark.parametrize("between", [nn.GELU(), nn.Dropout(0.5), nn.Identity()])
+def test_a_pair_is_divided_across_element_wise_work(between: nn.Module) -> None:
+    assert dict(plan_tensor(Stack(between), torch.randn(3, 6), 2).styles) == {"a": "columns", "b": "rows"}
+
+
+@pytest.mark.parametrize("between", [nn.LayerNorm(8), nn.Softmax(-1), nn.BatchNorm1d(8)])
+def test_what_needs_all_features_keeps_them_whole(between: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="no layer of Stack can be divided by 2"):
+        plan_tensor(Stack(between), torch.randn(3, 6), 2)
+
+
+def test_styles_can_be_chosen() -> None:
+    model = build_model("mlp-10m", hidden=(16, 16, 16))
+    inputs = torch.randn(2, 1, 28, 28)
+    found = plan_tensor(model, inputs, 2).styles
+    assert found["layers.1"] == "columns"
+    assert found["layers.3"] == "rows"
+    chosen = plan_tensor(model, inputs, 2, {"layers.1": "whole"}).styles
+    assert "layers.1" not in chosen
+    assert chosen["layers.3"] == "columns"
+    for names, message in (
+        ({"layers.99": "rows"}, "which is no module of MLP"),
+        ({"layers.1": "diagonal"}, r"expected one of columns, rows, entries"),
+        ({"layers.2": "rows"}, "is a ReLU, it cannot be divided"),
+        ({"layers.1": "rows"}, r"divided over 2 ranks the model fails"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan_tensor(model, inputs, 2, names)
+
+
+def test_positions_of_a_model_without_embeddings_stay_whole() -> None:
+    with pytest.raises(ConfigError, match="starts at a divided embedding"):
+        plan_tensor(Stack(nn.GELU()), torch.randn(3, 6), 2, sequence=True)
+
+
+def test_one_process_needs_no_example() -> None:
+    model = build_model("fashion-cnn")
+    job = Plan().apply(model, objective=cross_entropy)
+    result = job.step(torch.randn(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
+    assert result.loss > 0
+
+
+# Activation checkpointing -----------------------------------------------------------------------------------------
+
+
+def saved_bytes(model: nn.Module, tokens: Tensor) -> tuple[int, list[Tensor]]:
+    """Bytes that autograd keeps for the backward pass, and the gradients."""
+    total = 0
+
+    def count(value: Tensor) -> Tensor:
+        nonlocal total
+        total += value.numel() * value.element_size()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+        loss = cross_entropy(model, tokens, tokens)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return total, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_recomputed_activations_give_the_same_gradients_in_less_memory() -> None:
+    tokens = example("char-transformer")
+    found = {}
+    for kind in ("none", "selective", "full"):
+        torch.manual_seed(0)
+        model = build_model("char-transformer", width=32, depth=4, heads=2, context=32)
+        recompute(model, kind)
+        found[kind] = saved_bytes(model, tokens)
+    assert found["full"][0] < found["none"][0] / 3
+    # What is kept by choice does not pass the hooks that count.
+    assert found["selective"][0] < found["none"][0]
+    for kind in ("selective", "full"):
+        for grad, expected in zip(found[kind][1], found["none"][1], strict=True):
+            assert torch.equal(grad, expected), kind
+
+
+def test_a_model_without_blocks_has_nothing_to_recompute() -> None:
+    with pytest.raises(ConfigError, match=r"FashionCNN has no ModuleList of blocks"):
+        Plan(checkpointing="full").check(1, build_model("fashion-cnn"))
+    with pytest.raises(ConfigError, match=r"goes through a graph twice"):
+        Plan(pipeline=2, schedule="zbv", checkpointing="full")
