@@ -4,8 +4,14 @@ Every reply is checked here before a strategy sees it. What does not fit is refu
 the round and nobody else anything. Flower's own aggregation believes NaN, negative weights, 1e12 samples and
 shapes that merely broadcast, and one reply with other names vetoes the whole round.
 
-The checks, cheapest first: kind of reply, names, sizes of the encoded bytes (before anything is decoded), checksum and
-layout (the codec), finiteness, norm, sample count, metrics.
+The checks, cheapest first: number and kind of records, names, sample count, metrics, sizes of the encoded bytes (before
+anything is decoded), checksum and layout (the codec), finiteness, norm. Nothing that a reply claims about its own size
+makes the server allocate: what a check needs beyond the decoded update is counted in kilobytes.
+
+Which round and which model a reply belongs to is not for the reply to say. Every message has an id of its own, the
+transport names it in the reply, and ``UplinkGrid`` holds for each id on its way the node it went to, the round and the
+model; the first reply takes it out. So a second reply, a late one, one of another node, or one to a message that was
+never sent finds nothing to belong to.
 """
 
 import math
@@ -25,6 +31,7 @@ Tensors = Mapping[str, npt.NDArray[np.generic]]
 
 PAYLOAD_STYPE = "efftrain.payload"
 """``Array.stype`` of an encoded tensor: ``data`` is a payload of ``efftrain.compression``, nothing around it."""
+_BLOCK = 1 << 14
 NUM_SAMPLES = "num-examples"
 """Flower's name for the weight of a reply."""
 
@@ -90,26 +97,28 @@ def check_metrics(reply: Message, config: GateConfig, metrics: Sequence[str]) ->
 
 
 def _check_update(reply: Message, sent: Tensors, codec: Codec, config: GateConfig, metrics: Sequence[str]) -> Update:
+    if len(reply.content) != 2:
+        raise Refused(f"reply has {len(reply.content)} records, expected one ArrayRecord and one MetricRecord")
     kinds = sorted(type(record).__name__ for record in reply.content.values())
     if kinds != ["ArrayRecord", "MetricRecord"]:
         raise Refused(f"reply has the records {kinds}, expected one ArrayRecord and one MetricRecord")
     arrays = next(record for record in reply.content.values() if isinstance(record, ArrayRecord))
-    expected = [name for name, tensor in sent.items() if is_trained(tensor)]
+    expected = {name: tensor for name, tensor in sent.items() if is_trained(tensor)}
     unknown = [name for name in arrays if name not in expected]
     missing = [name for name in expected if name not in arrays]
     if unknown or missing:
         raise Refused(f"reply has unknown tensors {_few(unknown)}, lacks {_few(missing)}")
     num_samples, values = _checked_metrics(reply, config, metrics)
-    for name in expected:
-        _check_size(name, arrays, codec, sent[name].size)
+    for name, tensor in expected.items():
+        _check_size(name, arrays, codec, tensor.size)
     deltas = {}
     square = 0.0
-    for name in expected:
-        delta = codec.decode(arrays[name].data, max_elements=sent[name].size)
-        if delta.size != sent[name].size:
-            raise Refused(f"tensor {name!r} has {delta.size} elements, expected {sent[name].size}")
-        square += float(np.square(delta, dtype=np.float64).sum())
-        deltas[name] = delta.reshape(sent[name].shape)
+    for name, tensor in expected.items():
+        delta = codec.decode(arrays[name].data, max_elements=tensor.size)
+        if delta.size != tensor.size:
+            raise Refused(f"tensor {name!r} has {delta.size} elements, expected {tensor.size}")
+        square += _square(delta)
+        deltas[name] = delta.reshape(tensor.shape)
     norm = math.sqrt(square)
     if not norm <= config.max_update_norm:  # not >, so that NaN is refused
         raise Refused(f"update has norm {norm:.4g}, at most {config.max_update_norm:g} is accepted")
@@ -120,10 +129,17 @@ def _check_size(name: str, arrays: ArrayRecord, codec: Codec, num_elements: int)
     array, allowed = arrays[name], codec.encoded_bytes(num_elements)
     if array.stype != PAYLOAD_STYPE or not isinstance(array.data, bytes):
         raise Refused(
-            f"tensor {name!r} is a {array.stype!r}, expected {PAYLOAD_STYPE!r}: it was not sent through a codec"
+            f"tensor {name!r} is a {array.stype[:40]!r}, expected {PAYLOAD_STYPE!r}: it was not sent through a codec"
         )
     if len(array.data) > allowed or (codec.fixed_size and len(array.data) != allowed):
         raise Refused(f"tensor {name!r} takes {len(array.data)} bytes, expected {allowed}")
+
+
+def _square(delta: Floats) -> float:
+    """Sum of squares in fp64, a block at a time: at once it would take twice the memory of the update."""
+    flat = delta.reshape(-1)
+    blocks = (flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK))
+    return math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
 
 
 def _checked_metrics(reply: Message, config: GateConfig, metrics: Sequence[str]) -> tuple[int, dict[str, float]]:
@@ -131,20 +147,25 @@ def _checked_metrics(reply: Message, config: GateConfig, metrics: Sequence[str])
     if len(records) != 1:
         raise Refused(f"reply has {len(records)} records of metrics, expected one")
     record = records[0]
-    if set(record) != {NUM_SAMPLES, *metrics}:
-        raise Refused(f"reply has the metrics {_few(sorted(record))}, expected {sorted({NUM_SAMPLES, *metrics})}")
+    if len(record) > len(metrics) + 1 or set(record) != {NUM_SAMPLES, *metrics}:
+        raise Refused(f"reply has the metrics {_few(list(record))}, expected {sorted({NUM_SAMPLES, *metrics})}")
     num_samples = record[NUM_SAMPLES]
     if type(num_samples) is not int:
-        raise Refused(f"{NUM_SAMPLES} is {num_samples!r}, expected a whole number")
+        raise Refused(f"{NUM_SAMPLES} is {_shown(num_samples)}, expected a whole number")
     if not 1 <= num_samples <= config.max_samples:
         raise Refused(f"{NUM_SAMPLES} is {num_samples}, expected 1 to {config.max_samples}")
     values = {}
     for name in metrics:
         value = record[name]
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise Refused(f"metric {name!r} is {value!r}, expected a finite number")
+            raise Refused(f"metric {name!r} is {_shown(value)}, expected a finite number")
         values[name] = float(value)
     return num_samples, values
+
+
+def _shown(value: object) -> str:
+    """A number of a stranger; of anything else, which may be of any length, what it is."""
+    return repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
 
 
 def _few(names: Sequence[str]) -> str:
