@@ -13,8 +13,10 @@ import efftrain
 from efftrain.cli.console import launched_rank
 from efftrain.cli.demo import demo_command
 from efftrain.cli.doctor import doctor_command
+from efftrain.cli.federate import federate_command
 from efftrain.cli.launch import launch_command
 from efftrain.cli.ondevice import app as ondevice_app
+from efftrain.cli.plan import plan_command
 from efftrain.cli.profile import profile_command
 from efftrain.cli.report import report_command
 from efftrain.cli.train import train_command
@@ -29,8 +31,10 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)
+app.command("federate")(federate_command)
 app.command("launch")(launch_command)
 app.add_typer(ondevice_app, name="ondevice")
+app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("report")(report_command)
 app.command("train")(train_command)

@@ -1,0 +1,129 @@
+"""What a cluster can do, in the few figures that the planner computes with. Read from TOML; several files ship."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from efftrain.config import load_recipe
+from efftrain.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "hardware"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What one rank sends to others: alpha seconds a message, and so many bytes a second."""
+
+    latency_us: float
+    """From the call of a collective to the first byte, and again for each message that waits for another."""
+    gbit_s: float
+    """Of payload that one rank sends while the others do the same, in 1e9 bits."""
+    cpu_ns_per_byte: float = 0.0
+    """CPU time of a byte sent, received and added up: a socket has some, a GPU's own network none."""
+
+    def __post_init__(self) -> None:
+        if self.latency_us < 0 or self.cpu_ns_per_byte < 0 or not self.gbit_s > 0:
+            raise ValueError("latency_us and cpu_ns_per_byte must not be negative, gbit_s must be more than 0")
+
+    def seconds(self, num_bytes: float, messages: float = 1.0) -> float:
+        """Time of ``num_bytes`` in ``messages`` that wait for each other."""
+        return messages * self.latency_us / 1e6 + num_bytes * 8 / (self.gbit_s * 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecSpeed:
+    """Nanoseconds an element of a gradient costs."""
+
+    encode_ns: float
+    """Adding the residual, encoding, keeping what is left."""
+    decode_ns: float
+    """Decoding one payload and adding it up."""
+
+    def __post_init__(self) -> None:
+        if min(self.encode_ns, self.decode_ns) < 0:
+            raise ValueError("encode_ns and decode_ns must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A cluster of equal machines."""
+
+    name: str
+    ranks_per_node: int
+    """Processes of one machine: one a GPU, or one a core."""
+    memory_gib: float
+    """Of one rank."""
+    gflops: float
+    """fp32 matrix products of one rank, in 1e9 FLOP/s that are reached, not promised."""
+    gflops_bf16: float
+    memory_gb_s: float
+    """What one rank reads and writes of its own memory, in 1e9 bytes/s."""
+    operator_us: float
+    """Of the smallest operator: calling it from Python, starting a kernel."""
+    divided_operator_us: float = 0.0
+    """What torch adds to an operator whose tensors are divided over a mesh."""
+    inside: Link
+    """Between ranks of a machine."""
+    between: Link
+    """Between machines, for one rank while the others of its machine send too."""
+    cores: int = 0
+    """Cores that the ranks of a machine share; more ranks than that compute in turn. 0: each has its own device."""
+    crowding: float = 1.0
+    """How much slower a rank computes while all cores work: they share caches and memory."""
+    efficiency: float = 1.0
+    """Measured over modelled time of the model that the file was calibrated with."""
+    step_overhead_ms: float = 0.0
+    """Of one update, whatever its size."""
+    codecs: dict[str, CodecSpeed] = field(default_factory=dict)
+    """By the codec's first name (``Int8``, ``TopK``); of a chain the sum counts."""
+
+    def __post_init__(self) -> None:
+        positive = ("memory_gib", "gflops", "gflops_bf16", "memory_gb_s", "efficiency")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if self.ranks_per_node < 1 or self.cores < 0:
+            raise ValueError("ranks_per_node must be at least 1, cores 0 or more")
+        if min(self.operator_us, self.divided_operator_us, self.step_overhead_ms) < 0 or self.crowding < 1:
+            raise ValueError("times must not be negative, crowding must be at least 1")
+
+    def slowdown(self, num_ranks: int) -> float:
+        """How much slower each of so many ranks computes than one alone on a machine."""
+        if not self.cores:
+            return 1.0
+        here = min(num_ranks, self.ranks_per_node)
+        busy = min(1.0, (here - 1) / max(1, self.cores - 1)) if self.cores > 1 else 1.0
+        return max(1.0, here / self.cores) * (1 + (self.crowding - 1) * busy if here > 1 else 1.0)
+
+    def link(self, ranks_together: int) -> Link:
+        """What connects ranks of which so many neighbors are in one group."""
+        return self.inside if ranks_together <= self.ranks_per_node else self.between
+
+    def codec_speed(self, name: str) -> CodecSpeed:
+        """Of one codec without its chain; what nobody measured costs as much as the slowest known."""
+        if name in self.codecs:
+            return self.codecs[name]
+        if name == "Identity":
+            return CodecSpeed(encode_ns=0.0, decode_ns=0.0)
+        known = self.codecs.values()
+        return CodecSpeed(
+            encode_ns=max((speed.encode_ns for speed in known), default=10.0),
+            decode_ns=max((speed.decode_ns for speed in known), default=5.0),
+        )
+
+
+def shipped_hardware() -> list[str]:
+    """Names of the files that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """A shipped cluster by its name, or a file of the user's.
+
+    Raises:
+        ConfigError: Neither; or the file is wrong.
+    """
+    if name in shipped_hardware():
+        return load_recipe(Hardware, FOLDER / f"{name}.toml", what="hardware file")
+    if not Path(name).is_file():
+        raise ConfigError(f"--hardware {name!r} is no file and none of {', '.join(shipped_hardware())}")
+    return load_recipe(Hardware, name, what="hardware file")

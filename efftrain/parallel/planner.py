@@ -1,0 +1,456 @@
+"""Which plan for which cluster: every way to spread a run is predicted in memory and time, and the feasible ranked.
+
+A prediction is played through, not fitted: operators by their arithmetic and memory traffic (``planner_work``), buckets
+by the messages that our exchange really makes (``planner_exchange``), pipelines by the idle time of their schedule. All
+of a cluster that goes into it is in one small file (``hardware``).
+"""
+
+# N ranks in all: D data x T tensor x P pipeline; M micro-batches
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from efftrain.compression import Codec, Identity, Int8, TopK, format_codec
+from efftrain.errors import ConfigError
+from efftrain.parallel.hardware import Hardware
+from efftrain.parallel.pipeline import SCHEDULES, SPLIT_BACKWARD, stages_a_rank, stages_of
+from efftrain.parallel.plan import Plan
+from efftrain.parallel.planner_exchange import Exchange, feedback_bytes, replicated, sharded
+from efftrain.parallel.planner_work import Work, measure_work, ready_times, seconds
+from efftrain.parallel.stages import cut_model
+from efftrain.parallel.tensor import plan_tensor
+from efftrain.training import OptimizerConfig
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be trained.
+
+    Attributes:
+        model: The whole model, on the CPU.
+        sample: Inputs of one sample, shape ``(1, ...)``.
+        batch_size: Samples of one update, over all replicas.
+        optimizer: Optimizer.
+        micro_batches: Pieces of a replica's batch, without a pipeline.
+        bf16: It runs under autocast.
+    """
+
+    model: nn.Module
+    sample: Tensor
+    batch_size: int
+    optimizer: OptimizerConfig
+    micro_batches: int = 1
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of a rank when most is in use, without what Python and torch take themselves."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    feedback: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class TimeParts:
+    """Seconds of one update."""
+
+    compute: float
+    """Forward and backward passes of the busiest rank."""
+    bubble: float
+    """In which a rank of a pipeline has nothing to do."""
+    tensor: float
+    """Adding up over the tensor axis, and what divided operators take longer."""
+    exchange: float
+    """Waiting for the data axis."""
+    codec: float
+    update: float
+    """Optimizer, gradient norm, and what every step has."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(asdict(self).values()))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan that can run."""
+
+    plan: Plan
+    memory: MemoryParts
+    time: TimeParts
+    wire_bytes: float
+    """That a rank sends over the data axis in an update."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            **describe(self.plan),
+            "step_s": self.time.total,
+            "memory_bytes": self.memory.total,
+            "wire_bytes": self.wire_bytes,
+            "time": asdict(self.time),
+            "memory": asdict(self.memory),
+        }
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A plan that cannot."""
+
+    plan: dict[str, Any]
+    reason: str
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The axes of a plan, as a recipe's ``[parallel]`` writes them; what has no effect is left out."""
+    found: dict[str, Any] = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
+    if plan.shard != "none":
+        found["shard"] = plan.shard
+    if plan.pipeline > 1:
+        found |= {"schedule": plan.schedule, "microbatches": plan.num_micro_batches}
+    if not isinstance(plan.codec, Identity):
+        found["codec"] = format_codec(plan.codec)
+    return found
+
+
+class Planner:
+    """Predicts plans of one setting on one cluster. Parts of the model that plans share are looked at once.
+
+    Args:
+        setting: What is to be trained.
+        hardware: Where.
+    """
+
+    def __init__(self, setting: Setting, hardware: Hardware) -> None:
+        self.setting, self.hardware = setting, hardware
+        self._works: dict[tuple[Any, ...], list[Work] | ConfigError] = {}
+        self._styles: dict[int, dict[str, str] | ConfigError] = {}
+
+    def rank(self, world_size: int, plans: Sequence[Plan | Refusal]) -> tuple[list[Prediction], list[Refusal]]:
+        """Predict plans; the fastest first, and those that cannot run."""
+        found, refused = [], []
+        for plan in plans:
+            if isinstance(plan, Refusal):
+                refused.append(plan)
+                continue
+            try:
+                found.append(self.predict(plan, world_size))
+            except ConfigError as error:
+                refused.append(Refusal(describe(plan), str(error)))
+        return sorted(found, key=lambda prediction: prediction.time.total), refused
+
+    def predict(self, plan: Plan, world_size: int) -> Prediction:
+        """Memory and time of one plan.
+
+        Raises:
+            ConfigError: It does not fit the processes, the model, the batch or the memory of a rank.
+        """
+        plan.check(world_size)
+        plan = replace(plan, data=plan.replicas(world_size))
+        works = self._works_of(plan)
+        slowdown = self.hardware.slowdown(world_size)
+        exchanges = [self._exchange(plan, work, world_size, slowdown) for work in works]
+        memory = max(
+            (
+                self._memory(plan, rank, work, exchange)
+                for rank, (work, exchange) in enumerate(zip(works, exchanges, strict=True))
+            ),
+            key=lambda parts: parts.total,
+        )
+        if memory.total > self.hardware.memory_gib * _GIB:
+            raise ConfigError(
+                f"needs {memory.total / _GIB:.1f} GiB a rank, {self.hardware.name} has {self.hardware.memory_gib:g}; "
+                "more ranks on the tensor or pipeline axis, shard=full or more micro-batches need less"
+            )
+        times = self._time(plan, works, exchanges, world_size, slowdown)
+        return Prediction(plan, memory, times, max(exchange.wire_bytes for exchange in exchanges))
+
+    # Time ---------------------------------------------------------------------------------------------------------
+
+    def _time(
+        self, plan: Plan, works: Sequence[Work], exchanges: Sequence[Exchange], world_size: int, slowdown: float
+    ) -> TimeParts:
+        hardware, pieces = self.hardware, self._num_pieces(plan)
+        passes = [self._passes(plan, work, slowdown) for work in works]
+        forward, backward, tensor = max(passes, key=sum)
+        bubble = 0.0
+        if plan.pipeline > 1:
+            bubble = _bubble(plan.schedule, plan.pipeline, forward, backward, tensor)
+            link = hardware.link(plan.pipeline * self._data(plan) * plan.tensor)
+            hops = 2 * stages_a_rank(plan.schedule) * (pieces + plan.pipeline - 1)
+            bubble += hops * link.seconds(max(work.output_bytes for work in works))
+        longest = max(exchanges, key=lambda exchange: exchange.exposed_s + exchange.codec_s)
+        divisor = self._shard_size(plan)
+        update = max(self._update_s(plan, work, divisor) for work in works) * slowdown
+        update += hardware.step_overhead_ms / 1e3 * slowdown
+        if world_size > 1:
+            update += hardware.link(world_size).seconds(16)  # every step asks all ranks whether they are well
+        return TimeParts(
+            compute=pieces * (forward + backward),
+            bubble=bubble,
+            tensor=pieces * tensor,
+            exchange=longest.exposed_s,
+            codec=longest.codec_s,
+            update=update,
+        )
+
+    def _passes(self, plan: Plan, work: Work, slowdown: float) -> tuple[float, float, float]:
+        """Forward, backward and the tensor axis, of one micro-batch on one rank."""
+        hardware = self.hardware
+        scale = hardware.efficiency * slowdown
+        forward, backward = (
+            seconds(part, hardware, bf16=self.setting.bf16) * scale for part in (work.forward, work.backward)
+        )
+        tensor = 0.0
+        if plan.tensor > 1:
+            link, others = hardware.link(plan.tensor), plan.tensor - 1
+            for size in work.reduced_bytes:
+                sent = 2 * others / plan.tensor * size
+                tensor += link.seconds(sent, 2 * others) + sent * link.cpu_ns_per_byte / 1e9 * slowdown
+            # Forward, and about twice as many backward.
+            tensor += 3 * work.divided_operators * hardware.divided_operator_us / 1e6 * slowdown
+        return forward, backward, tensor
+
+    def _exchange(self, plan: Plan, work: Work, world_size: int, slowdown: float) -> Exchange:
+        hardware, data = self.hardware, self._data(plan)
+        link = hardware.link(data * plan.tensor)
+        forward, backward, _ = self._passes(plan, work, slowdown)
+        if plan.shard != "none":
+            return sharded(
+                work.num_parameters,
+                (forward + backward) * self._num_pieces(plan),
+                num_units=_num_units(work),
+                gathers=2 if plan.shard == "full" else 1,
+                codec=plan.codec,
+                world_size=plan.shard_size or data,
+                hardware=hardware,
+                slowdown=slowdown,
+                link=link,
+            )
+        ready, end = ready_times(work, hardware, bf16=self.setting.bf16)
+        scale = backward / end if end else 0.0
+        if plan.pipeline > 1:  # gradients are exchanged when the schedule is through
+            ready, backward, scale = dict.fromkeys(ready, 0.0), 0.0, 1.0
+        return replicated(
+            work.parameters,
+            {name: at * scale for name, at in ready.items()},
+            backward,
+            codec=plan.codec,
+            sync=plan.sync,
+            by_ddp=_by_ddp(plan),
+            world_size=data,
+            hardware=hardware,
+            slowdown=slowdown,
+            link=link,
+        )
+
+    def _update_s(self, plan: Plan, work: Work, divisor: int) -> float:
+        """The optimizer reads and writes weights, gradients and its state; the norm reads the gradients once more."""
+        passes = 8 if self.setting.optimizer.name == "adamw" else 6 if self._momentum(plan) else 4
+        num, tensors = work.num_parameters / divisor, len(work.parameters)
+        calls = 12 if self.setting.optimizer.name == "adamw" else 5
+        return 4 * num * passes / (self.hardware.memory_gb_s * 1e9) + tensors * calls * self.hardware.operator_us / 1e6
+
+    # Memory -------------------------------------------------------------------------------------------------------
+
+    def _memory(self, plan: Plan, rank: int, work: Work, exchange: Exchange) -> MemoryParts:
+        num, divisor = work.num_parameters, self._shard_size(plan)
+        gradients, weights, activations = 4 * num, work.weight_bytes, work.later_peak_bytes
+        buffers = exchange.buffer_bytes
+        if plan.pipeline > 1:
+            others = _in_flight(plan.schedule, plan.pipeline, plan.num_micro_batches, rank) - 1
+            activations += int(others * work.saved_bytes)
+        elif divisor == 1 and self.setting.micro_batches == 1:
+            # Gradients come while activations go: both are never there as a whole.
+            activations = max(0, work.first_peak_bytes - gradients)
+        if plan.shard != "none":
+            share = -(-num // divisor)
+            unit = buffers // 2  # of weights; the other half of gradients
+            weights = 4 * share + (unit if plan.shard == "full" else 4 * num)
+            gradients, buffers = 4 * share, unit
+        states = {"adamw": 2}.get(self.setting.optimizer.name, 1 if self._momentum(plan) else 0)
+        corrected = plan.momentum_correction and self._data(plan) > 1
+        return MemoryParts(
+            weights=weights,
+            gradients=gradients,
+            optimizer=states * 4 * num // divisor,
+            activations=activations,
+            feedback=feedback_bytes(plan.codec, num, momentum=corrected) if self._data(plan) > 1 else 0,
+            buffers=buffers,
+        )
+
+    # Parts of the model -------------------------------------------------------------------------------------------
+
+    def _works_of(self, plan: Plan) -> list[Work]:
+        """Of each rank of the pipeline axis."""
+        setting, data, pieces = self.setting, self._data(plan), self._num_pieces(plan)
+        if setting.batch_size % (data * pieces):
+            raise ConfigError(
+                f"loop.batch_size is {setting.batch_size}, expected a multiple of {data * pieces}: {data} replicas x "
+                f"{pieces} micro-batches"
+            )
+        size = setting.batch_size // (data * pieces)
+        # Schedules that give a rank the same stages share them.
+        own = stages_of(0, plan.pipeline, plan.schedule)
+        key = (plan.tensor, plan.pipeline, own, size, plan.sequence, tuple(sorted(plan.tensor_styles.items())))
+        if key not in self._works:
+            try:
+                self._works[key] = self._look(plan, size)
+            except ConfigError as error:
+                self._works[key] = error
+        found = self._works[key]
+        if isinstance(found, ConfigError):
+            raise found
+        return found
+
+    def _look(self, plan: Plan, size: int) -> list[Work]:
+        setting = self.setting
+        inputs = setting.sample.expand(size, *setting.sample.shape[1:])
+        styles: dict[str, str] = {}
+        if plan.tensor > 1:
+            found = plan_tensor(setting.model, inputs, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
+            styles = dict(found.styles)
+        more: dict[str, Any] = {"styles": styles, "size": plan.tensor, "bf16": setting.bf16}
+        if plan.pipeline == 1:
+            return [measure_work(setting.model, inputs, **more)]
+        cuts = cut_model(setting.model, inputs, plan.num_stages, bf16=setting.bf16)
+        parts = []
+        for number, cut in enumerate(cuts):
+            given = (
+                inputs if number == 0 else setting.sample.new_zeros(1, dtype=cut.input_dtype).expand(cut.input_shape)
+            )
+            parts.append(measure_work(cut.module, given, with_loss=number == len(cuts) - 1, **more))
+        own = [stages_of(rank, plan.pipeline, plan.schedule) for rank in range(plan.pipeline)]
+        return [_joined([parts[number] for number in numbers]) for numbers in own]
+
+    def _num_pieces(self, plan: Plan) -> int:
+        return plan.num_micro_batches if plan.pipeline > 1 else self.setting.micro_batches
+
+    def _data(self, plan: Plan) -> int:
+        assert plan.data is not None, "set by predict"
+        return plan.data
+
+    def _shard_size(self, plan: Plan) -> int:
+        return 1 if plan.shard == "none" else plan.shard_size or self._data(plan)
+
+    def _momentum(self, plan: Plan) -> bool:
+        """Whether the optimizer keeps a velocity; the codec's feedback does with momentum correction."""
+        optimizer = self.setting.optimizer
+        corrected = plan.momentum_correction and plan.codec.combine != "sum" and self._data(plan) > 1
+        return optimizer.name == "sgd" and optimizer.momentum > 0 and not corrected
+
+
+def enumerate_plans(base: Plan, world_size: int, codecs: Sequence[Codec] | None = None) -> Iterator[Plan | Refusal]:
+    """Every plan of ``data x tensor x pipeline = world_size``, with every way to shard, schedule and codec.
+
+    Args:
+        base: Everything else.
+        world_size: ``N``.
+        codecs: Of the data axis; ``None`` takes none, ``Int8()``, ``TopK(0.01) >> Int8()`` and that of ``base``.
+    """
+    wanted = [Identity(), Int8(), TopK(0.01) >> Int8(), base.codec] if codecs is None else list(codecs)
+    codecs = list(dict.fromkeys(wanted))
+    for tensor in _divisors(world_size):
+        for pipeline in _divisors(world_size // tensor):
+            data = world_size // tensor // pipeline
+            for shard in ("none", "grads", "full") if data > 1 else ("none",):
+                for schedule in SCHEDULES if pipeline > 1 else (base.schedule,):
+                    for codec in codecs if data > 1 else (Identity(),):
+                        changes: dict[str, Any] = {
+                            "data": data, "tensor": tensor, "pipeline": pipeline, "shard": shard,
+                            "schedule": schedule, "codec": codec,
+                            "microbatches": base.microbatches if pipeline > 1 else None,
+                            "sequence": base.sequence and tensor > 1,
+                            "tensor_styles": base.tensor_styles if tensor > 1 else {},
+                            "shard_size": base.shard_size if shard != "none" else None,
+                        }  # fmt: skip
+                        try:
+                            yield replace(base, **changes)
+                        except ConfigError as error:
+                            named = {
+                                name: changes[name] for name in ("data", "tensor", "pipeline", "shard", "schedule")
+                            }
+                            yield Refusal({**named, "codec": format_codec(codec)}, str(error))
+
+
+def reasons(refused: Sequence[Refusal]) -> list[tuple[str, int]]:
+    """Why plans were refused, the most frequent reason first."""
+    return Counter(refusal.reason for refusal in refused).most_common()
+
+
+def _by_ddp(plan: Plan) -> bool:
+    plain = isinstance(plan.codec, Identity) and plan.backend == "torch" and not plan.is_divided
+    return plan.exchange == "ddp" or (plan.exchange == "auto" and plain)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _num_units(work: Work) -> int:
+    """Layers that ``fully_shard`` gathers on their own: blocks of a stack, or large layers, and the rest."""
+    stacks = {parts[:2] for parameter in work.parameters if len(parts := tuple(parameter.name.split("."))) > 2}
+    return 1 + len(stacks)
+
+
+def _bubble(schedule: str, size: int, forward: float, backward: float, tensor: float) -> float:
+    """Idle time of a rank at the ends of a step.
+
+    Source: Narayanan et al. (arXiv:2104.04473) for 1F1B, its interleaving and GPipe; Qi et al. (arXiv:2401.10241,
+    arXiv:2405.15362) for zero bubble, where a backward pass is an input and a weight half of equal length; DeepSeek-AI
+    (arXiv:2412.19437) for DualPipe, of whose V shape a rank holds two chunks.
+    """
+    whole = forward + backward + tensor
+    ends = {
+        "gpipe": whole,
+        "1f1b": whole,
+        "interleaved_1f1b": whole / stages_a_rank(schedule),
+        "interleaved_zero_bubble": forward / stages_a_rank(schedule),
+        "zbv": 0.0,
+        "dualpipev": forward,
+    }
+    return (size - 1) * ends[schedule]
+
+
+def _in_flight(schedule: str, size: int, num: int, rank: int) -> float:
+    """Micro-batches whose activations a rank keeps at once, at most. See ``_bubble`` for the sources."""
+    if schedule == "gpipe":
+        return num
+    if schedule == "1f1b":
+        return min(num, size - rank)
+    if schedule in SPLIT_BACKWARD and schedule != "interleaved_zero_bubble":
+        return min(num, size + (0.5 if schedule == "dualpipev" else 0.0))
+    return min(num, (2 * (size - 1 - rank) + size + 1) / 2)
+
+
+def _joined(works: Sequence[Work]) -> Work:
+    """The stages of one rank as one part."""
+    return Work(
+        forward=tuple(operation for work in works for operation in work.forward),
+        backward=tuple(operation for work in reversed(works) for operation in work.backward),
+        parameters=tuple(parameter for work in works for parameter in work.parameters),
+        weight_bytes=sum(work.weight_bytes for work in works),
+        saved_bytes=sum(work.saved_bytes for work in works),
+        first_peak_bytes=max(work.first_peak_bytes for work in works),
+        later_peak_bytes=max(work.later_peak_bytes for work in works),
+        reduced_bytes=tuple(size for work in works for size in work.reduced_bytes),
+        divided_operators=sum(work.divided_operators for work in works),
+        output_bytes=max(work.output_bytes for work in works),
+    )

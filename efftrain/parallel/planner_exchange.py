@@ -1,0 +1,284 @@
+"""How long the data axis keeps a step waiting: the exchange of every bucket played through beside the backward pass.
+
+The same buckets, algorithms and message sizes as ``sync`` and ``collectives`` make, the same order of waiting; only
+nothing is sent. See Note [one order] in sync.py.
+"""
+
+# W ranks of the data axis
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from efftrain.compression import Codec, Identity
+from efftrain.compression.compact import slot_bytes
+from efftrain.compression.sparsify import Sparse
+from efftrain.parallel.collectives import (
+    ALGORITHMS,
+    Piece,
+    choose,
+    cut,
+    gather_bytes,
+    low_rank,
+    ring_bytes,
+    share_bytes,
+    two_phase,
+)
+from efftrain.parallel.hardware import CodecSpeed, Hardware, Link
+from efftrain.parallel.planner_work import Parameter
+from efftrain.parallel.sync import SyncConfig
+
+_DDP_FIRST_BYTES = 1 << 20
+_DDP_BYTES = 25 << 20
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the data axis adds to the backward pass of a step.
+
+    Attributes:
+        codec_s: Encoding and decoding, on the thread that computes.
+        exposed_s: Waiting for others with nothing to compute.
+        wire_bytes: That a rank sends.
+        buffer_bytes: Of messages and buckets, which all stay until the end of the step.
+    """
+
+    codec_s: float = 0.0
+    exposed_s: float = 0.0
+    wire_bytes: float = 0.0
+    buffer_bytes: int = 0
+
+
+@dataclass
+class _Bucket:
+    """One exchange: computing and collectives in turn, computing first and last."""
+
+    ready_s: float
+    compute: list[float]
+    wire_bytes: list[float]
+    messages: list[float]
+    buffer_bytes: int
+    done: list[float] = field(default_factory=list)
+
+
+def replicated(
+    parameters: Sequence[Parameter],
+    ready: Mapping[str, float],
+    backward_s: float,
+    *,
+    codec: Codec,
+    sync: SyncConfig,
+    by_ddp: bool,
+    world_size: int,
+    hardware: Hardware,
+    slowdown: float,
+    link: Link,
+) -> Exchange:
+    """Replicas that average their gradients.
+
+    Args:
+        parameters: That the rank trains, in the model's order.
+        ready: Parameter -> seconds after the start of the backward pass when its gradient is there.
+        backward_s: Length of the backward pass.
+        codec: What gradients go through.
+        sync: Buckets and algorithm.
+        by_ddp: torch's DDP exchanges, which has buckets of its own.
+        world_size: ``W``.
+        hardware: For codecs and memory.
+        slowdown: Of everything that computes.
+        link: Of the data axis.
+    """
+    if world_size == 1:
+        return Exchange()
+    buckets = [
+        _bucket(group, ready, codec, sync, by_ddp, world_size, hardware, slowdown)
+        for group in _groups(parameters, sync, by_ddp)
+    ]
+    clock, wire_free, codec_s = 0.0, 0.0, 0.0
+    # Bytes cost CPU time, too; with no core to spare it is taken from the thread that computes.
+    crowded = bool(hardware.cores) and min(world_size, hardware.ranks_per_node) >= hardware.cores
+    stolen = link.cpu_ns_per_byte / 1e9 * slowdown if crowded else 0.0
+
+    def issue(bucket: _Bucket, number: int) -> None:
+        nonlocal clock, wire_free
+        clock += bucket.wire_bytes[number] * stolen
+        busy = link.seconds(bucket.wire_bytes[number], bucket.messages[number])
+        slowest = bucket.wire_bytes[number] * link.cpu_ns_per_byte / 1e9 * slowdown
+        wire_free = max(clock, wire_free) + max(busy, slowest)
+        bucket.done.append(wire_free)
+
+    def advance(bucket: _Bucket) -> bool:
+        """Wait for a collective, compute, start the next; whether there is one."""
+        nonlocal clock, codec_s
+        number = len(bucket.done)
+        clock = max(clock, bucket.done[-1]) + bucket.compute[number]
+        codec_s += bucket.compute[number]
+        if number == len(bucket.wire_bytes):
+            return False
+        issue(bucket, number)
+        return True
+
+    running: list[_Bucket] = []
+    computed = 0.0
+    for bucket in buckets:
+        clock += max(0.0, bucket.ready_s - computed)
+        computed = max(computed, bucket.ready_s)
+        clock += bucket.compute[0]
+        codec_s += bucket.compute[0]
+        issue(bucket, 0)
+        for other in running:
+            if len(other.done) < len(other.wire_bytes):
+                advance(other)
+        running.append(bucket)
+    clock += max(0.0, backward_s - computed)
+    while running:
+        running = [bucket for bucket in running if advance(bucket)]
+    exposed = clock - backward_s - codec_s
+    sent = sum(sum(bucket.wire_bytes) for bucket in buckets)
+    return Exchange(codec_s, max(0.0, exposed), sent, sum(bucket.buffer_bytes for bucket in buckets))
+
+
+def sharded(
+    num_parameters: int,
+    compute_s: float,
+    *,
+    num_units: int,
+    gathers: int,
+    codec: Codec,
+    world_size: int,
+    hardware: Hardware,
+    slowdown: float,
+    link: Link,
+) -> Exchange:
+    """``fully_shard``: weights gathered, gradients reduced and scattered.
+
+    Args:
+        num_parameters: Of the rank's part before it is divided.
+        compute_s: Forward and backward pass, beside which layers are gathered ahead.
+        num_units: Layers that are gathered on their own.
+        gathers: 1, or 2 if weights are given back after the forward pass.
+        codec: Of the gradients.
+        world_size: Ranks that share one copy.
+        hardware: For the codec.
+        slowdown: Of everything that computes.
+        link: Of the data axis.
+    """
+    if world_size == 1:
+        return Exchange()
+    share = (world_size - 1) / world_size
+    speed = codec_speed(codec, hardware)
+    plain = isinstance(codec, Identity)
+    gradient = 4.0 * num_parameters if plain else _slot(codec, num_parameters)
+    sent = share * (4.0 * num_parameters * gathers + gradient)
+    collectives = num_units * (gathers + 1)
+    wire = link.seconds(sent, collectives * (world_size - 1))
+    cpu = sent * link.cpu_ns_per_byte / 1e9 * slowdown
+    coding = 0.0 if plain else (speed.encode_ns + speed.decode_ns) * num_parameters / 1e9 * slowdown
+    # The first layer has nothing to hide behind, nor has the last gradient.
+    alone = wire / max(1, num_units)
+    exposed = alone + max(0.0, max(wire, cpu) - alone - compute_s)
+    copies = 8.0 * num_parameters * (gathers + 1) / (hardware.memory_gb_s * 1e9) * slowdown
+    largest = 8 * num_parameters // max(1, num_units)
+    return Exchange(coding + copies, exposed + (cpu if hardware.cores else 0.0), sent, int(largest))
+
+
+def codec_speed(codec: Codec, hardware: Hardware) -> CodecSpeed:
+    """Of a codec; of ``TopK(0.01) >> Int8()`` the second works on what the first lets through."""
+    speed = hardware.codec_speed(type(codec).__name__)
+    if not isinstance(codec, Sparse):
+        return speed
+    values = codec_speed(codec.values, hardware)
+    return CodecSpeed(
+        encode_ns=speed.encode_ns + codec.ratio * values.encode_ns,
+        decode_ns=speed.decode_ns + codec.ratio * values.decode_ns,
+    )
+
+
+def feedback_bytes(codec: Codec, num_parameters: int, *, momentum: bool) -> int:
+    """What a rank keeps for later steps: residuals and, with momentum correction, velocities; each old and new."""
+    if codec.combine == "sum":
+        return 0
+    return 4 * num_parameters * (4 if momentum else 2)
+
+
+def _groups(parameters: Sequence[Parameter], sync: SyncConfig, by_ddp: bool) -> list[list[Parameter]]:
+    """Buckets in the order of the backward pass. DDP closes one before it overflows, GradSync when it is full."""
+    limit = sync.bucket_mb * (1 << 20) if sync.bucket_mb is not None else float(_DDP_BYTES)
+    groups: list[list[Parameter]] = [[]]
+    size, current = 0.0, min(limit, _DDP_FIRST_BYTES) if by_ddp else limit
+    for parameter in reversed(parameters):
+        if size >= current:
+            groups.append([])
+            size, current = 0.0, limit
+        groups[-1].append(parameter)
+        size += 4 * parameter.size
+    return [group for group in groups if group]
+
+
+def _bucket(
+    group: Sequence[Parameter],
+    ready: Mapping[str, float],
+    codec: Codec,
+    sync: SyncConfig,
+    by_ddp: bool,
+    world_size: int,
+    hardware: Hardware,
+    slowdown: float,
+) -> _Bucket:
+    num = sum(parameter.size for parameter in group)
+    at = max(ready[parameter.name] for parameter in group)
+    copy = 8.0 * num / (hardware.memory_gb_s * 1e9) * slowdown
+    overhead = hardware.operator_us / 1e6 * slowdown * len(group)
+    if codec.combine == "sum":
+        after = 2 * copy if not by_ddp else copy  # the sum is scaled and written back
+        ring = ring_bytes(num, world_size)
+        return _Bucket(at, [copy + overhead, after + overhead], [ring], [2.0 * (world_size - 1)], 4 * num)
+    sizes = [num] if sync.whole_buckets else [parameter.size for parameter in group]
+    shapes = [(num,)] if sync.whole_buckets else [parameter.shape for parameter in group]
+    nothing = np.broadcast_to(np.float32(0), 1)
+    pieces = [
+        Piece(parameter.name, codec.for_tensor(shape), np.broadcast_to(nothing, (size,)), nothing, 0, size)
+        for parameter, shape, size in zip(group, shapes, sizes, strict=False)
+    ]
+    speed = codec_speed(codec, hardware)
+    encode, decode = (ns / 1e9 * num * slowdown for ns in (speed.encode_ns, speed.decode_ns))
+    algorithm = choose(pieces, world_size)
+    algorithm = algorithm if algorithm is low_rank else ALGORITHMS.get(sync.algorithm, algorithm)
+    each = overhead * 10  # of the Python of one piece
+    if algorithm is low_rank:
+        sent = [ring_bytes(n, world_size) for n in _factors(pieces)]
+        compute = [encode + each, encode, decode + each]
+        return _Bucket(at, compute, sent, [2.0 * (world_size - 1)] * 2, 8 * num)
+    if algorithm is two_phase:
+        shares = cut(sizes, world_size)
+        first = [share_bytes(pieces, share, second=False) for share in shares]
+        second = max(share_bytes(pieces, share, second=True) for share in shares)
+        others = (world_size - 1) / world_size
+        compute = [encode * others + each, decode * others + encode / world_size + each, decode + each]
+        sent = [sum(first) * others, second * (world_size - 1.0)]
+        return _Bucket(at, compute, sent, [1.0, 1.0], sum(first) + second * world_size)
+    size = gather_bytes(pieces)
+    compute = [encode + each, decode * world_size + each]
+    return _Bucket(at, compute, [size * (world_size - 1.0)], [1.0], size * (world_size + 1))
+
+
+def _factors(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Elements of both sums of ``low_rank``."""
+    first = second = 0
+    for piece in pieces:
+        shape = getattr(piece.codec, "matrix_shape", None)
+        if shape is None:
+            first += piece.size
+            continue
+        rows, columns = shape(piece.size)
+        rank = piece.codec.effective_rank(piece.size)  # type: ignore[attr-defined]
+        first += rows * rank
+        second += columns * rank
+    return first, second
+
+
+def _slot(codec: Codec, num_elements: int) -> float:
+    block = min(num_elements, 1 << 20)
+    return slot_bytes(codec.for_tensor((block,)), block) * math.ceil(num_elements / block)
