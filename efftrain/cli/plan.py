@@ -14,7 +14,7 @@ from efftrain.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from efftrain.parallel.planner import Prediction, Refusal
+    from efftrain.parallel.planner import Prediction
 
 
 def plan_command(
