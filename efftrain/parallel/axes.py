@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +20,7 @@ from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
 from efftrain.parallel.local import local
-from efftrain.parallel.replicas import sum_numbers
+from efftrain.parallel.replicas import TransportLine, second_line, sum_numbers
 from efftrain.training import Exchange
 
 
@@ -106,6 +107,10 @@ class ManyAxes:
     def sum(self, values: Sequence[float]) -> list[float]:
         """See ``sum_numbers``."""
         return sum_numbers(self._world, values)
+
+    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
+        """See ``Exchange``."""
+        return second_line(self._world)
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Over the data axis; the ranks of a tensor axis saw the same samples."""

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.collectives import ring_bytes
-from efftrain.parallel.replicas import broadcast, check_replicas, sum_numbers
+from efftrain.parallel.replicas import TransportLine, broadcast, check_replicas, second_line, sum_numbers
 from efftrain.training.exchange import local_grad_norm
 
 
@@ -53,6 +54,10 @@ class DataParallel:
     def sum(self, values: Sequence[float]) -> list[float]:
         """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
+
+    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
+        """See ``Exchange``."""
+        return second_line(self._transport)
 
     def sync_buffers(self, model: nn.Module) -> None:
         """One broadcast a buffer, as DDP does before each forward pass."""

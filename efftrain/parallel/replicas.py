@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from efftrain.errors import ConfigError, ReplicaError
 from efftrain.parallel.backends import Transport
@@ -27,6 +28,24 @@ def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
     message = torch.from_numpy(np.array(values, np.float64).view(np.uint8)).to(transport.device)
     rows = transport.all_gather(message).wait().cpu().numpy()
     return [float(total) for total in rows.view(np.float64).sum(axis=0)]
+
+
+class TransportLine:
+    """Numbers over a transport; a ``Line``."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._transport = transport
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """See ``sum_numbers``."""
+        return sum_numbers(self._transport, values)
+
+
+def second_line(transport: Transport) -> tuple[TransportLine, ProcessGroup] | None:
+    """See ``Exchange``."""
+    found = transport.second()
+    return None if found is None else (TransportLine(found[0]), found[1])
 
 
 def refuse_other_models(transport: Transport, model: nn.Module) -> None:

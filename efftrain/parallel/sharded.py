@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -12,7 +13,7 @@ from efftrain.compression import Codec, Identity
 from efftrain.errors import CheckpointError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.hooks import CompressedReduceScatter, compress_fsdp
-from efftrain.parallel.replicas import broadcast, refuse_other_models, sum_numbers
+from efftrain.parallel.replicas import TransportLine, broadcast, refuse_other_models, second_line, sum_numbers
 from efftrain.training.exchange import local_grad_norm
 
 _LARGE = 1 << 20
@@ -80,6 +81,10 @@ class Sharded:
     def sum(self, values: Sequence[float]) -> list[float]:
         """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
+
+    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
+        """See ``Exchange``."""
+        return second_line(self._transport)
 
     def sync_buffers(self, model: nn.Module) -> None:
         """One broadcast a buffer."""

@@ -28,6 +28,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from efftrain.compression import Codec, Feedback, LowRank, redistribute
 from efftrain.compression.wire import Floats
@@ -49,7 +50,14 @@ from efftrain.parallel.collectives import (
 )
 from efftrain.parallel.feedback import AXES, of_replicas
 from efftrain.parallel.local import local, local_grad
-from efftrain.parallel.replicas import broadcast, check_replicas, refuse_other_models, sum_numbers
+from efftrain.parallel.replicas import (
+    TransportLine,
+    broadcast,
+    check_replicas,
+    refuse_other_models,
+    second_line,
+    sum_numbers,
+)
 from efftrain.training.exchange import local_grad_norm
 
 
@@ -167,6 +175,10 @@ class GradSync:
     def sum(self, values: Sequence[float]) -> list[float]:
         """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
+
+    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
+        """See ``Exchange``."""
+        return second_line(self._transport)
 
     def sync_buffers(self, model: nn.Module) -> None:
         """One broadcast a buffer."""

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -41,7 +43,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from efftrain.errors import CheckpointError
-from efftrain.training.exchange import Exchange
+from efftrain.training.exchange import Exchange, Line
 from efftrain.training.job import Job
 
 FORMAT_VERSION = 2
@@ -59,26 +61,69 @@ class Restored:
     extra: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, job: Job, *, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write a checkpoint of all ranks. Every rank calls it after the same step.
+class Saver:
+    """Writes the checkpoints of a job: at once, or in the background while training goes on.
+
+    In the background, the tensors are copied first, which takes as much memory again, and one checkpoint at a time is
+    on its way. A failure is raised by the next call. Where the back end has one line only (Horovod), it writes at once.
 
     Args:
         folder: The run's ``checkpoints`` folder, on a file system that all ranks share.
         job: What to save.
-        extra: Numbers and texts to find again, e.g. the best accuracy. JSON.
-
-    Raises:
-        CheckpointError: A file could not be written on some rank (disk full, read-only). Older checkpoints are
-            untouched.
+        background: Let training go on. Every rank makes its saver at the same place.
     """
-    path = folder / f"step-{job.num_steps:08d}"
-    try:
-        _save(path, job, extra or {})
-    except CheckpointError:
-        if job.exchange.rank == 0:  # do not fill a full disk any further
-            shutil.rmtree(_partial(path), ignore_errors=True)
-        raise
-    return path
+
+    def __init__(self, folder: Path, job: Job, *, background: bool = False) -> None:
+        self._folder, self._job = folder, job
+        self._second = job.exchange.second_line() if background else None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint of all ranks. Every rank calls it after the same step.
+
+        Args:
+            extra: Numbers and texts to find again, e.g. the best accuracy. JSON.
+
+        Raises:
+            CheckpointError: A file could not be written on some rank (disk full, read-only), now or in the background
+                since the last call. Older checkpoints are untouched.
+        """
+        self.finish()
+        path = self._folder / f"step-{self._job.num_steps:08d}"
+        if self._second is None:
+            snapshot = _Snapshot.of(self._job, extra or {}, copy=False)
+            _save(path, snapshot, self._job.exchange, None)
+        else:
+            snapshot = _Snapshot.of(self._job, extra or {}, copy=True)
+            line, group = self._second
+            self._thread = threading.Thread(target=self._in_background, args=(path, snapshot, line, group), daemon=True)
+            self._thread.start()
+        return path
+
+    def finish(self) -> None:
+        """Wait for what is on its way.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _in_background(self, path: Path, snapshot: "_Snapshot", line: Line, group: ProcessGroup | None) -> None:
+        try:
+            _save(path, snapshot, line, group)
+        except Exception as error:
+            self._error = error
+
+
+def save_checkpoint(folder: Path, job: Job, *, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write one checkpoint at once; see ``Saver``."""
+    return Saver(folder, job).save(extra)
 
 
 def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
@@ -151,47 +196,76 @@ def hash_seed(*parts: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _save(path: Path, job: Job, extra: Mapping[str, Any]) -> None:
-    exchange, partial = job.exchange, _partial(path)
-    with _Together(exchange, f"checkpoint {path}"):
-        if exchange.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob("step-*.partial"):  # by a crash
-                shutil.rmtree(left)
-            (partial / _STATE).mkdir(parents=True)
-    tensors, numbers = job.state_dict()
-    with _Together(exchange, f"checkpoint {path}"):
-        _write(partial / f"rank-{exchange.rank}.safetensors", format_safetensors(_own_state(exchange)))
-        if exchange.is_divided:
-            writer = HuggingFaceStorageWriter(str(partial / _STATE), save_distributed=True)
-            _quietly(lambda: save_distributed(tensors, storage_writer=writer))
-        elif exchange.rank == 0:
-            _write(partial / _STATE / "shared.safetensors", format_safetensors(tensors))
-    with _Together(exchange, f"checkpoint {path}"):
-        if exchange.rank == 0:
-            found = sorted(p.relative_to(partial) for p in partial.rglob("*.safetensors"))
-            files = {name.as_posix(): _sha256((partial / name).read_bytes()) for name in found}
-            meta = {
-                "format_version": FORMAT_VERSION,
-                "world_size": exchange.world_size,
-                "numbers": numbers,
-                "extra": dict(extra),
-                "files": files,
-            }
-            meta["sha256"] = _meta_sha256(meta)
-            _write(partial / "meta.json", json.dumps(meta, indent=2).encode())
-            if path.exists():  # the epochs of a finished run were changed to end at the same step
-                _remove(path)
-            partial.rename(path)
-            for old in complete_checkpoints(path.parent)[:-KEEP]:
-                _remove(old)
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    """What a checkpoint holds of this rank."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+    own: dict[str, Tensor]
+    extra: dict[str, Any]
+    is_divided: bool
+
+    @classmethod
+    def of(cls, job: Job, extra: Mapping[str, Any], *, copy: bool) -> "_Snapshot":
+        tensors, numbers = job.state_dict()
+        own = _own_state(job.exchange)
+        if copy:
+            tensors, own = ({name: value.clone() for name, value in state.items()} for state in (tensors, own))
+        return cls(tensors, numbers, own, json.loads(json.dumps(extra)), job.exchange.is_divided)
+
+
+def _save(path: Path, snapshot: _Snapshot, line: Line, group: ProcessGroup | None) -> None:
+    partial, what = _partial(path), f"checkpoint {path}"
+    try:
+        with _Together(line, what):
+            if line.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left in path.parent.glob("step-*.partial"):  # by a crash
+                    shutil.rmtree(left)
+                (partial / _STATE).mkdir(parents=True)
+        with _Together(line, what):
+            _write(partial / f"rank-{line.rank}.safetensors", format_safetensors(snapshot.own))
+            if line.rank == 0 and not snapshot.is_divided:
+                _write(partial / _STATE / "shared.safetensors", format_safetensors(snapshot.tensors))
+        if snapshot.is_divided:
+            with _Together(line, what):
+                writer = HuggingFaceStorageWriter(str(partial / _STATE), save_distributed=True)
+                _quietly(lambda: save_distributed(snapshot.tensors, storage_writer=writer, process_group=group))
+        with _Together(line, what):
+            if line.rank == 0:
+                _commit(path, snapshot, line.world_size)
+    except CheckpointError:
+        if line.rank == 0:  # do not fill a full disk any further
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _commit(path: Path, snapshot: _Snapshot, world_size: int) -> None:
+    """Checksums, the new name, and away with the oldest."""
+    partial = _partial(path)
+    found = sorted(p.relative_to(partial) for p in partial.rglob("*.safetensors"))
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "world_size": world_size,
+        "numbers": snapshot.numbers,
+        "extra": snapshot.extra,
+        "files": {name.as_posix(): _sha256((partial / name).read_bytes()) for name in found},
+    }
+    meta["sha256"] = _meta_sha256(meta)
+    _write(partial / "meta.json", json.dumps(meta, indent=2).encode())
+    if path.exists():  # the epochs of a finished run were changed to end at the same step
+        _remove(path)
+    partial.rename(path)
+    for old in complete_checkpoints(path.parent)[:-KEEP]:
+        _remove(old)
 
 
 class _Together:
     """If the block fails on one rank, it fails on all: nobody waits for a rank that is gone."""
 
-    def __init__(self, exchange: Exchange, what: str) -> None:
-        self._exchange, self._what = exchange, what
+    def __init__(self, line: Line, what: str) -> None:
+        self._line, self._what = line, what
 
     def __enter__(self) -> None:
         return None
@@ -199,7 +273,7 @@ class _Together:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and not isinstance(error, Exception):
             return
-        num_failed = self._exchange.sum([float(error is not None)])[0]
+        num_failed = self._line.sum([float(error is not None)])[0]
         if error is not None:
             raise CheckpointError(
                 f"{self._what} could not be written: {error}; free or unlock the disk. Older checkpoints are untouched."

@@ -6,16 +6,25 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
-class Exchange(Protocol):
+class Line(Protocol):
+    """What writing a checkpoint together needs from the other ranks."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over all ranks. Every rank calls it with as many values; also a barrier."""
+
+
+class Exchange(Line, Protocol):
     """The one door between a training step and the other ranks.
 
     ``SingleProcess`` is the empty one; ``efftrain.parallel`` has those that talk.
     """
 
-    rank: int
-    world_size: int
     replica: int
     """Which copy of the model this rank belongs to; each copy takes its share of the batch."""
     num_replicas: int
@@ -28,8 +37,12 @@ class Exchange(Protocol):
     def local_only(self) -> AbstractContextManager[None]:
         """Inside, gradients are summed up locally and nothing is sent: micro-batches but the last."""
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over all ranks. Every rank calls it with as many values; also a barrier."""
+    def second_line(self) -> "tuple[Line, ProcessGroup | None] | None":
+        """Another way to the same ranks, that a thread of its own may use; every rank calls it.
+
+        Returns:
+            It, and its process group if it has one; ``None`` if there is no second way.
+        """
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers of rank 0, e.g. running statistics: each rank's come from its own samples."""
@@ -91,6 +104,10 @@ class SingleProcess:
     def sum(self, values: Sequence[float]) -> list[float]:
         """The values themselves."""
         return list(values)
+
+    def second_line(self) -> tuple[Line, None]:
+        """Itself."""
+        return self, None
 
     def sync_buffers(self, model: nn.Module) -> None:
         """There is only rank 0."""

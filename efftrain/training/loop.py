@@ -17,7 +17,7 @@ from torch import Tensor
 from efftrain.data import Dataset
 from efftrain.errors import ConfigError, DataError
 from efftrain.report.run import RunFolder
-from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from efftrain.training.checkpoint import Saver, complete_checkpoints, load_checkpoint
 from efftrain.training.job import Job, StepResult
 from efftrain.training.objective import label_loss
 
@@ -34,6 +34,8 @@ class LoopConfig:
     eval_batch_size: int = 256
     checkpoint_every: int = 500
     """Updates between checkpoints. 0: only at the end."""
+    background_checkpoints: bool = False
+    """Write them while training goes on, from a copy; needs the memory of one."""
     log_every: int = 10
     """Updates between lines in ``metrics.jsonl``."""
     deterministic: bool = True
@@ -130,7 +132,7 @@ def fit(
         ConfigError: The batch cannot be cut evenly among ranks and micro-batches, a data set is too small, or
             ``checkpoints`` holds those of another run.
         NonFiniteError: See ``Job.step``.
-        CheckpointError: See ``save_checkpoint`` and ``load_checkpoint``.
+        CheckpointError: See ``Saver`` and ``load_checkpoint``.
     """
     exchange = job.exchange
     config.check_pieces(exchange.num_replicas, job.step_config.micro_batches)
@@ -146,6 +148,7 @@ def fit(
         raise ConfigError(f"{checkpoints} holds checkpoints of an earlier run; resume it or choose another folder")
     if run is not None and resume:
         run.rewind(job.num_steps)
+    saver = None if checkpoints is None else Saver(checkpoints, job, background=config.background_checkpoints)
     started, first_step = time.perf_counter(), job.num_steps
     for indices in _batches(len(train), config, seed, first_step=job.num_steps):
         share = len(indices) // exchange.num_replicas
@@ -166,13 +169,15 @@ def fit(
         if not inside and config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
             _evaluate_and_log(job, test, config, run, epoch, totals)
         due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < total_steps
-        if checkpoints is not None and due:
-            save_checkpoint(checkpoints, job, extra={"totals": totals})
+        if saver is not None and due:
+            saver.save({"totals": totals})
     # The last checkpoint is written after the last evaluation, so a run that had finished has both.
     had_finished = restored is not None and restored.step == job.num_steps and restored.extra.get("finished")
     evaluation = _evaluate_and_log(job, test, config, None if had_finished else run, config.epochs, totals)
-    if checkpoints is not None and not had_finished:
-        save_checkpoint(checkpoints, job, extra={"totals": totals, "finished": True})
+    if saver is not None:
+        if not had_finished:
+            saver.save({"totals": totals, "finished": True})
+        saver.finish()
     train_s = time.perf_counter() - started
     return FitResult(evaluation, first_step, job.num_steps, job.num_skipped, train_s, totals)
 

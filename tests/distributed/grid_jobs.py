@@ -15,7 +15,7 @@ from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan, mesh
 from efftrain.training import Job, OptimizerConfig, StepConfig
-from efftrain.training.checkpoint import load_checkpoint, save_checkpoint
+from efftrain.training.checkpoint import Saver, load_checkpoint
 from tests.distributed.jobs import in_group
 
 Facts = dict[str, Any]
@@ -132,15 +132,19 @@ def _mean_residuals(job: Job, tensor: int) -> dict[str, Tensor]:
 
 
 @in_group
-def train_and_save(settings: Settings, folder: str, num_steps: int) -> Facts:
-    """Some steps, a checkpoint, and some more."""
+def train_and_save(settings: Settings, folder: str, num_steps: int, background: bool = False) -> Facts:
+    """Load what is there, some steps, and a checkpoint."""
     job = job_of(settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         restored = load_checkpoint(Path(folder), job, seed=0)
     first = job.num_steps
     losses = [step_of(job, step).loss for step in range(first, first + num_steps)]
-    save_checkpoint(Path(folder), job)
+    saver = Saver(Path(folder), job, background=background)
+    saver.save()
+    if background:  # what is written is the state of before
+        step_of(job, first + num_steps)
+    saver.finish()
     return {
         "losses": losses,
         "first": first,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from efftrain.errors import CheckpointError
 from efftrain.training import Job
@@ -41,6 +42,23 @@ def test_any_plan_goes_on_where_another_stopped(name: str, start_ranks: StartRan
         reference.step(*grid_jobs.batch(step))
     for (key, value), wanted in zip(whole.state_dict().items(), reference.model.state_dict().values(), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=2e-6, msg=key)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"codec": "TopK(0.1)"}, {"shard": "full"}, {"pipeline": 2, "schedule": "zbv"}], ids=str
+)
+def test_a_checkpoint_in_the_background_is_the_same(
+    settings: dict[str, Any], start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    for background in (False, True):
+        folder = str(tmp_path / str(background))
+        start_ranks(grid_jobs.train_and_save, 2, settings, folder, STEPS, background).results()
+    now, later = (
+        {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
+        for folder in (tmp_path / "False", tmp_path / "True")
+    )
+    torch.testing.assert_close(now, later, rtol=0, atol=0)
+    assert len(now) >= 3
 
 
 def test_feedback_goes_from_pipeline_to_pipeline(start_ranks: StartRanks, tmp_path: Path) -> None:

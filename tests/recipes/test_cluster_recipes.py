@@ -16,8 +16,8 @@ WORKERS = {"char_lm_3d": 8, "char_lm_zero_bubble_int8": 4}
 SMALLER = {
     "char_lm_topk": [f"data.options.folder={json.dumps(str(ROOT / 'efftrain' / 'compression'))}"],
     "fashion_cnn_fsdp": ["loop.batch_size=512"],
-    "char_lm_3d": [f"data.options.folder={json.dumps(str(ROOT / 'efftrain' / 'config'))}"],
-    "char_lm_zero_bubble_int8": [f"data.options.folder={json.dumps(str(ROOT / 'efftrain' / 'config'))}"],
+    "char_lm_3d": [f"data.options.folder={json.dumps(str(ROOT / 'efftrain' / 'report'))}"],
+    "char_lm_zero_bubble_int8": [f"data.options.folder={json.dumps(str(ROOT / 'efftrain' / 'report'))}"],
     "char_lm_8gpu": [
         f"data.options.folder={json.dumps(str(ROOT / 'efftrain' / 'report'))}",
         "data.options.context=64",

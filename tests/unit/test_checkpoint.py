@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from efftrain.data.digits import load_digits
 from efftrain.errors import CheckpointError, ConfigError
 from efftrain.training import Job, LoopConfig, OptimizerConfig, fit
-from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from efftrain.training.checkpoint import Saver, complete_checkpoints, load_checkpoint, save_checkpoint
 
 
 def make_job(width: int = 8, *, name: str = "sgd", frozen: bool = False, seed: int = 0) -> Job:
@@ -254,6 +254,34 @@ def test_a_full_or_read_only_disk_leaves_the_older_ones(tmp_path: Path, option: 
         assert restored.step == 1
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_checkpoint_in_the_background_is_of_its_own_step(tmp_path: Path) -> None:
+    job, totals = make_job(), {"a": 1.0}
+    steps(job, 1)
+    save_checkpoint(tmp_path / "now", job, extra=totals)
+    saver = Saver(tmp_path / "later", job, background=True)
+    saver.save(totals)
+    totals["a"] = 2.0
+    steps(job, 1)
+    saver.finish()
+    assert contents(tmp_path / "later") == contents(tmp_path / "now")
+    for _ in range(3):  # one at a time, the newest two are kept
+        steps(job, 1)
+        saver.save(totals)
+    saver.finish()
+    assert [path.name for path in complete_checkpoints(tmp_path / "later")] == ["step-00000004", "step-00000005"]
+
+
+def test_a_failure_in_the_background_is_told_at_the_next_call(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("mine")
+    job = make_job()
+    for next_call in ("finish", "save"):
+        saver = Saver(tmp_path / "checkpoints", job, background=True)
+        saver.save()
+        with pytest.raises(CheckpointError, match=r"could not be written: .*untouched"):
+            getattr(saver, next_call)()
+        saver.finish()
 
 
 SAVE_FOR_EVER = """

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 # W ranks
 
@@ -75,4 +76,11 @@ class Transport(Protocol):
 
         Raises:
             ConfigError: ``node_size`` does not divide ``W``, or the back end has no groups.
+        """
+
+    def second(self) -> "tuple[Transport, ProcessGroup] | None":
+        """The same ranks over connections of their own, on the CPU, for another thread; every rank calls it.
+
+        Returns:
+            ``None`` if the back end has one thread only.
         """

@@ -119,6 +119,9 @@ class HorovodTransport:
             "start with torchrun and backend torch, or leave the nodes out"
         )
 
+    def second(self) -> None:
+        """Horovod has one thread for all."""
+
     def _pending(self, handle: int, finish: Callable[[Any], Tensor]) -> "_Pending":
         return _Pending(handle, finish, self._timeout_s)
 

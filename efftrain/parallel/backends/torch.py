@@ -78,6 +78,12 @@ class TorchTransport:
         between, _ = enumerate_groups(ranks.T.tolist())
         return TorchTransport(self.device, inside), TorchTransport(self.device, between)
 
+    def second(self) -> "tuple[TorchTransport, dist.ProcessGroup]":
+        """See ``Transport``."""
+        ranks = None if self._group is None else dist.get_process_group_ranks(self._group)
+        group: Any = dist.new_group(ranks, backend="gloo")
+        return TorchTransport(torch.device("cpu"), group), group
+
     def _swap(self, to_send: Sequence[Tensor], to_receive: Sequence[Tensor]) -> "list[dist.Work | None]":
         """Send a part to each rank and receive one from each; empty parts take no message. See Note [receive first]."""
         self._num_calls += 1
