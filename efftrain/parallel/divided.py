@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def divided(
     plan: "Plan",
     model: nn.Module,
-    example: Tensor,
+    share: Tensor,
     axes: Axes,
     *,
     objective: Objective,
@@ -42,7 +42,7 @@ def divided(
     Args:
         plan: Checked.
         model: The whole model, on the device of this rank, equal on all ranks; its parts are taken over.
-        example: Inputs of one replica's share of a batch.
+        share: Inputs of one replica's part of a batch.
         axes: The mesh of the plan.
         objective: Gives the mean loss of a batch.
         step: How one update is computed.
@@ -50,7 +50,7 @@ def divided(
     """
     tensor_plan = None
     if plan.tensor > 1:
-        tensor_plan = plan_tensor(model, example, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
+        tensor_plan = plan_tensor(model, share, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
     bf16 = step.precision == "bf16"
     world = axes.world()
     inner = _data_exchange(plan, axes, sync)
@@ -62,6 +62,7 @@ def divided(
     counts = axes.place("tensor") == 0
     if plan.pipeline == 1:
         refuse_other_models(world, model)
+        recompute(model, plan.checkpointing)
         if tensor_plan is not None:
             divide(model, tensor_plan, axes.mesh["tensor"])
             model.register_forward_hook(_copy_views)
@@ -73,7 +74,7 @@ def divided(
             bf16=bf16,
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
-    cuts = cut_model(model, example[: len(example) // plan.num_micro_batches], plan.num_stages, bf16=bf16)
+    cuts = cut_model(model, share[: len(share) // plan.num_micro_batches], plan.num_stages, bf16=bf16)
     _recompute_blocks(plan, model, cuts)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})

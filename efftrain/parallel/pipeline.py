@@ -135,8 +135,8 @@ class Pipeline:
         expected = self._num_micro_batches * self._cuts[0].input_shape[0]
         if len(inputs) != expected:
             raise ConfigError(
-                f"a replica's share of the batch is {len(inputs)} samples, the pipeline was made for {expected}, the "
-                "size of the example; apply the plan to an example of the batch's size"
+                f"a replica's share of the batch is {len(inputs)} samples, the pipeline was made for {expected}; apply "
+                "the plan to an example of the size that the batches have"
             )
         self.model.train()
         losses: list[Tensor] = []

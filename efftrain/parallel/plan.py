@@ -139,7 +139,7 @@ class Plan:
         Args:
             world_size: Processes of the run.
             model: The whole model; without it only numbers are checked.
-            example: Inputs of one replica's share of a batch, as ``apply`` takes them.
+            example: Inputs of a batch, as ``apply`` takes them.
             bf16: Of the step.
 
         Raises:
@@ -150,11 +150,11 @@ class Plan:
             return
         if self.checkpointing != "none":
             check_blocks(model, self.checkpointing)
-        self._check_share(world_size, example)
-        if self.tensor > 1 and example is not None:
-            plan_tensor(model, example, self.tensor, self.tensor_styles, sequence=self.sequence)
-        if self.pipeline > 1 and example is not None:
-            cut_model(model, example[: len(example) // self.num_micro_batches], self.num_stages, bf16=bf16)
+        share = self._share(world_size, example)
+        if self.tensor > 1:
+            plan_tensor(model, share, self.tensor, self.tensor_styles, sequence=self.sequence)
+        if self.pipeline > 1:
+            cut_model(model, share[: len(share) // self.num_micro_batches], self.num_stages, bf16=bf16)
 
     def _check_processes(self, world_size: int) -> None:
         replicas = self.replicas(world_size)
@@ -163,18 +163,21 @@ class Plan:
                 f"parallel.shard_size is {self.shard_size}, expected a divisor of the data axis, {replicas} ranks"
             )
 
-    def _check_share(self, world_size: int, example: Tensor | None) -> None:
+    def _share(self, world_size: int, example: Tensor | None) -> Tensor:
+        """What one replica gets of the example."""
         self._check_processes(world_size)
         if self.tensor == self.pipeline == 1:
-            return
+            return torch.empty(0)
         if example is None:
             raise ConfigError("a plan with a tensor or pipeline axis needs an example: plan.apply(model, inputs)")
-        if not len(example) or len(example) % self.num_micro_batches:
+        pieces = self.replicas(world_size) * self.num_micro_batches
+        if not len(example) or len(example) % pieces:
             raise ConfigError(
-                f"the share of a replica is {len(example)} samples, expected a multiple of the "
-                f"{self.num_micro_batches} micro-batches of the pipeline; change loop.batch_size or "
-                "parallel.microbatches"
+                f"the example is a batch of {len(example)}, expected a multiple of {pieces}: "
+                f"{self.replicas(world_size)} replicas x {self.num_micro_batches} micro-batches of the pipeline; "
+                "change the batch or parallel.microbatches"
             )
+        return example[: len(example) // self.replicas(world_size)]
 
     def apply(
         self,
@@ -191,7 +194,8 @@ class Plan:
 
         Args:
             model: On its device, equal on all ranks. A plan that divides it takes its parts over.
-            example: Inputs of one replica's share of a batch; only a tensor or pipeline axis needs them.
+            example: Inputs of a batch of all processes together, of the size that the steps will have; only a tensor or
+                pipeline axis needs them.
             objective: Gives the mean loss of a batch. With a pipeline the inputs are elsewhere: it gets none, and
                 ``model(...)`` gives the output.
             optimizer: Optimizer and schedule.
@@ -204,7 +208,7 @@ class Plan:
         """
         step = step or StepConfig()
         world_size = mesh.world_size()
-        self._check_share(world_size, example)
+        share = self._share(world_size, example)
         if self.pipeline > 1 and step.micro_batches > 1:
             raise ConfigError(
                 f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "
@@ -213,10 +217,9 @@ class Plan:
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         device = next(model.parameters()).device
-        if self.pipeline == 1:
-            recompute(model, self.checkpointing)
         if self.is_divided and world_size > 1:
-            return self._divided_job(model, example, objective, optimizer, step, total_steps, momentum, seed)
+            return self._divided_job(model, share.to(device), objective, optimizer, step, total_steps, momentum, seed)
+        recompute(model, self.checkpointing)
         exchange: Exchange = SingleProcess()
         if world_size > 1:
             exchange = self._exchange(mesh.transport(device), momentum, seed)
@@ -228,7 +231,7 @@ class Plan:
     def _divided_job(
         self,
         model: nn.Module,
-        example: Tensor | None,
+        share: Tensor,
         objective: Objective,
         optimizer: OptimizerConfig,
         step: StepConfig,
@@ -249,7 +252,7 @@ class Plan:
         part, exchange, compute = divided(
             self,
             model,
-            torch.empty(0) if example is None else example.to(device),
+            share,
             axes,
             objective=objective,
             step=step,

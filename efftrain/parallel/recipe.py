@@ -218,7 +218,7 @@ class _Prepared:
     test_data: Dataset
     num_outputs: int
     example: torch.Tensor
-    """Inputs of one replica's share of a batch."""
+    """Inputs of a batch."""
 
 
 def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
@@ -244,7 +244,7 @@ def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
     )
     recipe.loop.steps_per_epoch(len(train_data))
     num_outputs = _check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
-    example = torch.from_numpy(train_data.batch(np.arange(recipe.loop.batch_size // num_replicas))[0])
+    example = torch.from_numpy(train_data.batch(np.arange(recipe.loop.batch_size))[0])
     plan.check(world_size, model, example, bf16=recipe.step.precision == "bf16")
     return _Prepared(plan, model, train_data, test_data, num_outputs, example)
 

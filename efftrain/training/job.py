@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from efftrain.errors import CheckpointError, NonFiniteError
+from efftrain.errors import CheckpointError, ConfigError, NonFiniteError
 from efftrain.training.compute import Compute, WholeModel
 from efftrain.training.exchange import Exchange, SingleProcess
 from efftrain.training.objective import Objective, cross_entropy
@@ -95,6 +96,36 @@ class Job:
         )
         self.device = next(model.parameters()).device
         self._skipped_in_a_row = 0
+
+    def share(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """This replica's part of a batch that all ranks have.
+
+        Args:
+            batch: Tensors of one length, a multiple of ``exchange.num_replicas``.
+
+        Raises:
+            ConfigError: It cannot be cut evenly.
+        """
+        parts = self.exchange.num_replicas
+        if any(len(tensor) % parts for tensor in batch):
+            raise ConfigError(f"a batch of {len(batch[0])} cannot be shared by {parts} replicas; take a multiple")
+        return tuple(tensor.chunk(parts)[self.exchange.replica] for tensor in batch)
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint below ``folder``; every rank calls it. See ``training.checkpoint``."""
+        from efftrain.training.checkpoint import save_checkpoint
+
+        return save_checkpoint(folder, self)
+
+    def load(self, folder: Path, *, seed: int = 0) -> bool:
+        """Go on with the newest checkpoint below ``folder``, of any plan. Every rank calls it.
+
+        Returns:
+            Whether there was one.
+        """
+        from efftrain.training.checkpoint import load_checkpoint
+
+        return load_checkpoint(folder, self, seed=seed) is not None
 
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         """One update from this replica's share of the batch.

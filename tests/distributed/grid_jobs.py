@@ -41,16 +41,12 @@ def plan_of(settings: Settings) -> Plan:
 
 
 def job_of(settings: Settings) -> Job:
-    plan = plan_of(settings)
-    share = SAMPLES // plan.replicas(mesh.world_size())
-    return plan.apply(model(), batch(0)[0][:share], optimizer=OPTIMIZER, step=StepConfig(check_replicas_every=1))
+    step = StepConfig(check_replicas_every=1)
+    return plan_of(settings).apply(model(), batch(0)[0], optimizer=OPTIMIZER, step=step)
 
 
 def step_of(job: Job, step: int) -> Any:
-    inputs, targets = batch(step)
-    share = SAMPLES // job.exchange.num_replicas
-    mine = slice(job.exchange.replica * share, (job.exchange.replica + 1) * share)
-    return job.step(inputs[mine], targets[mine])
+    return job.step(*job.share(*batch(step)))
 
 
 def one_process(num_steps: int) -> Facts:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT, Run
 from tests.distributed import jobs
@@ -75,3 +78,21 @@ def test_an_error_on_one_rank_ends_the_job_and_names_the_rank(tmp_path: Path, to
     assert all(line.startswith("efftrain: rank 0: lost another rank") for line in lines if "rank 1" not in line)
     assert "terminate called" not in result.stderr
     assert "[rank0]: Traceback" not in result.stderr
+
+
+def test_the_readmes_script_before_and_after(torchrun: Run, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```diff\n(.*?)```", (ROOT / "parallel" / "README.md").read_text(encoding="utf-8"), re.S)
+    lines = block.splitlines()
+    for name, other in (("before", "+"), ("after", "-")):
+        (tmp_path / f"{name}.py").write_text("\n".join(line[1:] for line in lines if not line.startswith(other)) + "\n")
+    alone = subprocess.run(
+        [sys.executable, tmp_path / "before.py"], capture_output=True, text=True, timeout=60, check=True
+    )
+    losses = [
+        [float(text.split()[1]) for text in out.splitlines()]
+        for out in (alone.stdout, torchrun(1, "after.py").stdout, torchrun(4, "after.py").stdout)
+    ]
+    assert len(losses[0]) == 50
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], abs=1.1e-4), "to the printed digits"

@@ -91,7 +91,7 @@ def test_a_model_that_does_not_fit_is_refused_without_processes() -> None:
     Plan(tensor=2, pipeline=2).check(4, model, inputs)
     with pytest.raises(ConfigError, match=r"needs an example: plan\.apply\(model, inputs\)"):
         Plan(tensor=2).check(2, model)
-    with pytest.raises(ConfigError, match=r"4 samples, expected a multiple of the 8 micro-batches"):
+    with pytest.raises(ConfigError, match=r"a batch of 4, expected a multiple of 8: 1 replicas x 8 micro-batches"):
         Plan(pipeline=4).check(4, model, inputs)
     with pytest.raises(ConfigError, match=r"parallel\.tensor must divide the heads"):
         Plan(tensor=4).check(4, model, inputs)
