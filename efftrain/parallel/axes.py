@@ -129,12 +129,11 @@ class ManyAxes:
 
     def grad_norm(self, model: nn.Module) -> Tensor:
         """Squares of all pieces, each counted once, added up over all ranks in their order."""
-        total = 0.0
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                square = torch.linalg.vector_norm(local(parameter.grad).double()) ** 2
-                total += float(square) / self._copies(parameter)
-        return torch.tensor(math.sqrt(self.sum([total])[0]) if math.isfinite(total) else self.sum([total])[0])
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm([local(p.grad) for p in trained if p.grad is not None])
+        copies = torch.tensor([self._copies(p) for p in trained], dtype=torch.float64)
+        own = (torch.stack(norms).cpu().double() ** 2 / copies).sum() if norms else torch.zeros(())
+        return torch.tensor(self.sum([float(own)])[0]).sqrt()
 
     def settle(self, ok: bool) -> None:
         """See ``Exchange``."""
