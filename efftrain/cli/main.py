@@ -13,6 +13,7 @@ import efftrain
 from efftrain.cli.console import launched_rank
 from efftrain.cli.demo import demo_command
 from efftrain.cli.doctor import doctor_command
+from efftrain.cli.federate import federate_command
 from efftrain.cli.launch import launch_command
 from efftrain.cli.ondevice import app as ondevice_app
 from efftrain.cli.plan import plan_command
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)
+app.command("federate")(federate_command)
 app.command("launch")(launch_command)
 app.add_typer(ondevice_app, name="ondevice")
 app.command("plan")(plan_command)

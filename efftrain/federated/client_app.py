@@ -12,6 +12,7 @@ import numpy as np
 
 from efftrain.config import from_dict
 from efftrain.errors import ConfigError
+from efftrain.federated.attack import poison_data, poison_update
 from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
 from efftrain.federated.data import client_data, client_train
 from efftrain.federated.engines import Trained, get_engine
@@ -48,17 +49,23 @@ def train(message: Message, context: Context) -> Message:
         NonFiniteError: Training diverged.
     """
     recipe, partition, server_round = _read(message, context)
-    result = get_engine(recipe.client.engine).train(
-        recipe.model,
-        model_of(message.content),
-        client_train(recipe.data, partition, recipe.seed),
-        client_config(recipe, partition),
-        seed=_client_seed(recipe.seed, server_round, partition),
-    )
+    sent = model_of(message.content)
+
+    def train_as(number: int) -> Trained:
+        return get_engine(recipe.client.engine).train(
+            recipe.model,
+            sent,
+            poison_data(recipe, number, client_train(recipe.data, number, recipe.seed)),
+            client_config(recipe, number),
+            seed=_client_seed(recipe.seed, server_round, number),
+        )
+
+    result = train_as(partition)
+    state = poison_update(recipe, partition, sent, result.state, lambda number: train_as(number).state)
     metrics = MetricRecord(
         {NUM_SAMPLES: result.num_samples, "loss": result.loss, PARTITION: partition, RAM: result.ram_bytes or 0}
     )
-    content = RecordDict({"arrays": write_arrays(result.state), "metrics": metrics})
+    content = RecordDict({"arrays": write_arrays(state), "metrics": metrics})
     if result.trained is not None:
         content[PARTS] = _parts(result)
     return Message(content, reply_to=message)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,7 @@ from efftrain.federated.flower import (
 )
 from efftrain.federated.gate import is_trained
 from efftrain.federated.grid import InProcessGrid
+from efftrain.federated.journal import restore_strategy, strategy_memory
 from efftrain.federated.mailbox import TOO_LATE, Delivery, Mailbox, VirtualMailbox, WallMailbox
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.results import MAX_REASONS, ClientResult, Outcome, RoundResult, state_sha256
@@ -116,6 +118,66 @@ class Driver:
         uplink_bytes = sum(codec.encoded_bytes(tensor.size) for tensor in self._state.values() if is_trained(tensor))
         self.mailbox = VirtualMailbox(self.wire, self.fleet, uplink_bytes, limit_s)
 
+    # A journal's -------------------------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[dict[str, Any], Tensors]:
+        """Everything that the rounds to come depend on, after a round: plain values, and tensors."""
+        layout, strategy_tensors = strategy_memory(self.strategy)
+        tickets, taken = self.wire.memory()
+        box = self.mailbox.state() if isinstance(self.mailbox, VirtualMailbox) else {}
+        needed = {int(row["version"]) for row in box.get("waiting", ())}
+        self.old_arrays = {version: arrays for version, arrays in self.old_arrays.items() if version in needed}
+        accuracy, per_person, loss = self._measured
+        memory = {
+            "measured": [accuracy, per_person, loss],
+            "accuracy_before": self.accuracy_before,
+            "accuracy_per_person_before": self.accuracy_per_person_before,
+            "initial_sha256": self.initial_sha256,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "selector": self.selector.state(),
+            "tickets": tickets,
+            "taken": sorted(taken.items()) if self.recipe.uplink.feedback else [],
+            "mailbox": box,
+            "strategy": layout,
+            "names": list(self.arrays),
+        }
+        tensors = {f"model/{name}": tensor for name, tensor in self._state.items()}
+        tensors |= {f"strategy/{name}": tensor for name, tensor in strategy_tensors.items()}
+        for version, arrays in self.old_arrays.items():
+            tensors |= {f"version {version}/{name}": tensor for name, tensor in read_arrays(arrays).items()}
+        return memory, tensors
+
+    def restore(self, memory: Mapping[str, Any], tensors: Tensors) -> None:
+        """Go on from ``memory``, instead of ``begin``."""
+
+        def model(prefix: str) -> ArrayRecord:
+            return write_arrays({name: tensors[f"{prefix}/{name}"] for name in memory["names"]})
+
+        self._set_model(model("model"))
+        self.make_mailbox()
+        _wait_for_nodes(self.wire, self.recipe)
+        accuracy, per_person, loss = memory["measured"]
+        self._measured = accuracy, dict(per_person), loss
+        self.accuracy_before = memory["accuracy_before"]
+        self.accuracy_per_person_before = dict(memory["accuracy_per_person_before"])
+        self.initial_sha256, self.peak_ram_bytes = memory["initial_sha256"], memory["peak_ram_bytes"]
+        self.selector.restore(memory["selector"])
+        self.wire.restore(memory["tickets"], {int(node): int(ticket) for node, ticket in memory["taken"]})
+        if isinstance(self.mailbox, VirtualMailbox):
+            messages: dict[str, Message] = {}
+            waiting = memory["mailbox"]["waiting"]
+            for version in sorted({int(row["version"]) for row in waiting}):
+                self.old_arrays[version] = model(f"version {version}")
+                rows = {int(row["node_id"]): row["message_id"] for row in waiting if row["version"] == version}
+                sent = self._messages(version + 1, self.old_arrays[version], sorted(rows))
+                messages |= {rows[message.metadata.dst_node_id]: message for message in sent}
+            self._busy = {int(row["node_id"]) for row in waiting}
+            self.mailbox.restore(memory["mailbox"], messages)
+        # After the old messages were made again, for making them is something that a strategy may remember.
+        inside = {n.removeprefix("strategy/"): t for n, t in tensors.items() if n.startswith("strategy/")}
+        restore_strategy(self.strategy, memory["strategy"], inside)
+        self.wire.take_traffic()
+
     # Synchronous rounds ------------------------------------------------------------------------------------------
 
     def round(self, number: int) -> RoundResult:
@@ -179,6 +241,7 @@ class Driver:
         wall_s, box, size = time.perf_counter(), self.mailbox, self.recipe.fedbuff.buffer
         taken = Aggregation(self.strategy, mean_only=self._mean_only)
         rows: list[ClientResult] = []
+        nodes = self._nodes or sorted(self.wire.get_node_ids())
         while taken.num_updates < size:
             self._fill_up(number, box.now_s)
             # Who starts meanwhile is sent the same model: it changes with the last of the updates, not before.
@@ -196,6 +259,8 @@ class Driver:
                     self.wire.settle([delivery.arrival])
             if len(rows) >= size * (2 + self.recipe.server.max_abandoned) and not taken.num_updates:
                 raise RoundError(self._too_few("training", number, 0, len(rows), 1, rows))
+        # A strategy that remembers what it sent must remember the model that this moves on from.
+        self._messages(number, self.arrays, nodes[:1])
         self._close(number, taken, lr=self.recipe.fedbuff.lr)
         return self._result(number, rows, taken, wall_s, "")
 

@@ -5,8 +5,10 @@ used, for it can neither be seeded, nor watched, nor resumed.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
 
 import torch
 
@@ -14,10 +16,12 @@ from efftrain.errors import ConfigError, RoundError
 from efftrain.federated.client_app import app
 from efftrain.federated.driver import Driver
 from efftrain.federated.engines import State, get_engine
-from efftrain.federated.flower import FedAvg, Grid, Strategy, quiet, read_arrays
+from efftrain.federated.flower import Grid, RecordDict, Strategy, quiet, read_arrays
 from efftrain.federated.grid import InProcessGrid
+from efftrain.federated.journal import Journal
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.results import FederatedResult, RoundResult, state_sha256
+from efftrain.federated.strategies import build_strategy
 
 __all__ = ["FederatedResult", "RoundResult", "drive_rounds", "run_federated", "state_sha256"]
 
@@ -27,6 +31,7 @@ def run_federated(
     *,
     initial: Mapping[str, torch.Tensor] | None = None,
     on_round: Callable[[RoundResult], None] | None = None,
+    journal: Path | None = None,
 ) -> FederatedResult:
     """Run all rounds in this process, on the app's own ``ClientApp``.
 
@@ -34,15 +39,18 @@ def run_federated(
         recipe: What to do.
         initial: ``state_dict`` of the model to start from; None starts from fresh weights of the recipe's seed.
         on_round: Called after each round.
+        journal: Folder to write down every round in. If there are rounds in it, the run goes on after the last one, to
+            the same bits as if it had never stopped; ``initial`` is then not looked at.
 
     Raises:
+        CheckpointError: The journal is damaged, or cannot be written.
         ConfigError: ``initial`` does not fit the model, or the recipe does not fit its data or its devices.
         RoundError: More than ``server.max_abandoned`` rounds one after the other, or all of them, got fewer accepted
             replies than ``server.min_replies``.
     """
     grid = InProcessGrid(app, recipe.num_clients, workers=recipe.fleet.workers, timeout_s=recipe.client.timeout_s)
     with quiet():
-        return drive_rounds(grid, recipe, initial=initial, on_round=on_round)
+        return drive_rounds(grid, recipe, initial=initial, on_round=on_round, journal=journal)
 
 
 def drive_rounds(
@@ -52,6 +60,7 @@ def drive_rounds(
     initial: Mapping[str, torch.Tensor] | None = None,
     on_round: Callable[[RoundResult], None] | None = None,
     strategy: Strategy | None = None,
+    journal: Path | None = None,
 ) -> FederatedResult:
     """Run all rounds on any grid: in process, in Flower's simulation or over a SuperLink.
 
@@ -63,26 +72,35 @@ def drive_rounds(
         initial: As for ``run_federated``.
         on_round: As for ``run_federated``.
         strategy: Used instead of the recipe's. It is shown the cohort of the round as if there were no other nodes.
+        journal: As for ``run_federated``. What clients on a network keep is their own business.
 
     Raises:
         ConfigError: As ``run_federated``; or a network is given a recipe that simulates devices or attacks.
         RoundError: As ``run_federated``, or no nodes connected in time.
     """
     started = time.perf_counter()
-    driver = Driver(grid, recipe, strategy or _strategy(recipe))
-    driver.begin(_first_state(recipe, initial))
-    rounds: list[RoundResult] = []
-    first_round_s = 0.0
-    abandoned = 0
+    if strategy is None:
+        strategy = build_strategy(recipe.server.strategy, recipe.server.strategy_options, seed=recipe.seed)
+    driver = Driver(grid, recipe, strategy)
+    book = None if journal is None else Journal(journal)
+    rounds = [] if book is None else book.results()
+    if book is not None and book.round:
+        driver.restore(*book.load())
+        if isinstance(grid, InProcessGrid):
+            for node_id, client_state in book.client_states():
+                grid.put_state(node_id, client_state)
+    else:
+        driver.begin(_first_state(recipe, initial))
+    resumed_after, first_round_s = len(rounds), 0.0
     while len(rounds) < recipe.server.rounds:
         result = driver.buffered(len(rounds) + 1) if recipe.fedbuff.buffer else driver.round(len(rounds) + 1)
         rounds.append(replace(result, clients=()))
         first_round_s = first_round_s or time.perf_counter() - started
         if on_round is not None:
             on_round(result)
-        abandoned = abandoned + 1 if result.abandoned else 0
-        if abandoned > recipe.server.max_abandoned or abandoned == recipe.server.rounds:
-            raise RoundError(f"{abandoned} rounds one after the other were abandoned. The last: {result.reasons[0]}")
+        if book is not None:
+            book.write(rounds[-1], *driver.memory(), _client_states(grid, result))
+        _check_abandoned(rounds, recipe)
     state = read_arrays(driver.arrays)
     return FederatedResult(
         recipe=recipe,
@@ -95,18 +113,24 @@ def drive_rounds(
         first_round_s=first_round_s,
         wall_s=time.perf_counter() - started,
         peak_ram_bytes=driver.peak_ram_bytes,
+        resumed_after=resumed_after,
     )
 
 
-def _strategy(recipe: FederatedRecipe) -> Strategy:
-    """The recipe's strategy, set to take the whole cohort that it is shown."""
-    strategies = {"fedavg": FedAvg}
-    if recipe.server.strategy not in strategies:
-        known = ", ".join(strategies)
-        raise ConfigError(f"server.strategy is {recipe.server.strategy!r}, expected one of {known}")
-    return strategies[recipe.server.strategy](
-        fraction_train=1.0, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1
-    )
+def _client_states(grid: Grid, result: RoundResult) -> dict[int, RecordDict]:
+    """What the simulated clients of a round keep, as far as they keep anything."""
+    if not isinstance(grid, InProcessGrid):
+        return {}
+    states = {row.node_id: grid.context(row.node_id).state for row in result.clients}
+    return {node_id: state for node_id, state in states.items() if len(state)}
+
+
+def _check_abandoned(rounds: Sequence[RoundResult], recipe: FederatedRecipe) -> None:
+    abandoned = list(takewhile(lambda one: one.abandoned, reversed(rounds)))
+    if len(abandoned) > recipe.server.max_abandoned or len(abandoned) == recipe.server.rounds:
+        raise RoundError(
+            f"{len(abandoned)} rounds one after the other were abandoned. The last: {rounds[-1].reasons[0]}"
+        )
 
 
 def _first_state(recipe: FederatedRecipe, initial: Mapping[str, torch.Tensor] | None) -> State:

@@ -3,9 +3,6 @@
 import json
 import os
 import random
-import re
-import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,11 +18,18 @@ from efftrain.federated import FederatedRecipe, RoundResult, drive_rounds, run_f
 from efftrain.federated.client_app import app as client_app
 from efftrain.federated.flower import Context, RecordDict, check_version, quiet
 from efftrain.federated.grid import InProcessGrid
-from efftrain.federated.recipe import ClientConfig, DataConfig, GateConfig, ModelConfig, RoundsConfig, UplinkConfig
+from efftrain.federated.recipe import (
+    ClientConfig,
+    DataConfig,
+    FleetConfig,
+    GateConfig,
+    ModelConfig,
+    RoundsConfig,
+    UplinkConfig,
+)
 from efftrain.federated.rounds import state_sha256
 from efftrain.federated.server_app import app as server_app
 from efftrain.federated.server_app import recipe_from_run_config
-from efftrain.models import model_class
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = FederatedRecipe(
@@ -132,6 +136,8 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
     else:
         import tomli as tomllib
     recipe = load_recipe(FederatedRecipe, ROOT / "federated" / "recipes" / "watch_people.toml")
+    assert recipe.fleet.devices == {"esp32_s3": 1.0}
+    recipe = replace(recipe, fleet=FleetConfig())  # of simulation only, so no part of the app
     assert recipe == FederatedRecipe(name="watch_people")
     table = tomllib.loads((ROOT / "federated" / "pyproject.toml").read_text())
     config = table["tool"]["flwr"]["app"]["config"]
@@ -185,87 +191,9 @@ def test_telemetry_stays_off_unless_asked_for(setting: str | None, expected: str
     assert (ran.returncode, ran.stdout.strip()) == (0, expected), ran.stderr
 
 
-SIMULATE = [sys.executable, "federated/simulate.py", "federated/recipes/watch_people.toml"]
-SMALLEST = ["--set", "server.rounds=1", "--set", "data.people=[2, 5]"]
-
-
-def simulate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*SIMULATE, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-def test_simulate_script() -> None:
-    ran = simulate(*SMALLEST)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["rounds"] == 1
-    assert "round   1  accuracy" in ran.stderr
-    assert "started from fresh weights" in ran.stderr
-    ran = simulate("--set", "server.round=1")
-    assert ran.returncode == 1
-    assert "nearest is 'server.rounds'" in ran.stderr
-
-
-def test_simulate_starts_from_a_folder(tmp_path: Path) -> None:
-    model = model_class("watch-cnn").from_config()
-    folder = model.save_pretrained(tmp_path / "model")
-    ran = simulate(*SMALLEST, "--initial", folder)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["initial_sha256"] == state_sha256(model.state_dict())
-    assert f"started from {folder}" in ran.stderr
-    assert "fresh" not in ran.stderr
-
-
-def test_simulate_refuses_a_start_that_does_not_fit(tmp_path: Path) -> None:
-    other = model_class("fashion-cnn").from_config().save_pretrained(tmp_path / "other")
-    for folder, reason in ((other, "holds a fashion-cnn, the recipe trains a watch-cnn"), (tmp_path, "cannot be read")):
-        ran = simulate("--initial", folder)
-        assert (ran.returncode, ran.stdout) == (1, "")
-        assert reason in ran.stderr
-        assert ran.stderr.count("\n") == 1, ran.stderr
-
-
-def test_simulate_without_flower_says_so_in_one_line() -> None:
-    code = (
-        "import runpy, sys; sys.modules['flwr'] = None; sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, *SIMULATE[1:]]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("error: ")
-    assert "pip install 'efftrain[federated]'" in ran.stderr
-    assert ran.stderr.count("\n") == 1, ran.stderr
-
-
-def test_simulate_ends_quietly_without_a_reader() -> None:
-    command = shlex.join([*SIMULATE, *SMALLEST, "--set", "server.rounds=4"]) + " 2>&1 | head -n 1"
-    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ran.stdout.startswith("round   1")
-    assert ran.stdout.count("\n") == 1
-    assert ran.stderr == ""
-
-
-def test_simulate_can_be_interrupted() -> None:
-    command = [*SIMULATE, "--set", "server.rounds=10000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
-        try:
-            assert started.stderr is not None
-            assert started.stderr.readline().startswith("round   1")
-            started.send_signal(signal.SIGINT)
-            output, errors = started.communicate(timeout=60)
-        finally:
-            started.kill()
-    assert (started.returncode, output) == (130, "")
-    assert errors.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in errors
-
-
 def test_the_readmes_own_app_runs_and_learns(tmp_path: Path) -> None:
-    """As printed, in a folder of its own. Zero weights would have an error of sum(linspace(-1, 1, 40)**2) = 14."""
-    readme = (ROOT / "federated" / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
-    (tmp_path / "own_app.py").write_text(block, encoding="utf-8")
-    command = [sys.executable, "-W", "error", "own_app.py"]
+    """In a folder of its own. Zero weights would have an error of sum(linspace(-1, 1, 40)**2) = 14."""
+    command = [sys.executable, "-W", "error", str(ROOT / "federated" / "own_app.py")]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     error, uplink_bytes = ran.stdout.split()[-2:]

@@ -1,0 +1,138 @@
+"""``efftrain federate RECIPE``: federated rounds in one process, watched live."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from efftrain.cli.console import JsonOption, print_json, say
+from efftrain.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from efftrain.federated import FederatedRecipe, RoundResult
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def federate_command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a TOML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key. May be repeated.")
+    ] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Start from the model that save_pretrained wrote there (runs/NAME/model), not from fresh weights.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option(help="Go on with the newest run of this recipe's name.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run federated rounds in this process, on simulated clients.
+
+    On a network: flwr run federated, see docs/federated.md
+    """
+    from efftrain.config import load_recipe
+    from efftrain.federated import FederatedRecipe
+
+    settings = load_recipe(FederatedRecipe, recipe, overrides or ())
+    from efftrain.federated.flower import VERSION  # here, where a missing Flower becomes one line
+
+    assert VERSION is not None, "the adapter refuses a missing Flower"
+    from efftrain.federated.run import federate
+
+    with _dashboard(settings) as on_round:
+        result = federate(settings, initial=initial, out=out, resume=resume, on_round=on_round)
+    if as_json:
+        print_json(result)
+        return
+    _summary(result, settings, initial)
+
+
+def _summary(result: dict[str, Any], recipe: "FederatedRecipe", initial: Path | None) -> None:
+    fresh = "fresh weights (--initial FOLDER starts from a trained model)"
+    say(f"started from {fresh if initial is None else initial}, accuracy {100 * result['accuracy_before']:.1f} %")
+    if result["resumed_after"]:
+        say(f"resumed after round {result['resumed_after']}")
+    sent = f"clients sent {format_bytes(result['uplink_bytes'])}, {result['uplink_ratio']:.1f}x less than fp32"
+    say(f"accuracy {100 * result['accuracy']:.1f} % after {result['rounds']} rounds; {sent}")
+    if result["virtual_s"] is not None:
+        say(f"simulated: {format_seconds(result['virtual_s'])}, {result['energy_j']:.4g} J of all devices")
+    if result["rounds_abandoned"]:
+        expected = recipe.server.min_replies
+        say(f"{result['rounds_abandoned']} rounds had fewer than {expected} replies and were abandoned")
+    if recipe.client.engine != "torch":
+        say(f"clients were trained by the {recipe.client.engine} engine, scheme {recipe.client.scheme}")
+    say(f"run folder {result['path']}; see {shlex.quote(result['path'])}/report.html")
+
+
+def round_line(one: "RoundResult") -> str:
+    """One round in one line."""
+    accuracy = f"accuracy {one.accuracy:.3f}" if one.measured else " " * 14
+    line = f"round {one.round:3}  {accuracy}  trained {one.clients_trained}"
+    line += "".join(
+        f", {number} {word}"
+        for number, word in ((one.clients_dropped, "dropped"), (one.replies_refused, "refused"))
+        if number
+    )
+    line += f"  uplink {format_bytes(one.uplink_bytes)} (fp32 {format_bytes(one.fp32_uplink_bytes)})"
+    if one.virtual_s is not None:
+        line += f"  at {format_seconds(one.virtual_s)} virtual"
+    line += f"  {one.round_s:.2f} s"
+    return line + (f"  ABANDONED: {one.reasons[0]}" if one.abandoned else "")
+
+
+@contextmanager
+def _dashboard(recipe: "FederatedRecipe") -> Iterator[Callable[["RoundResult"], None]]:
+    """A live table on a terminal; without one a plain line a round."""
+    if not sys.stderr.isatty():
+        yield lambda one: say(round_line(one))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    seen: list[RoundResult] = []
+    with Live(console=Console(stderr=True), auto_refresh=False) as live:
+
+        def on_round(one: "RoundResult") -> None:
+            seen.append(one)
+            live.update(_panel(recipe, seen), refresh=True)
+
+        yield on_round
+
+
+def _panel(recipe: "FederatedRecipe", seen: "list[RoundResult]") -> Any:
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    last = seen[-1]
+    accuracies = [one.accuracy for one in seen if one.measured]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("round", f"{last.round} of {recipe.server.rounds}", ProgressBar(recipe.server.rounds, last.round, 30))
+    best = f", best {100 * max(accuracies):.1f} %" if accuracies else ""
+    table.add_row("accuracy", f"{100 * last.accuracy:.1f} %{best}", _spark(accuracies))
+    table.add_row("clients", f"{last.clients_trained} trained, {last.clients_dropped} dropped", "")
+    table.add_row("refused", str(sum(one.replies_refused for one in seen)), "")
+    sent = sum(one.uplink_bytes for one in seen)
+    fp32 = sum(one.fp32_uplink_bytes for one in seen)
+    table.add_row("uplink", format_bytes(sent), f"{fp32 / max(1, sent):.1f}x less than fp32")
+    if last.virtual_s is not None:
+        joules = sum(one.energy_j or 0.0 for one in seen)
+        table.add_row("simulated", format_seconds(last.virtual_s), f"{joules:.4g} J")
+    table.add_row("this machine", f"{last.round_s:.2f} s a round", "")
+    return Panel(table, title=f"federate {recipe.name}", expand=False)
+
+
+def _spark(values: list[float]) -> str:
+    """The last figures as bars, the lowest empty and the highest full."""
+    shown = values[-30:]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    width = (high - low) or 1.0
+    return "".join(_BARS[round((len(_BARS) - 1) * (value - low) / width)] for value in shown)

@@ -1,0 +1,218 @@
+"""A federated run with a folder of its own: what ``efftrain federate RECIPE`` does.
+
+``runs/NAME/`` holds ``recipe.toml`` (resolved), ``metrics.jsonl`` (a line of kind ``round`` and, where it was measured,
+one of kind ``eval`` a round), ``clients.jsonl`` and ``clients.csv`` (a row a client and round), ``rounds.csv``,
+``journal/`` (what ``--resume`` needs), ``model/`` (as ``save_pretrained`` writes it), ``result.json`` and
+``report.html``.
+"""
+
+import csv
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from efftrain.config import load_recipe
+from efftrain.errors import ConfigError, ToolError
+from efftrain.federated.journal import Journal
+from efftrain.federated.recipe import FederatedRecipe
+from efftrain.federated.results import ClientResult, FederatedResult, RoundResult
+from efftrain.federated.rounds import run_federated
+from efftrain.models import load_pretrained, model_class
+from efftrain.report.federated import federated_page
+from efftrain.report.page import write_page
+from efftrain.report.run import RunFolder, claim_run, clean, next_run_number, run_path, write_atomic
+
+
+def federate(
+    recipe: FederatedRecipe,
+    *,
+    initial: Path | None = None,
+    out: Path = Path("runs"),
+    resume: bool = False,
+    on_round: Callable[[RoundResult], None] | None = None,
+) -> dict[str, Any]:
+    """Run a recipe in this process and leave a run folder.
+
+    Args:
+        recipe: What to do.
+        initial: Folder of the model to start from, as ``save_pretrained`` wrote it; None starts from fresh weights.
+        out: Folder of the run folders.
+        resume: Go on with the newest run of this recipe's name, after its last finished round. If there is none, or it
+            was killed before its first round was done, it starts from the beginning.
+        on_round: Called after each round.
+
+    Returns:
+        The content of ``result.json``, with ``path`` of the folder.
+
+    Raises:
+        CheckpointError: ``initial`` or the journal is missing or damaged.
+        ConfigError: ``initial`` is another model, the run to resume was started with another recipe, or the recipe does
+            not fit its data or its devices.
+        RoundError: Too many rounds were abandoned.
+    """
+    state = None if initial is None else read_model(initial, recipe)
+    path = run_path(out, recipe.name, _run_number(recipe, out, resume))
+    with _Writer(path, recipe) as writer:
+
+        def on_each(result: RoundResult) -> None:
+            writer.round(result)
+            if on_round is not None:
+                on_round(result)
+
+        finished = run_federated(recipe, initial=state, on_round=on_each, journal=path / "journal")
+        return writer.finish(finished, "fresh weights" if initial is None else str(initial))
+
+
+def read_model(folder: Path, recipe: FederatedRecipe) -> dict[str, torch.Tensor]:
+    """The weights of the model in ``folder``.
+
+    Raises:
+        CheckpointError: Files are missing or damaged.
+        ConfigError: It is another model than the recipe's.
+    """
+    model = load_pretrained(folder)
+    if model.name != recipe.model.name:
+        raise ConfigError(f"--initial {folder} holds a {model.name}, the recipe trains a {recipe.model.name}.")
+    return model.state_dict()
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has had in RAM, as the system counts it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class _Writer:
+    """The files of one run."""
+
+    def __init__(self, path: Path, recipe: FederatedRecipe) -> None:
+        self._path, self._recipe = path, recipe
+        self._folder = RunFolder(path)
+        self._folder.write_recipe(recipe)
+        done = Journal(path / "journal").results()
+        # The journal is what counts: a line that was logged for a round that it does not have comes again.
+        self._folder.rewind(-1)
+        self._uplink_bytes = 0
+        for result in done:
+            self._log(result)
+        self._clients = _Rows(path / "clients.jsonl", len(done))
+
+    def round(self, result: RoundResult) -> None:
+        """Write one round's lines."""
+        self._clients.add(result.clients)
+        self._log(result)
+
+    def finish(self, finished: FederatedResult, start: str) -> dict[str, Any]:
+        """Write what is left."""
+        model = model_class(self._recipe.model.name).from_config(self._recipe.model.options)
+        model.load_state_dict(finished.state)
+        model.save_pretrained(self._path / "model")
+        figures = {
+            "path": str(self._path),
+            "kind": "federated",
+            **finished.to_dict(),
+            "started_from": start,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        result = self._folder.finish(figures)
+        _write_csv(self._path / "rounds.csv", [one.to_dict() for one in finished.rounds], _ROUND_COLUMNS)
+        clients = self._clients.read()
+        _write_csv(self._path / "clients.csv", clients, tuple(spec.name for spec in fields(ClientResult)))
+        rounds = [clean(one.to_dict()) for one in finished.rounds]
+        try:
+            write_page(federated_page(result, rounds, clients), self._path / "report.html")
+        except ToolError:  # no matplotlib: a run without a picture is a run all the same
+            (self._path / "report.html").unlink(missing_ok=True)
+        return result
+
+    def _log(self, result: RoundResult) -> None:
+        self._uplink_bytes += result.uplink_bytes
+        step = result.round
+        self._folder.log("round", step=step, **result.to_dict())
+        self._folder.log("step", step=step, loss=result.train_loss, step_s=result.train_s)
+        if result.measured:
+            shared = {"accuracy": result.accuracy, "loss": result.loss, "wire_bytes": self._uplink_bytes}
+            self._folder.log("eval", step=step, **shared)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._folder.close()
+        self._clients.close()
+
+
+_ROUND_COLUMNS = tuple(
+    spec.name for spec in fields(RoundResult) if spec.name not in ("clients", "reasons", "accuracy_per_person")
+)
+
+
+class _Rows:
+    """``clients.jsonl``: a row a client and round. Rows of rounds after ``last`` are of a process that was killed."""
+
+    def __init__(self, path: Path, last: int) -> None:
+        self._path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n") and int(json.loads(line)["round"]) <= last:
+                    kept.append(line)
+        write_atomic(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, clients: tuple[ClientResult, ...]) -> None:
+        """Append rows."""
+        self._file.write("".join(json.dumps(clean(row.to_dict())) + "\n" for row in clients))
+        self._file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows."""
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _run_number(recipe: FederatedRecipe, out: Path, resume: bool) -> int:
+    """Claim a new run folder, or find the one to resume."""
+    number = next_run_number(out, recipe.name) - 1
+    if not resume or number < 1:
+        return claim_run(out, recipe.name)
+    path = run_path(out, recipe.name, number) / "recipe.toml"
+    if path.exists():  # else it was killed before it wrote one
+        old = load_recipe(FederatedRecipe, path)
+        if _same_run(old) != _same_run(recipe):
+            changed = [spec.name for spec in fields(recipe) if getattr(old, spec.name) != getattr(recipe, spec.name)]
+            raise ConfigError(
+                f"{path.parent} was started with other settings in {', '.join(changed)}; resume it with its own "
+                "recipe (only server.rounds, fleet.workers and client.timeout_s may change), or start a new run "
+                "without --resume"
+            )
+    return number
+
+
+def _same_run(recipe: FederatedRecipe) -> FederatedRecipe:
+    """The recipe without what may change between a run and its resumption."""
+    return replace(
+        recipe,
+        server=replace(recipe.server, rounds=10**9),
+        fleet=replace(recipe.fleet, workers=1),
+        client=replace(recipe.client, timeout_s=1.0),
+    )

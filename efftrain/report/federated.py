@@ -1,0 +1,178 @@
+"""The report of a federated run: what the rounds brought, what they cost, and who carried it."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efftrain.report.compare import facts
+from efftrain.report.figures import Figure, Series, line_plot
+from efftrain.report.page import Page, Section, Table
+from efftrain.units import format_bytes, format_seconds
+
+_MOST_ROWS = 40
+_WORST = 15
+Row = Mapping[str, Any]
+
+
+def federated_page(result: Row, rounds: Sequence[Row], clients: Sequence[Row]) -> Page:
+    """The page of one run.
+
+    Args:
+        result: ``result.json``.
+        rounds: One a round, as in ``metrics.jsonl``.
+        clients: One a client and round, as in ``clients.jsonl``.
+    """
+    lead = (
+        f"{result['rounds']} rounds of {result['strategy']}: accuracy {_share(result['accuracy_before'])} before, "
+        f"{_share(result['accuracy'])} after. Clients sent {format_bytes(result['uplink_bytes'])}, "
+        f"{result['uplink_ratio']:.1f}x less than the same updates as fp32."
+    )
+    if result.get("virtual_s") is not None:
+        lead += f" In simulated time it took {_hours(result['virtual_s'])}, and {result['energy_j']:.4g} J."
+    sections = [
+        Section("Learning", "", [_rounds_table(rounds)], _learning(rounds)),
+        Section("Who took part", _participation(result), [_outcomes(clients)], _drop_outs(rounds)),
+        Section("Devices", _within_ram(clients), [_devices(clients)]),
+    ]
+    worst = _worst_clients(rounds)
+    if worst is not None:
+        sections.append(Section("The worst off", "Accuracy of the last model on each one's own test data.", [worst]))
+    return Page(f"efftrain federate: {result['name']}", lead, sections, facts(result))
+
+
+def _learning(rounds: Sequence[Row]) -> list[Figure]:
+    """Accuracy against everything that it costs."""
+    measured, sent, joules = [], 0, 0.0
+    for one in rounds:
+        sent += one["uplink_bytes"]
+        joules += one["energy_j"] or 0.0
+        if one["measured"] and one["accuracy"] is not None:
+            hours = None if one["virtual_s"] is None else one["virtual_s"] / 3600
+            measured.append((one["round"], sent, joules, hours, one["accuracy"]))
+    if not measured:
+        return []
+    axes = [("rounds", "rounds", 0), ("bytes", "uplink bytes", 1)]
+    if measured[-1][3] is not None:
+        axes += [("joules", "joules of all devices", 2), ("hours", "virtual hours", 3)]
+    return [
+        line_plot(
+            f"accuracy-{name}",
+            [Series("accuracy", [float(row[place] or 0) for row in measured], [row[4] for row in measured])],
+            x_label=label,
+            y_label="accuracy (%)",
+            caption=f"Accuracy of the global model against {label}.",
+            percent=True,
+        )
+        for name, label, place in axes
+    ]
+
+
+def _rounds_table(rounds: Sequence[Row]) -> Table:
+    step = max(1, math.ceil(len(rounds) / _MOST_ROWS))
+    shown = [one for one in rounds if one["round"] % step == 0 or one is rounds[-1]]
+    rows = [
+        (
+            str(one["round"]) + (" (abandoned)" if one["abandoned"] else ""),
+            _share(one["accuracy"]) if one["measured"] else "-",
+            "-" if one["train_loss"] is None else f"{one['train_loss']:.3f}",
+            str(one["clients_trained"]),
+            str(one["clients_dropped"]),
+            str(one["replies_refused"]),
+            format_bytes(one["uplink_bytes"]),
+            "-" if one["virtual_s"] is None else _hours(one["virtual_s"]),
+            "-" if one["energy_j"] is None else f"{one['energy_j']:.4g} J",
+            format_seconds(one["round_s"]),
+        )
+        for one in shown
+    ]
+    columns = ("round", "accuracy", "training loss", "trained", "dropped", "refused")
+    costs = ("uplink", "virtual time", "energy", "wall time")
+    return Table((*columns, *costs), rows, "" if step == 1 else f"Every {step}th round; all are in rounds.csv")
+
+
+def _participation(result: Row) -> str:
+    asked = result["clients_trained"] + result["clients_dropped"] + result["clients_surplus"]
+    asked += result["replies_refused"]
+    text = f"{result['clients_trained']} of {asked} trainings became part of the model."
+    if result["rounds_abandoned"]:
+        text += f" {result['rounds_abandoned']} rounds had too few replies and were abandoned."
+    return text
+
+
+def _outcomes(clients: Sequence[Row]) -> Table:
+    counts: dict[str, int] = defaultdict(int)
+    reasons: dict[str, str] = {}
+    for row in clients:
+        counts[row["outcome"]] += 1
+        reasons.setdefault(row["outcome"], row["reason"])
+    rows = [(name, reasons[name][:120], str(count)) for name, count in sorted(counts.items())]
+    return Table(("outcome", "for example", "times"), rows, num_text_columns=2)
+
+
+def _drop_outs(rounds: Sequence[Row]) -> list[Figure]:
+    if not any(one["clients_dropped"] or one["replies_refused"] for one in rounds):
+        return []
+    x = [float(one["round"]) for one in rounds]
+    lines = [
+        Series(label, x, [float(one[name]) for one in rounds])
+        for label, name in (
+            ("trained", "clients_trained"),
+            ("dropped", "clients_dropped"),
+            ("refused", "replies_refused"),
+        )
+    ]
+    caption = "What came of the clients that were asked, round by round."
+    return [line_plot("outcomes", lines, x_label="rounds", y_label="clients", caption=caption)]
+
+
+def _within_ram(clients: Sequence[Row]) -> str:
+    limited = [row for row in clients if row["device_ram_bytes"]]
+    if not limited:
+        return "No device was simulated."
+    if all(row["fits"] for row in limited):
+        return f"All {len(limited)} trainings were within their device's RAM."
+    return f"{sum(not row['fits'] for row in limited)} of {len(limited)} trainings were not within their device's RAM."
+
+
+def _devices(clients: Sequence[Row]) -> Table:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in clients:
+        found[row["device"] or "not simulated"].append(row)
+    rows = []
+    for device, mine in sorted(found.items()):
+        trained = [row for row in mine if row["outcome"] == "trained"]
+        seconds = sorted(row["ended_s"] - row["started_s"] for row in trained)
+        have = mine[0]["device_ram_bytes"]
+        rows.append(
+            (
+                device,
+                "yes" if all(row["fits"] for row in mine) else "no",
+                format_bytes(max(row["ram_bytes"] for row in mine)),
+                format_bytes(have) if have else "-",
+                str(len({row["partition"] for row in mine})),
+                str(len(trained)),
+                format_seconds(seconds[len(seconds) // 2]) if seconds else "-",
+                f"{sum(row['energy_j'] for row in mine):.4g} J",
+            )
+        )
+    columns = ("device", "within its RAM", "training needs", "it has", "clients", "trainings", "median time", "energy")
+    return Table(columns, rows, num_text_columns=2)
+
+
+def _worst_clients(rounds: Sequence[Row]) -> Table | None:
+    last = next((one["accuracy_per_person"] for one in reversed(rounds) if one["accuracy_per_person"]), None)
+    if not last:
+        return None
+    ranked = sorted(last.items(), key=lambda item: (item[1], item[0]))
+    mean = sum(last.values()) / len(last)
+    rows = [(name, _share(value), f"{100 * (value - mean):+.1f}") for name, value in ranked[:_WORST]]
+    return Table(("client", "accuracy", "points from the mean"), rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else format_seconds(seconds)

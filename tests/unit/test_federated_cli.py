@@ -1,0 +1,157 @@
+"""``efftrain federate``: its JSON, its run folder, its exit codes, its report."""
+
+import csv
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from efftrain.models import model_class
+from efftrain.report.federated import federated_page
+from tests.conftest import ROOT, Run
+
+RECIPE = ROOT / "federated" / "recipes" / "watch_people.toml"
+SMALLEST = ("--set", "server.rounds=2", "--set", "data.people=[2, 5]", "--set", "client.epochs=1")
+PROMISED = {
+    *("rounds", "accuracy", "accuracy_per_round", "uplink_bytes", "downlink_bytes", "clients_trained"),
+    *("clients_dropped", "replies_refused", "round_s", "first_round_s", "virtual_s", "energy_j"),
+    *("peak_ram_bytes_per_client", "peak_rss_bytes", "engine", "seed", "final_sha256"),
+}
+"""What the project's checks read."""
+
+
+def test_json_and_run_folder(efftrain: Run, tmp_path: Path) -> None:
+    done = efftrain("federate", RECIPE, *SMALLEST, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) >= PROMISED
+    assert result["rounds"] == len(result["accuracy_per_round"]) == 2
+    assert result["clients_trained"] == 4
+    assert result["virtual_s"] > 0 < result["energy_j"]
+    assert 100_000 < result["peak_ram_bytes_per_client"] < 8 << 20
+    assert result["peak_rss_bytes"] > 50 << 20
+    assert "round   1  accuracy" in done.stderr
+    folder = tmp_path / "runs" / "watch_people"
+    assert json.loads((folder / "result.json").read_text())["final_sha256"] == result["final_sha256"]
+    rows = list(csv.DictReader((folder / "clients.csv").read_text().splitlines()))
+    assert [(row["round"], row["device"], row["outcome"]) for row in rows] == [
+        (number, "esp32_s3", "trained") for number in "1122"
+    ]
+    assert len((folder / "rounds.csv").read_text().splitlines()) == 3
+    page = (folder / "report.html").read_text()
+    assert "All 4 trainings were within their device" in page
+    assert page.count("<svg") >= 4
+    assert "The worst off" in page
+    again = efftrain("federate", RECIPE, *SMALLEST, "--resume", "--initial", folder / "model", "--json")
+    assert json.loads(again.stdout)["resumed_after"] == 2, again.stderr
+    report = efftrain("report", folder, "--json", "--out", tmp_path / "page.html")
+    assert report.returncode == 0, report.stderr
+
+
+def test_initial_and_what_is_refused(efftrain: Run, tmp_path: Path) -> None:
+    folder = model_class("watch-cnn").from_config().save_pretrained(tmp_path / "model")
+    done = efftrain("federate", RECIPE, *SMALLEST, "--initial", folder)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert f"started from {folder}" in done.stderr
+    changed = efftrain("federate", RECIPE, *SMALLEST, "--set", "client.lr=0.3", "--resume")
+    assert "was started with other settings in client" in changed.stderr
+    other = model_class("fashion-cnn").from_config().save_pretrained(tmp_path / "other")
+    for arguments, reason in (
+        (("--initial", other), "holds a fashion-cnn, the recipe trains a watch-cnn"),
+        (("--initial", tmp_path), "cannot be read"),
+        (("--set", "server.round=1"), "nearest is 'server.rounds'"),
+        (("--set", "server.strategy=krumm"), "krum"),
+        (("--set", "server.min_replies=8", "--set", "fleet.drop_out=0.9"), "rounds one after the other were abandoned"),
+    ):
+        refused = efftrain("federate", RECIPE, *arguments)
+        assert (refused.returncode, refused.stdout) == (1, ""), refused.stderr
+        last = refused.stderr.splitlines()[-1]
+        assert last.startswith("efftrain: ")
+        assert reason in last
+
+
+def test_without_flower_one_line_says_so() -> None:
+    code = "import sys; sys.modules['flwr'] = None; from efftrain.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "federate", str(RECIPE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install 'efftrain[federated]'" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_it_can_be_interrupted_and_resumed(efftrain: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "efftrain", "federate", str(RECIPE), "--set", "server.rounds=10000"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            assert started.stderr is not None
+            for number in (1, 2):
+                assert started.stderr.readline().startswith(f"round   {number}")
+            started.send_signal(signal.SIGINT)
+            output, errors = started.communicate(timeout=60)
+        finally:
+            started.kill()
+    assert (started.returncode, output) == (130, ""), errors
+    assert "interrupted" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    done = efftrain("federate", RECIPE, "--set", "server.rounds=3", "--resume", "--json")
+    assert json.loads(done.stdout)["resumed_after"] >= 1, done.stderr
+
+
+def test_a_terminal_gets_a_dashboard(tmp_path: Path) -> None:
+    main_end, other_end = pty.openpty()
+    command = [sys.executable, "-m", "efftrain", "federate", str(RECIPE), *SMALLEST]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=other_end) as started:
+        os.close(other_end)
+        shown = b""
+        while True:
+            try:
+                shown += (data := os.read(main_end, 65536))
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not data:
+                break
+        assert started.wait(60) == 0
+    os.close(main_end)
+    text = shown.decode()
+    for word in ("federate watch_people", "2 of 2", "less than fp32", "simulated"):
+        assert word in text
+
+
+def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
+    one: dict[str, Any] = {
+        "round": 1,
+        "abandoned": True,
+        "accuracy": 0.5,
+        "measured": True,
+        "train_loss": None,
+        "clients_trained": 0,
+        "clients_dropped": 2,
+        "replies_refused": 1,
+        "uplink_bytes": 100,
+        "virtual_s": None,
+        "energy_j": None,
+        "round_s": 0.1,
+        "accuracy_per_person": {},
+    }
+    result = {
+        "name": "x",
+        "rounds": 1,
+        "strategy": "fedavg",
+        "accuracy": 0.5,
+        "accuracy_before": 0.4,
+        "uplink_bytes": 100,
+        "uplink_ratio": 2.0,
+        "clients_trained": 0,
+        "clients_dropped": 2,
+        "clients_surplus": 0,
+        "replies_refused": 1,
+        "rounds_abandoned": 1,
+        "virtual_s": None,
+    }
+    page = federated_page(result, [one], [])
+    assert "1 rounds had too few replies" in page.sections[1].text
+    assert [section.title for section in page.sections] == ["Learning", "Who took part", "Devices"]
