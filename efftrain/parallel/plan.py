@@ -132,7 +132,11 @@ class Plan:
         return self.data
 
     def check(
-        self, world_size: int, model: nn.Module | None = None, example: Tensor | None = None, *, bf16: bool = False
+        self,
+        world_size: int,
+        model: nn.Module | None = None,
+        example: Tensor | None = None,
+        step: StepConfig | None = None,
     ) -> None:
         """Refuse a plan that does not fit the processes, or the model. Needs no process group.
 
@@ -140,7 +144,7 @@ class Plan:
             world_size: Processes of the run.
             model: The whole model; without it only numbers are checked.
             example: Inputs of a batch, as ``apply`` takes them.
-            bf16: Of the step.
+            step: How one update is computed.
 
         Raises:
             ConfigError: With the remedy.
@@ -150,11 +154,13 @@ class Plan:
             return
         if self.checkpointing != "none":
             check_blocks(model, self.checkpointing)
-        share = self._share(world_size, example)
+        step = step or StepConfig()
+        share = self._share(world_size, example, step)
         if self.tensor > 1:
             plan_tensor(model, share, self.tensor, self.tensor_styles, sequence=self.sequence)
         if self.pipeline > 1:
-            cut_model(model, share[: len(share) // self.num_micro_batches], self.num_stages, bf16=bf16)
+            micro_batch = share[: len(share) // self.num_micro_batches]
+            cut_model(model, micro_batch, self.num_stages, bf16=step.precision == "bf16")
 
     def _check_processes(self, world_size: int) -> None:
         replicas = self.replicas(world_size)
@@ -163,9 +169,14 @@ class Plan:
                 f"parallel.shard_size is {self.shard_size}, expected a divisor of the data axis, {replicas} ranks"
             )
 
-    def _share(self, world_size: int, example: Tensor | None) -> Tensor:
+    def _share(self, world_size: int, example: Tensor | None, step: StepConfig) -> Tensor:
         """What one replica gets of the example."""
         self._check_processes(world_size)
+        if self.pipeline > 1 and step.micro_batches > 1:
+            raise ConfigError(
+                f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "
+                f"parallel.microbatches={step.micro_batches} and leave step.micro_batches out"
+            )
         if self.tensor == self.pipeline == 1:
             return torch.empty(0)
         if example is None:
@@ -208,12 +219,7 @@ class Plan:
         """
         step = step or StepConfig()
         world_size = mesh.world_size()
-        share = self._share(world_size, example)
-        if self.pipeline > 1 and step.micro_batches > 1:
-            raise ConfigError(
-                f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "
-                f"parallel.microbatches={step.micro_batches} and leave step.micro_batches out"
-            )
+        share = self._share(world_size, example, step)
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         device = next(model.parameters()).device

@@ -245,7 +245,7 @@ def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
     recipe.loop.steps_per_epoch(len(train_data))
     num_outputs = _check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
     example = torch.from_numpy(train_data.batch(np.arange(recipe.loop.batch_size))[0])
-    plan.check(world_size, model, example, bf16=recipe.step.precision == "bf16")
+    plan.check(world_size, model, example, recipe.step)
     return _Prepared(plan, model, train_data, test_data, num_outputs, example)
 
 
@@ -308,6 +308,12 @@ def _train(
                 "path": str(path),
                 "seed": recipe.seed,
                 "world_size": mesh.world_size(),
+                "axes": {
+                    "data": plan.replicas(mesh.world_size()),
+                    "tensor": plan.tensor,
+                    "pipeline": plan.pipeline,
+                    "shard": plan.shard,
+                },
                 "codec": format_codec(plan.codec),
                 "accuracy": result.evaluation.accuracy,
                 "loss": result.evaluation.loss,

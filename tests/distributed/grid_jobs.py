@@ -37,11 +37,12 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def plan_of(settings: Settings) -> Plan:
+    settings = {name: value for name, value in settings.items() if name != "precision"}
     return Plan(**{**settings, "codec": parse_codec(settings.get("codec", "Identity()"))})
 
 
 def job_of(settings: Settings) -> Job:
-    step = StepConfig(check_replicas_every=1)
+    step = StepConfig(check_replicas_every=1, precision=settings.get("precision", "fp32"))
     return plan_of(settings).apply(model(), batch(0)[0], optimizer=OPTIMIZER, step=step)
 
 

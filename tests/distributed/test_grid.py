@@ -137,6 +137,21 @@ def test_recomputed_activations(start_ranks: StartRanks) -> None:
     run(start_ranks, 2, plans)
 
 
+def test_bf16(start_ranks: StartRanks) -> None:
+    bf16: Settings = {"precision": "bf16", "codec": "Identity()"}
+    plans: list[Settings] = [
+        {**bf16, "tensor": 2},
+        {**bf16, "shard": "full"},
+        {**bf16, "pipeline": 2, "schedule": "1f1b"},
+        {**bf16, "pipeline": 2, "schedule": "zbv"},
+    ]
+    for found in start_ranks(grid_jobs.cells, 2, plans).results():
+        for plan, facts in zip(plans, found, strict=True):
+            # A bf16 product has 8 bits; gradients and weights stay fp32.
+            assert facts["error"] < 0.02, plan
+            assert 0 < facts["losses"] < 0.01, plan
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [2, 4, 8])

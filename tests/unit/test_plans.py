@@ -1,6 +1,7 @@
 """Plans without processes: what is refused and with which remedy, how models are cut and divided."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efftrain.compression import Int8, LowRank, TopK
+from efftrain.config import load_recipe
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
-from efftrain.parallel import Plan, SyncConfig
+from efftrain.parallel import ClusterRecipe, Plan, SyncConfig, train
 from efftrain.parallel.pipeline import SCHEDULES, stages_a_rank, stages_of
 from efftrain.parallel.recompute import recompute
 from efftrain.parallel.stages import balance, cut_model
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import cross_entropy
+from tests.conftest import ROOT
 
 SHAPES = {
     "char-transformer": (4, 32),
@@ -98,6 +101,31 @@ def test_a_model_that_does_not_fit_is_refused_without_processes() -> None:
     tied = build_model("char-transformer", width=32, depth=2, heads=2, context=32, tied=True)
     with pytest.raises(ConfigError, match=r"'embedding\.weight' is used in pipeline stages 0 and 1, .* Untie it"):
         Plan(pipeline=2).check(2, tied, inputs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=3"], r"any data x 3 tensor x 1 pipeline processes, a multiple of 3, 4 were started"),
+        (["parallel.tensor=4"], r"no layer of WatchCNN can be divided by 4"),
+        (["parallel.pipeline=4", "parallel.schedule=zbv"], r"can be cut into 4 stages at most, the plan wants 8"),
+        (
+            ["parallel.pipeline=2", "loop.batch_size=6"],
+            r"batch_size is 6, expected a multiple of 8: 2 ranks of the data",
+        ),
+        (["parallel.pipeline=2", "step.micro_batches=2"], "a pipeline cuts its batch already"),
+        (["parallel.checkpointing=full"], "WatchCNN has no ModuleList of blocks"),
+        (["parallel.pipelines=2"], "unknown key 'parallel.pipelines'; nearest is 'parallel.pipeline'"),
+    ],
+)
+def test_a_recipe_is_refused_before_the_processes_meet(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # and no address to meet at
+    path = ROOT / "parallel" / "recipes" / "watch_ddp_topk.toml"
+    with pytest.raises(ConfigError, match=message):
+        train(load_recipe(ClusterRecipe, path, overrides), out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Stages -----------------------------------------------------------------------------------------------------------
