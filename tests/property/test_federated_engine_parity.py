@@ -6,6 +6,7 @@ come that close to one end the comparison of their chain. Chains are drawn by se
 compiled, which takes a second, and looking for a smaller one that fails would take minutes.
 """
 
+import platform
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efftrain.models import build_model
+from efftrain.ondevice.backends import host_f32
 from efftrain.ondevice.backends.host_f32 import HostProgram
+from efftrain.ondevice.backends.toolchain import Kind, host_toolchain
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -180,3 +183,25 @@ def test_shipped_models(name: str, batch: int) -> None:
         F.cross_entropy(model(torch.from_numpy(x[index])), torch.from_numpy(y[index])).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     check(trained, state_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiler"),
+    [
+        pytest.param(("-march=x86-64-v3",), "auto", id="fewer registers"),
+        pytest.param(("-march=x86-64",), "auto", id="halves of vectors"),
+        pytest.param((), "zig", id="zig"),
+    ],
+)
+def test_other_processors_and_compilers(
+    flags: tuple[str, ...], compiler: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors are the compiler's own: they are right on a CPU that has shorter ones, and fewer of them."""
+    if flags and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("these are kinds of x86")
+    if compiler == "zig":
+        pytest.importorskip("ziglang")
+    monkeypatch.setattr(host_f32, "_FLAGS", (*host_f32._FLAGS, *flags))
+    monkeypatch.setattr(host_f32, "host_toolchain", lambda: host_toolchain(compiler))
+    test_shipped_models("fashion-cnn", 10)
+    compare(Chain(5))

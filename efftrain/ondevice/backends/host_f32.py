@@ -7,9 +7,10 @@ results are equal to the bit for any number of threads, on processors of one kin
 
 import ctypes
 import hashlib
+import math
 import platform
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class HostProgram:
         self.plan: HostPlan = plan_host(read_module(model, torch.zeros(1, *input_shape)), batch_size)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         check_parameters(self.plan, self._shapes)
+        ends = np.cumsum([math.prod(self._shapes[parameter.name]) for parameter in self.plan.parameters]).tolist()
+        self._size: int = ends[-1]
+        self._places = {p.name: slice(i, j) for p, i, j in zip(self.plan.parameters, [0, *ends], ends, strict=False)}
         self.input_shape = input_shape
         self._library = _load(self.plan)
         self._arenas = threading.local()
@@ -83,7 +87,8 @@ class HostProgram:
             momentum: In [0, 1).
 
         Returns:
-            The tensors afterwards, and the sum of the losses of all samples, each before its own step.
+            The tensors afterwards, and the sum of the losses of all samples, each before its own step; NaN if a weight
+            became inf or NaN.
 
         Raises:
             ValueError: A shape, an index or a label does not fit.
@@ -92,29 +97,29 @@ class HostProgram:
         if order.ndim != 2 or (order.size and not 0 <= int(order.min()) <= int(order.max()) < len(inputs)):
             raise ValueError(f"order must hold rows of indices in [0, {len(inputs)})")
         order = np.ascontiguousarray(order, np.int64)
-        before = self._state(state)
-        after = [np.empty_like(tensor) for tensor in before]
+        before, after = self._state(state), np.empty(self._size, np.float32)
+        start = after.ctypes.data
         loss = self._library.eft_train(
             self._arena(),
-            _pointers(before),
-            _pointers(after),
+            _pointers(array.ctypes.data for array in before),
+            _pointers(start + 4 * place.start for place in self._places.values()),
             *(ctypes.c_void_p(array.ctypes.data) for array in (inputs, targets, order)),
             *(ctypes.c_int64(size) for size in (order.shape[1], order.shape[0])),
             *(ctypes.c_float(value) for value in (learning_rate, momentum)),
         )
-        names = (parameter.name for parameter in self.plan.parameters)
-        trained = {name: tensor.reshape(self._shapes[name]) for name, tensor in zip(names, after, strict=True)}
-        return {name: trained[name] for name in self._shapes}, float(loss)
+        trained = {name: after[self._places[name]].reshape(shape) for name, shape in self._shapes.items()}
+        return trained, float(loss) if np.isfinite(after).all() else math.nan
 
     def evaluate(
         self, state: Tensors, inputs: npt.NDArray[np.generic], targets: npt.NDArray[np.integer[Any]]
     ) -> tuple[int, float]:
         """How many of the samples the model gets right, and the sum of their losses; arguments as for ``train``."""
         inputs, targets = self._samples(inputs, targets)
+        before = self._state(state)
         right = ctypes.c_int64(0)
         loss = self._library.eft_evaluate(
             self._arena(),
-            _pointers(self._state(state)),
+            _pointers(array.ctypes.data for array in before),
             *(ctypes.c_void_p(array.ctypes.data) for array in (inputs, targets)),
             ctypes.c_int64(len(inputs)),
             ctypes.byref(right),
@@ -137,10 +142,11 @@ class HostProgram:
 
     def _state(self, state: Tensors) -> list[Floats]:
         """The tensors in the order of the plan."""
-        for name in sorted(set(state) | set(self._shapes)):
-            found, expected = state[name].shape if name in state else "nothing", self._shapes.get(name, "nothing")
-            if found != expected:
-                raise ValueError(f"tensor {name!r} has shape {found}, the model's has {expected}")
+        if {name: tensor.shape for name, tensor in state.items()} != self._shapes:
+            for name in sorted(set(state) | set(self._shapes)):
+                found, expected = state[name].shape if name in state else "nothing", self._shapes.get(name, "nothing")
+                if found != expected:
+                    raise ValueError(f"tensor {name!r} has shape {found}, the model's has {expected}")
         return [np.ascontiguousarray(state[parameter.name], np.float32) for parameter in self.plan.parameters]
 
     def _arena(self) -> ctypes.c_void_p:
@@ -150,8 +156,9 @@ class HostProgram:
         return ctypes.c_void_p(-(-self._arenas.floats.ctypes.data // 64) * 64)
 
 
-def _pointers(arrays: list[Floats]) -> Any:
-    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+def _pointers(addresses: Iterable[int]) -> Any:
+    found = tuple(addresses)
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def build_host_f32(plan: HostPlan, extra: tuple[str, ...] = ()) -> Path:
