@@ -156,8 +156,7 @@ class ManyAxes:
         tensor, place = self._axes.tensor, self._axes.place("tensor")
         if self._sizes[3] > 1:
             if axes_of(states) != self._sizes:
-                if any(name != AXES for state in states for name in state):
-                    forget()
+                forget(states)
                 return
             data, stage = self._axes.data, self._axes.place("pipeline")
             own = [states[(stage * data + replica) * tensor + place] for replica in range(data)]

@@ -40,7 +40,7 @@ def of_replicas(states: States, *, tensor: int, place: int) -> list[dict[str, Te
             f"the checkpoint has {len(states)} ranks, its axes {pipeline} x {data} x {old_tensor}; it is damaged"
         )
     if old_tensor != tensor or shard > 1:
-        forget()
+        forget(states)
         return None
     found: list[dict[str, Tensor]] = []
     for replica in range(data):
@@ -58,10 +58,11 @@ def axes_of(states: States) -> tuple[int, ...]:
     return (1, len(states), 1, 1) if axes is None else tuple(int(size) for size in axes)
 
 
-def forget() -> None:
-    """Say that feedback is lost."""
-    warnings.warn(
-        "the codec's feedback in the checkpoint is of another tensor axis or sharding: what was not sent yet is "
-        "forgotten, weights and optimizer go on exactly",
-        stacklevel=3,
-    )
+def forget(states: States) -> None:
+    """Say that feedback is lost, if there is any."""
+    if any("residual/" in name or "velocity/" in name for state in states for name in state):
+        warnings.warn(
+            "the codec's feedback in the checkpoint is of another tensor axis or sharding: what was not sent yet is "
+            "forgotten, weights and optimizer go on exactly",
+            stacklevel=3,
+        )

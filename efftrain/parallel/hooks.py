@@ -136,12 +136,14 @@ class CompressedReduceScatter:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's feedback of the steps that are settled."""
-        return {name: torch.from_numpy(value) for name, value in self._feedback.state_dict().items()}
+        """This rank's feedback of the steps that are settled, and how many they were: they seed the rounding."""
+        feedback = {name: torch.from_numpy(value) for name, value in self._feedback.state_dict().items()}
+        return {**feedback, "num_steps": torch.tensor(self._num_steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state_dict`` of this rank gave."""
-        self._feedback.load_state_dict({name: value.numpy() for name, value in state.items()})
+        self._num_steps = int(state.get("num_steps", torch.tensor(0)))
+        self._feedback.load_state_dict({name: value.numpy() for name, value in state.items() if name != "num_steps"})
 
     def reduce(self, name: str, output: Tensor, shards: Tensor, group: dist.ProcessGroup, op: _ReduceOp) -> None:
         """Sum or mean of this rank's shard over all ranks; NaN if some rank's part of it is inf or NaN.

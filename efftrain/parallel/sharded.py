@@ -110,7 +110,8 @@ class Sharded:
 
     def residual_norm(self) -> float:
         """Of what this rank's codec has not sent yet."""
-        return float(sum(float(torch.linalg.vector_norm(value)) ** 2 for value in self.state_dict().values()) ** 0.5)
+        kept = (value for name, value in self.state_dict().items() if not name.endswith("/num_steps"))
+        return float(sum(float(torch.linalg.vector_norm(value)) ** 2 for value in kept) ** 0.5)
 
     def stats(self) -> dict[str, float]:
         """Of the steps since the last call. ``wire_bytes``: weights gathered once or twice, and gradients as sent."""

@@ -61,6 +61,29 @@ def test_a_checkpoint_in_the_background_is_the_same(
     assert len(now) >= 3
 
 
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, {"shard": "full", "codec": "RandomK(0.2)"}),
+        (4, {"pipeline": 2, "schedule": "zbv", "codec": "TopK(0.1) >> Int8()"}),
+        (4, {"tensor": 2, "codec": "Int8()"}),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(
+    world_size: int, settings: dict[str, Any], start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    for folder, parts in (("whole", [4]), ("parts", [3, 1])):
+        for num_steps in parts:
+            start_ranks(grid_jobs.train_and_save, world_size, settings, str(tmp_path / folder), num_steps).results()
+    whole, stopped = (
+        {path.name: load_file(path) for path in complete_checkpoints(tmp_path / folder)[-1].rglob("*.safetensors")}
+        for folder in ("whole", "parts")
+    )
+    assert len(whole) == 2 * world_size, "weights and feedback of each rank"
+    torch.testing.assert_close(whole, stopped, rtol=0, atol=0)
+
+
 def test_feedback_goes_from_pipeline_to_pipeline(start_ranks: StartRanks, tmp_path: Path) -> None:
     codec = {"codec": "TopK(0.1)"}
     pipeline = {**codec, "pipeline": 2, "schedule": "zbv"}
