@@ -69,7 +69,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             (
                 run.label,
                 _text(result.get("codec")),
-                _text(result.get("world_size")),
+                _processes(result),
                 _share(result.get("accuracy")),
                 _number(result.get("loss")),
                 format_bytes(sent) if sent else "none",
@@ -79,6 +79,16 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         )
     columns = ("run", "codec", "processes", "accuracy", "loss", "sent by a rank", "compression", "training time")
     return Table(columns, rows, num_text_columns=2)
+
+
+def _processes(result: Mapping[str, Any]) -> str:
+    """``8: 2 data x 2 tensor x 2 pipeline``; the number alone if the data axis is the only one."""
+    number, axes = _text(result.get("world_size")), result.get("axes")
+    if not isinstance(axes, Mapping):
+        return number
+    sizes = " x ".join(f"{axes[name]} {name}" for name in ("data", "tensor", "pipeline") if axes.get(name, 1) != 1)
+    sharded = "" if axes.get("shard", "none") == "none" else ", sharded"
+    return number + (f": {sizes}" if axes.get("tensor", 1) != 1 or axes.get("pipeline", 1) != 1 else "") + sharded
 
 
 def comparison_page(runs: Sequence[Run]) -> Page:

@@ -190,6 +190,21 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert [figure.name for figure in alone.sections[0].figures] == ["loss", "accuracy"], "nothing was sent"
 
 
+@pytest.mark.parametrize(
+    ("axes", "shown"),
+    [
+        ({"data": 8, "tensor": 1, "pipeline": 1, "shard": "none"}, "8"),
+        ({"data": 8, "tensor": 1, "pipeline": 1, "shard": "full"}, "8, sharded"),
+        ({"data": 2, "tensor": 2, "pipeline": 2, "shard": "none"}, "8: 2 data x 2 tensor x 2 pipeline"),
+        ({"data": 1, "tensor": 8, "pipeline": 1, "shard": "none"}, "8: 8 tensor"),
+        ("text", "8"),
+    ],
+)
+def test_the_axes_are_shown(axes: object, shown: str, tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", world_size=8, axes=axes))
+    assert comparison_table([run]).rows[0][2] == shown
+
+
 def test_the_exchange_by_hand(tmp_path: Path) -> None:
     """Means over the steps of the run; a run that sent nothing has no such section."""
     path = make_run(tmp_path / "a")
