@@ -14,7 +14,7 @@ from efftrain.errors import ConfigError
 from efftrain.parallel.axes import Axes, ManyAxes
 from efftrain.parallel.graph import part_of
 from efftrain.parallel.pipeline import Pipeline, stages_of
-from efftrain.parallel.recompute import blocks, recompute
+from efftrain.parallel.recompute import blocks, compile_blocks, recompute
 from efftrain.parallel.replicas import broadcast, refuse_other_models
 from efftrain.parallel.sharded import Sharded
 from efftrain.parallel.stages import StageCut, cut_model
@@ -63,6 +63,8 @@ def divided(
     if plan.pipeline == 1:
         refuse_other_models(world, model)
         recompute(model, plan.checkpointing)
+        if plan.compile:
+            compile_blocks(model)
         if tensor_plan is not None:
             divide(model, tensor_plan, axes.mesh["tensor"])
             model.register_forward_hook(_copy_views)
@@ -75,7 +77,7 @@ def divided(
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
     cuts = cut_model(model, share[: len(share) // plan.num_micro_batches], plan.num_stages, bf16=bf16)
-    _recompute_blocks(plan, model, cuts)
+    _change_blocks(plan, model, cuts)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})
     refuse_other_models(axes.transport("data"), part)
@@ -112,18 +114,21 @@ def divided(
     return part, exchange, pipeline
 
 
-def _recompute_blocks(plan: "Plan", model: nn.Module, cuts: Sequence[StageCut]) -> None:
+def _change_blocks(plan: "Plan", model: nn.Module, cuts: Sequence[StageCut]) -> None:
     """After the cut: what is traced is the model itself."""
-    if plan.checkpointing == "none":
+    if plan.checkpointing == "none" and not plan.compile:
         return
     called = {name for cut in cuts for name in cut.names}
     opened = [name for name in blocks(model) if name not in called]
-    if opened:
+    if opened or not blocks(model):
+        where = f"cut through block {opened[0]!r}" if opened else "have no blocks (a ModuleList)"
         raise ConfigError(
-            f"{len(cuts)} stages cut through block {opened[0]!r}, which parallel.checkpointing={plan.checkpointing} "
-            "would compute again as a whole; take fewer stages or checkpointing=none"
+            f"{len(cuts)} stages {where}, which parallel.checkpointing and parallel.compile work on as a whole; take "
+            "fewer stages, or leave both out"
         )
     recompute(model, plan.checkpointing)
+    if plan.compile:
+        compile_blocks(model)
 
 
 def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig) -> Exchange:

@@ -21,7 +21,7 @@ from efftrain.parallel.pipeline import (
     check_micro_batches,
     stages_a_rank,
 )
-from efftrain.parallel.recompute import Checkpointing, check_blocks, recompute
+from efftrain.parallel.recompute import Checkpointing, check_blocks, compile_blocks, recompute
 from efftrain.parallel.stages import cut_model
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
@@ -47,6 +47,7 @@ class Plan:
         tensor_styles: Module name -> style (``columns``, ``rows``, ``entries``, ``classes``, ``whole``), where the
             tensor axis is to divide in another way than it finds.
         checkpointing: Recompute activations in the backward pass (see ``recompute``): ``selective`` or ``full``.
+        compile: Compile blocks with ``torch.compile``: the first step takes long, the others less.
         exchange: What averages gradients of undivided weights: torch's ``ddp``, our ``gradsync``, or ``auto``: DDP on a
             data axis alone without a codec.
         codec: What gradients go through on the data axis. ``Identity`` is the plain all-reduce.
@@ -69,6 +70,7 @@ class Plan:
     sequence: bool = False
     tensor_styles: Mapping[str, str] = field(default_factory=dict)
     checkpointing: Checkpointing = "none"
+    compile: bool = False
     exchange: Literal["auto", "ddp", "gradsync"] = "auto"
     codec: Codec = field(default_factory=Identity)
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -226,6 +228,8 @@ class Plan:
         if self.is_divided and world_size > 1:
             return self._divided_job(model, share.to(device), objective, optimizer, step, total_steps, momentum, seed)
         recompute(model, self.checkpointing)
+        if self.compile:
+            compile_blocks(model)
         exchange: Exchange = SingleProcess()
         if world_size > 1:
             exchange = self._exchange(mesh.transport(device), momentum, seed)
@@ -292,6 +296,11 @@ class Plan:
                 )
             return
         check_micro_batches(self.schedule, self.pipeline, self.num_micro_batches)
+        if self.compile and self.schedule in SPLIT_BACKWARD:
+            raise ConfigError(
+                f"schedule {self.schedule} splits the backward pass, which compiled code does in one; take "
+                "schedule=interleaved_1f1b, or compile=false"
+            )
         if self.checkpointing != "none" and self.schedule in SPLIT_BACKWARD:
             raise ConfigError(
                 f"schedule {self.schedule} goes through a graph twice, which recomputed activations have only once; "

@@ -89,6 +89,8 @@ class ParallelConfig:
     """Module name -> ``columns``, ``rows``, ``entries``, ``classes`` or ``whole``, against what was found."""
     checkpointing: Checkpointing = "none"
     """Compute activations of blocks again in the backward pass: ``selective`` or ``full``, for less memory."""
+    compile: bool = False
+    """Compile blocks with ``torch.compile``."""
     exchange: Literal["auto", "ddp", "gradsync"] = "auto"
     """What averages gradients: torch's DDP, our GradSync; ``auto`` is DDP without codec and other axes."""
     codec: str = "Identity()"
@@ -132,6 +134,7 @@ class ParallelConfig:
             sequence=self.sequence,
             tensor_styles=self.tensor_styles,
             checkpointing=self.checkpointing,
+            compile=self.compile,
             exchange=self.exchange,
             codec=parse_codec(self.codec),
             sync=SyncConfig(

@@ -153,6 +153,22 @@ def test_bf16(start_ranks: StartRanks) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_blocks(start_ranks: StartRanks) -> None:
+    compiled: Settings = {"codec": "Identity()", "compile": True}
+    plans: list[Settings] = [
+        {**compiled, "exchange": "gradsync"},
+        {**compiled, "shard": "full", "checkpointing": "selective"},
+        {**compiled, "tensor": 2},
+        {**compiled, "pipeline": 2, "schedule": "1f1b"},
+    ]
+    for found in start_ranks(grid_jobs.cells, 2, plans).results(timeout_s=500):
+        for plan, facts in zip(plans, found, strict=True):
+            assert facts["error"] < 1e-5, plan  # sums in another order
+            assert facts["losses"] < 1e-5, plan
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_whole_grid(start_ranks: StartRanks, world_size: int) -> None:
