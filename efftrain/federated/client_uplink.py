@@ -9,12 +9,12 @@ import numpy.typing as npt
 from efftrain.compression import Codec, Feedback, parse_codec
 from efftrain.errors import ConfigError
 from efftrain.federated.flower import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
     Message,
     RecordDict,
+    make_array,
     read_arrays,
     write_arrays,
 )
@@ -58,7 +58,7 @@ def uplink_mod(message: Message, context: Context, call_next: Callable[[Message,
         payloads = {name: bytes(codec.encode(flat, key=_key(key, name))) for name, flat in updates.items()}
     [record] = [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)]
     reply.content[record] = ArrayRecord(
-        {name: Array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
+        {name: make_array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
     )
     return reply
 

@@ -142,6 +142,7 @@ __all__ = [
     "check_version",
     "copy_records",
     "identify_process",
+    "make_array",
     "quiet",
     "read_array",
     "read_arrays",
@@ -183,7 +184,14 @@ def write_array(tensor: npt.NDArray[np.generic]) -> Array:
     if not tensor.flags.c_contiguous:
         tensor = np.asarray(tensor, order="C")
     data = _npy_header(tensor.dtype.str, tensor.shape) + tensor.tobytes()
-    return Array(str(tensor.dtype), tuple(tensor.shape), "numpy.ndarray", data)
+    return make_array(tensor.dtype.name, tensor.shape, "numpy.ndarray", data)
+
+
+def make_array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
+    """``Array(dtype, shape, stype, data)`` past its search for what it was given, which takes longer than the data."""
+    array = Array.__new__(Array)
+    array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
+    return array
 
 
 def write_arrays(tensors: Tensors) -> ArrayRecord:

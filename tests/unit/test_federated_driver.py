@@ -1,6 +1,9 @@
 """Rounds and buffered updates in virtual time: deadlines, quorum, drop-outs, staleness, devices; all repeatable."""
 
+import copy
 import itertools
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +11,13 @@ import numpy as np
 import pytest
 
 from efftrain.errors import ConfigError, RoundError
-from efftrain.federated import FederatedRecipe, RoundResult, run_federated
+from efftrain.federated import FederatedRecipe, RoundResult, drive_rounds, run_federated
 from efftrain.federated.aggregate import Aggregation, Fold
+from efftrain.federated.client_app import app
 from efftrain.federated.devices import DeviceProfile
 from efftrain.federated.fleet import Fleet, device_of
-from efftrain.federated.flower import ArrayRecord, FedAvg, read_arrays
+from efftrain.federated.flower import ArrayRecord, FedAvg, Grid, Message, RecordDict, Run, quiet, read_arrays
+from efftrain.federated.grid import InProcessGrid
 from efftrain.federated.recipe import (
     DEVICES,
     ClientConfig,
@@ -256,3 +261,77 @@ def test_selection_is_seeded_and_asks_nobody_twice() -> None:
     busy = set(nodes[1:])
     assert selector.one(nodes[:1], busy, 0.0) == 1000
     assert selector.one(nodes[1:], busy, 0.0) is None
+
+
+# A network that misbehaves ----------------------------------------------------------------------------------------
+
+
+class Unreliable(Grid):
+    """Looks like a network to the driver: replies come late, twice, in any order, or never."""
+
+    def __init__(self, hung: int | None = None) -> None:
+        self._inner = InProcessGrid(app, 8)
+        self._hung = hung
+        self._old: list[Message] = []
+
+    def set_run(self, run: Run) -> None:
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._inner.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> list[int]:
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        messages = list(messages)
+        self._nodes = {message.metadata.dst_node_id for message in messages}
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        new = self._inner.pull_messages(message_ids)
+        if self._hung is not None:
+            new = [reply for reply in new if reply.metadata.src_node_id != self._hung]
+        repeated = [copy.copy(reply) for reply in self._old[-3:]]
+        self._old += new
+        return [*repeated, *reversed(new), *[copy.copy(reply) for reply in new[:2]]]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        raise AssertionError("the driver pushes and pulls")
+
+
+EIGHT = with_server(
+    replace(DIGITS, data=replace(DIGITS.data, clients=8)), rounds=3, cohort=8, timeout_s=5.0, max_abandoned=9
+)
+
+
+def test_replayed_duplicate_and_disordered_replies_change_nothing() -> None:
+    expected = run_federated(EIGHT)
+    with quiet():
+        result = drive_rounds(Unreliable(), EIGHT)
+    assert result.final_sha256 == expected.final_sha256
+    assert [one.clients_trained for one in result.rounds] == [8, 8, 8]
+    assert result.total("replies_refused") > 6
+    assert all("no message that is waiting" in line for one in result.rounds for line in one.reasons)
+
+
+def test_a_hung_node_never_holds_a_round_beyond_its_deadline() -> None:
+    recipe = with_server(EIGHT, timeout_s=1.0)
+    started = time.monotonic()
+    with quiet():
+        result = drive_rounds(Unreliable(hung=1003), recipe)
+    assert time.monotonic() - started < 3 * (1.0 + 1.0)
+    assert [one.clients_trained for one in result.rounds] == [7, 7, 7]
+    assert [one.clients_dropped for one in result.rounds] == [1, 1, 1]
+    assert "no reply by the deadline" in " ".join(result.rounds[0].reasons)
+
+
+def test_a_network_is_given_no_simulation() -> None:
+    with pytest.raises(ConfigError, match=r"\[fleet\] and \[attack\] are for simulation"):
+        drive_rounds(Unreliable(), replace(EIGHT, fleet=MIXED))

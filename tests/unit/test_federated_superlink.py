@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,23 +47,20 @@ def process(log: Path, environment: dict[str, str], *command: object) -> Iterato
                 started.wait()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Path) -> None:
-    recipe = replace(
-        FederatedRecipe(name="watch_people"),
-        data=DataConfig(people=(3, 8)),
-        server=RoundsConfig(rounds=2, timeout_s=100),
-    )
-    expected = run_federated(recipe)
-    port, output = free_port(), tmp_path / "result.json"
-    address = f"127.0.0.1:{port}"
-    home = tmp_path / "home"
+RECIPE = replace(
+    FederatedRecipe(name="watch_people"),
+    data=DataConfig(people=(3, 8)),
+    server=RoundsConfig(rounds=2, timeout_s=100),
+)
+CONFIG = 'data.people="[3, 8]" server.rounds=2 server.timeout_s=100.0'
+
+
+def home_of(folder: Path, connection: str) -> dict[str, str]:
+    """The environment of Flower's commands, with one connection called ``here``."""
+    home = folder / "home"
     home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
-    )
-    environment = {
+    (home / "config.toml").write_text(f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{connection}\n')
+    return {
         **os.environ,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -70,7 +68,33 @@ def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Pat
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONWARNINGS": "ignore",
     }
-    config = f'output="{output}" data.people="[3, 8]" server.rounds=2 server.timeout_s=100.0'
+
+
+def flwr(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(part) for part in (BIN / "flwr", *arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def wait_for_result(folder: Path, output: Path, limit_s: float = 150) -> dict[str, Any]:
+    end = time.monotonic() + limit_s
+    while not output.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    time.sleep(0.5)
+    logs = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("*.log")))
+    assert output.exists(), logs
+    result: dict[str, Any] = json.loads(output.read_text())
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Path) -> None:
+    expected = run_federated(RECIPE)
+    port, output = free_port(), tmp_path / "result.json"
+    address = f"127.0.0.1:{port}"
+    environment = home_of(tmp_path, f'address = "{address}"\ninsecure = true')
     with contextlib.ExitStack() as stack:
         superlink = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port]
         superlink.append("--disable-runtime-dependency-installation")
@@ -80,25 +104,39 @@ def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Pat
             supernode = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", free_port()]
             supernode += ["--node-config", f"partition-id={partition}"]
             stack.enter_context(process(tmp_path / f"supernode{partition}.log", environment, *supernode))
-        started = subprocess.run(
-            [BIN / "flwr", "run", ROOT / "federated", "here", "--run-config", config],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert started.returncode == 0, started.stdout + started.stderr
-        end = time.monotonic() + 150
-        while not output.exists() and time.monotonic() < end:
-            time.sleep(0.5)
-        time.sleep(0.5)
-    logs = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(tmp_path.glob("*.log")))
-    assert output.exists(), logs
-    result = json.loads(output.read_text())
+        flwr(environment, "run", ROOT / "federated", "here", "--run-config", f'output="{output}" {CONFIG}')
+        result = wait_for_result(tmp_path, output)
     assert result["final_sha256"] == expected.final_sha256
     assert result["accuracy_per_round"] == expected.accuracy_per_round
     assert result["uplink_bytes"] == expected.total("uplink_bytes")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_tls_and_registered_nodes_as_the_guide_says(tmp_path: Path) -> None:
+    """``launch/flower``: keys, server, nodes. A node whose key is not registered stays outside."""
+    flower = ROOT / "launch" / "flower"
+    keys, port, output = tmp_path / "keys", free_port(), tmp_path / "result.json"
+    subprocess.run(["bash", flower / "keys.sh", keys, "3", "127.0.0.1"], check=True, capture_output=True, timeout=60)
+    again = subprocess.run(
+        ["bash", flower / "keys.sh", keys, "3", "127.0.0.1"], capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 1
+    assert "has keys already" in again.stderr
+    environment = home_of(tmp_path, f'address = "127.0.0.1:{port}"\nroot-certificates = "{keys / "ca.crt"}"')
+    with contextlib.ExitStack() as stack:
+        superlink = ["bash", flower / "superlink.sh", keys, "127.0.0.1", port]
+        stack.enter_context(process(tmp_path / "superlink.log", environment, *superlink))
+        wait_for(port)
+        for number in range(2):
+            flwr(environment, "supernode", "register", keys / f"node_{number}.pub", "here")
+        for number in (2, 1, 0):
+            supernode = ["bash", flower / "supernode.sh", keys, number, f"127.0.0.1:{port}", free_port()]
+            stack.enter_context(process(tmp_path / f"supernode{number}.log", environment, *supernode))
+        flwr(environment, "run", ROOT / "federated", "here", "--run-config", f'output="{output}" {CONFIG}')
+        result = wait_for_result(tmp_path, output)
+    assert result["final_sha256"] == run_federated(RECIPE).final_sha256
+    assert result["clients_trained"] == 4
 
 
 def wait_for(port: int) -> None:
