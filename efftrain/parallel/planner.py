@@ -163,6 +163,11 @@ class Planner:
             ConfigError: It does not fit the processes, the model, the batch or the memory of a rank.
         """
         plan.check(world_size)
+        if plan.checkpointing != "none" and plan.pipeline > 1:
+            raise ConfigError(
+                f"parallel.checkpointing={plan.checkpointing} in a pipeline is not predicted; plan with --set "
+                "parallel.checkpointing=none, and take it if memory falls short"
+            )
         plan = replace(plan, data=plan.replicas(world_size))
         works = self._works_of(plan)
         slowdown = self.hardware.slowdown(world_size)
@@ -265,8 +270,10 @@ class Planner:
         """The optimizer reads and writes weights, gradients and its state; the norm reads the gradients once more."""
         passes = 8 if self.setting.optimizer.name == "adamw" else 6 if self._momentum(plan) else 4
         num, tensors = work.num_parameters / divisor, len(work.parameters)
-        calls = 12 if self.setting.optimizer.name == "adamw" else 5
-        return 4 * num * passes / (self.hardware.memory_gb_s * 1e9) + tensors * calls * self.hardware.operator_us / 1e6
+        calls = 12.0 if self.setting.optimizer.name == "adamw" else 5.0
+        # On a GPU torch updates tensors some dozens at a time.
+        calls *= tensors if self.hardware.cores else 1 + tensors / 50
+        return 4 * num * passes / (self.hardware.memory_gb_s * 1e9) + calls * self.hardware.operator_us / 1e6
 
     # Memory -------------------------------------------------------------------------------------------------------
 
@@ -277,14 +284,16 @@ class Planner:
         if plan.pipeline > 1:
             others = _in_flight(plan.schedule, plan.pipeline, plan.num_micro_batches, rank) - 1
             activations += int(others * work.saved_bytes)
+            # What came from the stage before, went to the next, and the gradient of it, of every micro-batch.
+            activations += 3 * plan.num_micro_batches * work.output_bytes
         elif divisor == 1 and self.setting.micro_batches == 1:
             # Gradients come while activations go: both are never there as a whole.
             activations = max(0, work.first_peak_bytes - gradients)
         if plan.shard != "none":
-            share = -(-num // divisor)
-            unit = buffers // 2  # of weights; the other half of gradients
-            weights = 4 * share + (unit if plan.shard == "full" else 4 * num)
-            gradients, buffers = 4 * share, unit
+            share, unit = 4 * -(-num // divisor), buffers
+            # With whole weights most is in use between the passes, when there are no gradients but the first layer's;
+            # else at the end, when all shards of gradients are there. The buffer is a layer's gradient on its way.
+            weights, gradients = (share + unit, share + unit) if plan.shard == "full" else (share + 4 * num, unit)
         states = {"adamw": 2}.get(self.setting.optimizer.name, 1 if self._momentum(plan) else 0)
         corrected = plan.momentum_correction and self._data(plan) > 1
         return MemoryParts(
@@ -309,7 +318,15 @@ class Planner:
         size = setting.batch_size // (data * pieces)
         # Schedules that give a rank the same stages share them.
         own = stages_of(0, plan.pipeline, plan.schedule)
-        key = (plan.tensor, plan.pipeline, own, size, plan.sequence, tuple(sorted(plan.tensor_styles.items())))
+        key = (
+            plan.tensor,
+            plan.pipeline,
+            own,
+            size,
+            plan.checkpointing,
+            plan.sequence,
+            tuple(sorted(plan.tensor_styles.items())),
+        )
         if key not in self._works:
             try:
                 self._works[key] = self._look(plan, size)
@@ -329,7 +346,7 @@ class Planner:
             styles = dict(found.styles)
         more: dict[str, Any] = {"styles": styles, "size": plan.tensor, "bf16": setting.bf16}
         if plan.pipeline == 1:
-            return [measure_work(setting.model, inputs, **more)]
+            return [measure_work(setting.model, inputs, checkpointing=plan.checkpointing, **more)]
         cuts = cut_model(setting.model, inputs, plan.num_stages, bf16=setting.bf16)
         parts = []
         for number, cut in enumerate(cuts):
@@ -435,7 +452,9 @@ def _in_flight(schedule: str, size: int, num: int, rank: int) -> float:
         return num
     if schedule == "1f1b":
         return min(num, size - rank)
-    if schedule in SPLIT_BACKWARD and schedule != "interleaved_zero_bubble":
+    if schedule == "interleaved_zero_bubble":  # kept until the weight half, which waits for idle time
+        return min(num, 2 * size)
+    if schedule in SPLIT_BACKWARD:
         return min(num, size + (0.5 if schedule == "dualpipev" else 0.0))
     return min(num, (2 * (size - 1 - rank) + size + 1) / 2)
 

@@ -170,7 +170,9 @@ def sharded(
     share = (world_size - 1) / world_size
     speed = codec_speed(codec, hardware)
     plain = isinstance(codec, Identity)
-    gradient = 4.0 * num_parameters if plain else _slot(codec, num_parameters)
+    # torch makes a reduce-scatter over gloo of an all-reduce, which sends everything twice.
+    twice = 2.0 if hardware.cores else 1.0
+    gradient = 4.0 * num_parameters * twice if plain else _slot(codec, num_parameters)
     sent = share * (4.0 * num_parameters * gathers + gradient)
     collectives = num_units * (gathers + 1)
     wire = link.seconds(sent, collectives * (world_size - 1))
@@ -180,8 +182,7 @@ def sharded(
     alone = wire / max(1, num_units)
     exposed = alone + max(0.0, max(wire, cpu) - alone - compute_s)
     copies = 8.0 * num_parameters * (gathers + 1) / (hardware.memory_gb_s * 1e9) * slowdown
-    largest = 8 * num_parameters // max(1, num_units)
-    return Exchange(coding + copies, exposed + (cpu if hardware.cores else 0.0), sent, int(largest))
+    return Exchange(coding + copies, exposed, sent, 4 * num_parameters // max(1, num_units))
 
 
 def codec_speed(codec: Codec, hardware: Hardware) -> CodecSpeed:

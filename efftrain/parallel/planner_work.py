@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efftrain.parallel.hardware import Hardware
+from efftrain.parallel.recompute import Checkpointing, recompute
 from efftrain.profile.trace import Block, Operation, Trace, trace_training
 
 
@@ -93,6 +94,7 @@ def measure_work(
     size: int = 1,
     with_loss: bool = True,
     bf16: bool = False,
+    checkpointing: Checkpointing = "none",
 ) -> Work:
     """Run a part of a model on tensors without memory.
 
@@ -103,6 +105,7 @@ def measure_work(
         size: Ranks of the tensor axis.
         with_loss: The part ends in a mean cross-entropy; else in a tensor for the next stage.
         bf16: It runs under autocast.
+        checkpointing: What is computed again in the backward pass.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         # A tensor without memory for each of its own; whatever else the part holds is copied.
@@ -112,6 +115,7 @@ def measure_work(
         kept |= {id(buffer): mode.from_tensor(buffer) for buffer in part.buffers()}
         local = copy.deepcopy(part, kept)
         _divide(local, styles or {}, size)
+        recompute(local, checkpointing)
         whole = _WithLoss(local) if with_loss else local
         example = mode.from_tensor(inputs)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
@@ -130,7 +134,7 @@ def measure_work(
         backward=tuple(last_ops),
         parameters=tuple(parameters),
         weight_bytes=weights,
-        saved_bytes=sum(block.elements * block.itemsize for _, block in forward.saved),
+        saved_bytes=_kept(forward, backward),
         first_peak_bytes=_peak(forward, backward, keeps_gradients=True),
         later_peak_bytes=_peak(forward, backward, keeps_gradients=False),
         reduced_bytes=tuple(reduced),
@@ -233,6 +237,14 @@ def _peak(forward: Trace, backward: Trace, *, keeps_gradients: bool) -> int:
         alive += change[at]
         peak = max(peak, alive)
     return peak
+
+
+def _kept(forward: Trace, backward: Trace) -> int:
+    """What the forward pass made or was given and the backward pass reads."""
+    made = {b.storage: _bytes(b) for o in reversed(forward.operations) for b in reversed(o.writes) if not b.is_state}
+    made |= {block.storage: _bytes(block) for block in forward.input_storages.values()}
+    read = {block.storage for operation in backward.operations for block in operation.reads}
+    return sum(size for storage, size in made.items() if storage in read)
 
 
 def _bytes(block: Block) -> int:

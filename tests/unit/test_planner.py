@@ -98,6 +98,21 @@ def test_the_tensor_axis_divides_work() -> None:
     assert len(half.reduced_bytes) == 2 + 2 * (4 + 2) + 1
 
 
+def test_recomputed_activations_cost_arithmetic_in_place_of_memory() -> None:
+    setting = language_model()
+    works = [
+        measure_work(setting.model, setting.sample.expand(8, 16), checkpointing=kind)
+        for kind in ("none", "selective", "full")
+    ]
+    saved = [work.saved_bytes for work in works]
+    assert saved == sorted(saved, reverse=True)
+    assert len(set(saved)) == 3
+    macs = [sum(operation.macs for operation in work.backward) for work in works]
+    assert macs[0] == macs[1] < macs[2] < 1.5 * macs[0]
+    names = [[parameter.name for parameter in work.parameters] for work in works]
+    assert names[0] == names[1] == names[2]
+
+
 def test_time_follows_the_slower_of_arithmetic_and_memory() -> None:
     work = measure_work(build_model("mlp-10m"), torch.zeros(8, 1, 28, 28))
     calls = len(work.forward) * LAPTOP.operator_us / 1e6
