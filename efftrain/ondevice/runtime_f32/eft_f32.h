@@ -29,7 +29,7 @@ typedef int32_t eft_i8 __attribute__((vector_size(32)));
 #endif
 
 /** Sums that fit the registers beside what is added to them. */
-#if defined(__AVX512VL__) || defined(__aarch64__)
+#if defined(__AVX512VL__)
 #define EFT_SUMS 25
 #else
 #define EFT_SUMS 12
