@@ -18,7 +18,7 @@ class Workers:
     nodes: int = 1
     """Machines; of an elastic job, the most."""
     min_nodes: int | None = None
-    """An elastic job goes on with so few machines, and takes others in as they come. Left out: it needs all."""
+    """An elastic job goes on with so few machines after it lost some. Left out: it needs all."""
     per_node: int = 1
     """Processes of a machine: one a GPU."""
     max_restarts: int = 0
