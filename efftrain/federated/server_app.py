@@ -18,6 +18,9 @@ from efftrain.federated.rounds import RoundResult, drive_rounds
 
 OUTPUT = "output"
 """Run-config key beside the recipe's: a file on the server that the result is written to as JSON; "" writes none."""
+JOURNAL = "journal"
+"""The same: a folder on the server. Every round is written down there, and a run that finds rounds in it goes on after
+the last one; "" writes none."""
 
 app = ServerApp()
 
@@ -33,7 +36,8 @@ def main(grid: Grid, context: Context) -> None:
         RoundError: As ``drive_rounds``.
     """
     recipe = recipe_from_run_config(context.run_config)
-    result = drive_rounds(grid, recipe, on_round=_print_round)
+    journal = str(context.run_config.get(JOURNAL, ""))
+    result = drive_rounds(grid, recipe, on_round=_print_round, journal=Path(journal) if journal else None)
     text = json.dumps(result.to_dict())
     context.state["arrays"] = ArrayRecord(result.state)
     context.state["result"] = ConfigRecord({"json": text})
@@ -53,10 +57,12 @@ def recipe_from_run_config(run_config: Mapping[str, bool | float | int | str]) -
     """
     table: dict[str, Any] = {}
     for path, value in run_config.items():
-        if path == OUTPUT:
+        if path in (OUTPUT, JOURNAL):
             continue
-        section, _, key = path.rpartition(".")
-        place = table.setdefault(section, {}) if section else table
+        *sections, key = path.split(".")
+        place = table
+        for section in sections:
+            place = place.setdefault(section, {})
         place[key] = _list(path, value) if isinstance(value, str) and value.startswith("[") else value
     return from_dict(FederatedRecipe, table)
 

@@ -47,7 +47,8 @@ class _Work(Generic[T, R]):
         self._changed = threading.Condition()
         self._next = 0
         self._taken = 0
-        self._ahead = _AHEAD * workers
+        # One worker starts when it is asked: two threads that take turns with Python's lock cost more than they save.
+        self._ahead = _AHEAD * workers if workers > 1 else 1
         self._started: dict[int, float] = {}
         self._serving: dict[int, threading.Thread] = {}
         self._threads: list[threading.Thread] = []
@@ -61,13 +62,13 @@ class _Work(Generic[T, R]):
     def take(self, number: int) -> R | None:
         """The result of one job; the numbers come in order."""
         with self._changed:
+            self._taken = number
+            self._changed.notify_all()
             while number not in self._results and number not in self._errors:
                 self._abandon_late()
                 if number in self._results:
                     break
                 self._changed.wait(self._patience())
-            self._taken = number + 1
-            self._changed.notify_all()
             if number in self._errors:
                 raise self._errors.pop(number)
             return self._results.pop(number)

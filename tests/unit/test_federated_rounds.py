@@ -112,6 +112,26 @@ def test_server_app_gives_the_same_bits() -> None:
     assert set(context.state.array_records["arrays"]) == set(run_federated(SMALL).state)
 
 
+def test_server_app_goes_on_from_its_journal(tmp_path: Path) -> None:
+    config: dict[str, bool | float | int | str] = {
+        "data.people": "[1, 4, 7]",
+        "client.epochs": 1,
+        "seed": 3,
+        "journal": str(tmp_path),
+        "server.strategy": "fedavgm",
+        "server.strategy_options.momentum": 0.5,
+    }
+    for rounds, resumed_after in ((1, 0), (2, 1)):
+        context = Context(1, 1, {}, RecordDict(), {**config, "server.rounds": rounds})
+        with quiet():
+            server_app(InProcessGrid(client_app, 3), context)
+        result = json.loads(str(context.state.config_records["result"]["json"]))
+        assert result["resumed_after"] == resumed_after
+    options: dict[str, int | float | str | bool] = {"momentum": 0.5}
+    whole = replace(SMALL, server=RoundsConfig(rounds=2, strategy="fedavgm", strategy_options=options))
+    assert result["final_sha256"] == run_federated(whole).final_sha256
+
+
 def test_quorum() -> None:
     strict = replace(SMALL, gate=GateConfig(max_samples=1))
     with pytest.raises(RoundError, match=r"0 of 3 replies were accepted.*num-examples is \d+, expected 1 to 1"):
