@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 WARM_UP = 3
 SLICE_S = 1.5
 ROUNDS = 8
-REPEATS = {False: 3, True: 2}
+REPEATS = {False: 2, True: 2}
 OPTIMIZER = OptimizerConfig(lr=0.01, momentum=0.9, schedule="constant")
 # Name -> family, options, samples of a batch. Steps of a few milliseconds find a quiet moment on a machine with other
 # work, so the small models are judged by their time; memory of large ones is no matter of luck.
@@ -206,6 +206,7 @@ def judge(name: str, ranks: int, rate: str, lines: list[dict[str, Any]], hardwar
             "median_s": median(step for one in some for step in one["steps_s"]),
             "num_steps": sum(len(one["steps_s"]) for one in some),
             "load": line["load"],
+            "link": asdict(link),
             "measured_bytes": line["memory_bytes"],
             **{f"predicted_{key}": value for key, value in found.to_dict().items()},
         }

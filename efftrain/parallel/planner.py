@@ -7,7 +7,7 @@ of a cluster that goes into it is in one small file (``hardware``).
 
 # N ranks in all: D data x T tensor x P pipeline; M micro-batches
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,6 +26,8 @@ from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import OptimizerConfig
 
 _GIB = 1 << 30
+_LARGE = 1 << 20
+"""As in sharded.py."""
 
 
 @dataclass(frozen=True)
@@ -422,9 +424,16 @@ def _divisors(number: int) -> list[int]:
 
 
 def _num_units(work: Work) -> int:
-    """Layers that ``fully_shard`` gathers on their own: blocks of a stack, or large layers, and the rest."""
-    stacks = {parts[:2] for parameter in work.parameters if len(parts := tuple(parameter.name.split("."))) > 2}
-    return 1 + len(stacks)
+    """Layers that ``Sharded`` gathers on their own: blocks of a stack, large layers, and the rest."""
+    sizes: dict[tuple[str, ...], int] = defaultdict(int)
+    blocks = set()
+    for parameter in work.parameters:
+        path = tuple(parameter.name.split("."))
+        if len(path) > 2:
+            sizes[path[:2]] += parameter.size
+        if len(path) > 3:
+            blocks.add(path[:2])
+    return 1 + sum(path in blocks or size >= _LARGE for path, size in sizes.items())
 
 
 def _bubble(schedule: str, size: int, forward: float, backward: float, tensor: float) -> float:

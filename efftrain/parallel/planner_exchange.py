@@ -32,6 +32,8 @@ from efftrain.parallel.sync import SyncConfig
 
 _DDP_FIRST_BYTES = 1 << 20
 _DDP_BYTES = 25 << 20
+_CALLS = 25
+"""Operators on divided tensors that torch calls to gather or scatter one layer."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +183,9 @@ def sharded(
     # The first layer has nothing to hide behind, nor has the last gradient.
     alone = wire / max(1, num_units)
     exposed = alone + max(0.0, max(wire, cpu) - alone - compute_s)
+    calls = num_units * (gathers + 1) * _CALLS * hardware.divided_operator_us / 1e6 * slowdown
     copies = 8.0 * num_parameters * (gathers + 1) / (hardware.memory_gb_s * 1e9) * slowdown
-    return Exchange(coding + copies, exposed, sent, 4 * num_parameters // max(1, num_units))
+    return Exchange(coding + copies + calls, exposed, sent, 4 * num_parameters // max(1, num_units))
 
 
 def codec_speed(codec: Codec, hardware: Hardware) -> CodecSpeed:
