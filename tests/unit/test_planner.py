@@ -160,6 +160,13 @@ def test_a_batch_that_cannot_be_cut_is_refused(planner: Planner) -> None:
         planner.predict(Plan(), 3)
 
 
+def test_a_pipeline_that_cuts_between_divided_layers_is_refused() -> None:
+    model = build_model("fashion-cnn")
+    setting = Setting(model, torch.zeros(1, 1, 28, 28), 32, OptimizerConfig())
+    _, refused = Planner(setting, LAPTOP).rank(4, list(enumerate_plans(Plan(), 4, codecs=[Identity()])))
+    assert any("cuts the model between two layers that the tensor axis divides" in r.reason for r in refused)
+
+
 def memory_of(planner: Planner, world_size: int, **plan: Any) -> Any:
     return planner.predict(Plan(**plan), world_size).memory
 
