@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from efftrain.federated.flower import (
     Message,
     RecordDict,
     make_array,
+    make_record,
     read_arrays,
     write_arrays,
 )
@@ -51,16 +53,22 @@ def uplink_mod(message: Message, context: Context, call_next: Callable[[Message,
     if not reply.has_content():
         return reply
     updates = _trained_only(_updates(sent, model_of(reply.content)), reply.content.get(PARTS))
-    codec, key = parse_codec(str(order["codec"])), _client_key(order, context)
+    codec, key = _codec(str(order["codec"])), _client_key(order, context)
     if order["feedback"]:
         payloads = _encode_with_feedback(updates, codec, key, order, context)
     else:
         payloads = {name: bytes(codec.encode(flat, key=_key(key, name))) for name, flat in updates.items()}
     [record] = [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)]
-    reply.content[record] = ArrayRecord(
+    reply.content[record] = make_record(
         {name: make_array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
     )
     return reply
+
+
+@lru_cache(maxsize=16)
+def _codec(text: str) -> Codec:
+    """Codecs keep no state, so the clients of one process share them."""
+    return parse_codec(text)
 
 
 def model_of(content: RecordDict) -> Tensors:

@@ -9,6 +9,7 @@ Note [nothing phones home]
 import importlib.metadata
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -143,6 +144,7 @@ __all__ = [
     "copy_records",
     "identify_process",
     "make_array",
+    "make_record",
     "quiet",
     "read_array",
     "read_arrays",
@@ -196,7 +198,15 @@ def make_array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> A
 
 def write_arrays(tensors: Tensors) -> ArrayRecord:
     """A record of tensors; see ``write_array``."""
-    return ArrayRecord({name: write_array(np.asarray(tensor)) for name, tensor in tensors.items()})
+    return make_record({name: write_array(np.asarray(tensor)) for name, tensor in tensors.items()})
+
+
+def make_record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """``ArrayRecord(arrays)`` of the arrays themselves: the constructor would make each of them again."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
 
 
 def read_array(array: Array) -> npt.NDArray[np.generic]:
@@ -204,8 +214,7 @@ def read_array(array: Array) -> npt.NDArray[np.generic]:
     layout = _npy_layout(array.data[:_HEADER_PEEK]) if array.stype == "numpy.ndarray" else None
     if layout is None:
         return array.numpy()
-    offset, dtype, shape = layout
-    count = int(np.prod(shape, dtype=np.int64))
+    offset, dtype, shape, count = layout
     if len(array.data) != offset + count * dtype.itemsize:
         raise ValueError(f"an array of shape {shape} has {len(array.data) - offset} bytes")
     return np.frombuffer(array.data, dtype, count, offset).reshape(shape)
@@ -228,8 +237,8 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _npy_layout(start: bytes) -> tuple[int, np.dtype[np.generic], tuple[int, ...]] | None:
-    """Offset of the elements, type and shape; None where only NumPy's own reader will do."""
+def _npy_layout(start: bytes) -> tuple[int, np.dtype[np.generic], tuple[int, ...], int] | None:
+    """Offset of the elements, type, shape and number; None where only NumPy's own reader will do."""
     buffer = io.BytesIO(start)
     try:
         if np.lib.format.read_magic(buffer) != (1, 0):
@@ -237,7 +246,7 @@ def _npy_layout(start: bytes) -> tuple[int, np.dtype[np.generic], tuple[int, ...
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
     except Exception:  # a header that is longer, or none: np.load says what is wrong with it
         return None
-    return None if fortran_order or dtype.hasobject else (buffer.tell(), dtype, shape)
+    return None if fortran_order or dtype.hasobject else (buffer.tell(), dtype, shape, math.prod(shape))
 
 
 @contextmanager

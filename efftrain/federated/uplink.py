@@ -180,7 +180,7 @@ class UplinkGrid(Grid):
         evaluate_metrics: Sequence[str] = (),
     ) -> None:
         self._inner = inner
-        self._codec = codec
+        self._codec, self._codec_text = codec, format_codec(codec)
         self._gate = gate or GateConfig()
         self._feedback = feedback
         self._seed = seed
@@ -364,7 +364,7 @@ class UplinkGrid(Grid):
     def _order(self, message: Message, ticket: int) -> ConfigRecord:
         return ConfigRecord(
             {
-                "codec": format_codec(self._codec),
+                "codec": self._codec_text,
                 "feedback": self._feedback,
                 "key": zlib.crc32(f"{self._seed}/{self._round_of(message)}".encode()),
                 "ticket": ticket,
