@@ -224,15 +224,14 @@ class Plan:
         share = self._share(world_size, example, step)
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
-        device = next(model.parameters()).device
         if self.is_divided and world_size > 1:
-            return self._divided_job(model, share.to(device), objective, optimizer, step, total_steps, momentum, seed)
+            return self._divided_job(model, share, objective, optimizer, step, total_steps, momentum, seed)
         recompute(model, self.checkpointing)
         if self.compile:
             compile_blocks(model)
         exchange: Exchange = SingleProcess()
         if world_size > 1:
-            exchange = self._exchange(mesh.transport(device), momentum, seed)
+            exchange = self._exchange(mesh.transport(next(model.parameters()).device), momentum, seed)
             optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
         return Job(
             model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange
@@ -262,7 +261,7 @@ class Plan:
         part, exchange, compute = divided(
             self,
             model,
-            share,
+            share.to(device),
             axes,
             objective=objective,
             step=step,
