@@ -154,7 +154,7 @@ def state_of(model: nn.Module) -> Arrays:
     return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_training_is_sgd(seed: int) -> None:
     compare(Chain(seed))
 
@@ -162,7 +162,7 @@ def test_training_is_sgd(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_is_sgd_on_many() -> None:
-    assert sum(compare(Chain(seed)) for seed in range(8, 80)) > 150
+    assert sum(compare(Chain(seed)) for seed in range(5, 80)) > 150
 
 
 @pytest.mark.parametrize(("name", "batch"), [("fashion-cnn", 10), ("watch-cnn", 16)])
@@ -189,7 +189,7 @@ def test_shipped_models(name: str, batch: int) -> None:
     ("flags", "compiler"),
     [
         pytest.param(("-march=x86-64-v3",), "auto", id="fewer registers"),
-        pytest.param(("-march=x86-64",), "auto", id="halves of vectors"),
+        pytest.param(("-march=x86-64",), "auto", id="halves of vectors", marks=pytest.mark.slow),
         pytest.param((), "zig", id="zig"),
     ],
 )
