@@ -264,16 +264,20 @@ def render(report: dict[str, Any]) -> str:
         "Times are judged of the small models, whose steps find a quiet moment, memory of the large ones. "
         "Calibrated on one process for each model, and the link of each network. One thread a process.",
         "",
-        "| model | ranks | rate | plan | ms measured | median | predicted | error | MB measured | predicted | error "
-        "| load |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | ranks | rate | plan | ms measured | median | predicted | error | load |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in timed:
         lines.append(
             f"| {row['model']} | {row['ranks']} | {row['rate']} | {row['plan']} | {1000 * row['measured_s']:.0f} | "
             f"{1000 * row['median_s']:.0f} | {1000 * row['predicted_step_s']:.0f} | {100 * row['time_error']:+.0f} % | "
-            f"{row['measured_bytes'] / 1e6:.0f} | {row['predicted_memory_bytes'] / 1e6:.0f} | "
-            f"{100 * row['memory_error']:+.0f} % | {row['load']:.1f} |"
+            f"{row['load']:.1f} |"
+        )
+    lines += ["", "| model | ranks | plan | MB measured | predicted | error |", "|---|---|---|---|---|---|"]
+    for row in large:
+        lines.append(
+            f"| {row['model']} | {row['ranks']} | {row['plan']} | {row['measured_bytes'] / 1e6:.0f} | "
+            f"{row['predicted_memory_bytes'] / 1e6:.0f} | {100 * row['memory_error']:+.0f} % |"
         )
     lines += ["", "| model | ranks | rate | first choice | best measured | slower by |", "|---|---|---|---|---|---|"]
     for choice in choices:
@@ -282,6 +286,12 @@ def render(report: dict[str, Any]) -> str:
             f"{100 * choice['loss']:.0f} % |"
         )
     environment = report["environment"]
+    if any(row["load"] > environment["num_cpus"] + row["ranks"] for row in timed):
+        lines += [
+            "",
+            "The machine did other work than this, more than it has cores for: steps that compute were slowed by what no "
+            "prediction knows of. Repeat it on a quiet machine before the times are taken for the planner's error.",
+        ]
     lines += [
         "",
         f"Environment: `{json.dumps(environment['versions'])}`, {environment['cpu']}, {environment['num_cpus']} CPUs.",
