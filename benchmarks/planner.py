@@ -286,11 +286,16 @@ def render(report: dict[str, Any]) -> str:
             f"{100 * choice['loss']:.0f} % |"
         )
     environment = report["environment"]
+    lines += [
+        "",
+        "Not held out: the rules for memory of sharded weights and of pipelines, and for torch's own calls on the sharded "
+        "axis, were written after an earlier run of these cells.",
+    ]
     if any(row["load"] > environment["num_cpus"] + row["ranks"] for row in timed):
         lines += [
             "",
-            "The machine did other work than this, more than it has cores for: steps that compute were slowed by what no "
-            "prediction knows of. Repeat it on a quiet machine before the times are taken for the planner's error.",
+            "The machine did other work than this, more than it has cores for: steps that compute were slowed by what "
+            "no prediction knows of. Repeat it on a quiet machine before the times are taken for the planner's error.",
         ]
     lines += [
         "",
