@@ -288,8 +288,8 @@ def render(report: dict[str, Any]) -> str:
     environment = report["environment"]
     lines += [
         "",
-        "Not held out: the rules for memory of sharded weights and of pipelines, and for torch's own calls on the sharded "
-        "axis, were written after an earlier run of these cells.",
+        "Not held out: the rules for memory of sharded weights and of pipelines, and for torch's own calls on the "
+        "sharded axis, were written after an earlier run of these cells.",
     ]
     if any(row["load"] > environment["num_cpus"] + row["ranks"] for row in timed):
         lines += [
