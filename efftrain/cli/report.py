@@ -17,11 +17,13 @@ def report_command(
 ) -> None:
     """Compare finished runs: a table here, curves and bytes in report.html."""
     from efftrain.report.compare import comparison_page, comparison_table, read_run
+    from efftrain.report.federated import read_federated_page
     from efftrain.report.page import write_page
 
     found = [read_run(path) for path in runs]
     path = out or runs[0] / "report.html"
-    page = comparison_page(found)
+    federated = len(found) == 1 and found[0].result.get("kind") == "federated"
+    page = read_federated_page(found[0]) if federated else comparison_page(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(page, path)
     if as_json:

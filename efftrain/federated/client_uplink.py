@@ -95,8 +95,8 @@ def unpack_mask(data: bytes, num_elements: int) -> npt.NDArray[np.bool_]:
         bits = unpacker.decompress(data, num_bytes + 1)  # a bomb is not inflated
     except zlib.error as error:
         raise ValueError(f"mask does not inflate: {error}") from error
-    if len(bits) != num_bytes:
-        raise ValueError(f"mask has {len(bits)} bytes or more, expected {num_bytes}")
+    if len(bits) != num_bytes or not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"mask has {len(bits)} bytes or more, or no end, expected {num_bytes}")
     mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_elements).astype(np.bool_)
     if not mask.any():
         raise ValueError("mask has no element")

@@ -83,6 +83,9 @@ __all__ = [
     "uplink_mod",
 ]
 
+_MOST_REASON = 500
+"""Characters of what a client says went wrong: they end up in logs and journals."""
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -385,7 +388,7 @@ class UplinkGrid(Grid):
         uplink_bytes = content_bytes(reply)
         self._traffic.uplink_bytes += uplink_bytes
         if reply.has_error():
-            reason = reply.error.reason or f"error code {reply.error.code}"
+            reason = (reply.error.reason or f"error code {reply.error.code}")[:_MOST_REASON]
             self._traffic.dropped.append(Refusal(node_id, reason))
             return Arrival(message_id, node_id, problem=reason)
         update, metrics, kind = None, None, category(sent.message)

@@ -76,7 +76,9 @@ def divided(
             bf16=bf16,
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
-    cuts = cut_model(model, share[: len(share) // plan.num_micro_batches], plan.num_stages, bf16=bf16)
+    together = () if tensor_plan is None else tensor_plan.together
+    micro_batch = share[: len(share) // plan.num_micro_batches]
+    cuts = cut_model(model, micro_batch, plan.num_stages, together=together, bf16=bf16)
     _change_blocks(plan, model, cuts)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})

@@ -158,11 +158,13 @@ class Plan:
             check_blocks(model, self.checkpointing)
         step = step or StepConfig()
         share = self._share(world_size, example, step)
+        together: tuple[frozenset[str], ...] = ()
         if self.tensor > 1:
-            plan_tensor(model, share, self.tensor, self.tensor_styles, sequence=self.sequence)
+            together = plan_tensor(model, share, self.tensor, self.tensor_styles, sequence=self.sequence).together
         if self.pipeline > 1:
             micro_batch = share[: len(share) // self.num_micro_batches]
-            cut_model(model, micro_batch, self.num_stages, bf16=step.precision == "bf16")
+            bf16 = step.precision == "bf16"
+            cut_model(model, micro_batch, self.num_stages, together=together, bf16=bf16)
 
     def _check_processes(self, world_size: int) -> None:
         replicas = self.replicas(world_size)

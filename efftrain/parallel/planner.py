@@ -343,13 +343,14 @@ class Planner:
         setting = self.setting
         inputs = setting.sample.expand(size, *setting.sample.shape[1:])
         styles: dict[str, str] = {}
+        together: tuple[frozenset[str], ...] = ()
         if plan.tensor > 1:
             found = plan_tensor(setting.model, inputs, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
-            styles = dict(found.styles)
+            styles, together = dict(found.styles), found.together
         more: dict[str, Any] = {"styles": styles, "size": plan.tensor, "bf16": setting.bf16}
         if plan.pipeline == 1:
             return [measure_work(setting.model, inputs, checkpointing=plan.checkpointing, **more)]
-        cuts = cut_model(setting.model, inputs, plan.num_stages, bf16=setting.bf16)
+        cuts = cut_model(setting.model, inputs, plan.num_stages, together=together, bf16=setting.bf16)
         parts = []
         for number, cut in enumerate(cuts):
             given = (

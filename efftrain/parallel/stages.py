@@ -7,7 +7,7 @@ optimizer state, codec feedback and checkpoints of a pipeline are those of the w
 # S stages, U units: the parts between two places where a model can be cut
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,14 @@ class StageCut:
     output_dtype: torch.dtype
 
 
-def cut_model(model: nn.Module, example: Tensor, num_stages: int, *, bf16: bool = False) -> list[StageCut]:
+def cut_model(
+    model: nn.Module,
+    example: Tensor,
+    num_stages: int,
+    *,
+    together: Sequence[Collection[str]] = (),
+    bf16: bool = False,
+) -> list[StageCut]:
     """Cut a model into stages such that the most expensive one is as cheap as can be.
 
     Modules are opened only as far as it takes to find enough places to cut.
@@ -42,6 +49,7 @@ def cut_model(model: nn.Module, example: Tensor, num_stages: int, *, bf16: bool 
         model: On the CPU or its device; not changed.
         example: A micro-batch of inputs, any values. Costs and shapes are found without computing.
         num_stages: ``S``, at least 1.
+        together: Names of modules that belong into one stage, with all between them.
         bf16: It runs under autocast; what travels between stages has another dtype then.
 
     Raises:
@@ -52,7 +60,7 @@ def cut_model(model: nn.Module, example: Tensor, num_stages: int, *, bf16: bool 
     while True:
         graph = trace(model, opened)
         found = facts(model, graph, example, bf16=bf16)
-        ends = _places(model, graph, found)
+        ends = _places(model, graph, found, together)
         if len(ends) >= num_stages:
             break
         units = [node for node in graph.nodes if node.op == "call_module" and _can_open(model, node)]
@@ -107,7 +115,9 @@ def balance(costs: Sequence[float], num_parts: int) -> list[int]:
     return ends[::-1]
 
 
-def _places(model: nn.Module, graph: fx.Graph, found: dict[fx.Node, NodeFacts]) -> list[int]:
+def _places(
+    model: nn.Module, graph: fx.Graph, found: dict[fx.Node, NodeFacts], together: Sequence[Collection[str]]
+) -> list[int]:
     """After which nodes exactly one floating-point tensor is still needed; the end of the graph is the last of them.
 
     Every part between two of them trains something.
@@ -116,17 +126,29 @@ def _places(model: nn.Module, graph: fx.Graph, found: dict[fx.Node, NodeFacts]) 
     nodes = list(graph.nodes)
     number = {node: i for i, node in enumerate(nodes)}
     last_use = {node: max((number[user] for user in node.users), default=-1) for node in nodes}
+    inside = [_extent(nodes, group) for group in together]
     ends, start = [], 0
     for i, node in enumerate(nodes[:-1]):
         live = [n for n in nodes[: i + 1] if n.op != "get_attr" and last_use[n] > i]
         value = found[node].value
         alone = live == [node] and isinstance(value, Tensor) and value.is_floating_point() and node.op != "placeholder"
+        alone = alone and not any(first <= i < last for first, last in inside)
         if alone and not trained.isdisjoint(nodes[start : i + 1]):
             ends.append(i + 1)
             start = i + 1
     if ends and trained.isdisjoint(nodes[ends[-1] :]):
         ends.pop()  # what is left after it is part of the last
     return [*ends, len(nodes)]
+
+
+def _extent(nodes: Sequence[fx.Node], group: Collection[str]) -> tuple[int, int]:
+    """The first and the last node that call a module of the group, or one that it is inside of."""
+    called = [
+        i
+        for i, node in enumerate(nodes)
+        if node.op == "call_module" and any(f"{name}.".startswith(f"{node.target}.") for name in group)
+    ]
+    return (min(called), max(called)) if called else (0, 0)
 
 
 def _can_open(model: nn.Module, node: fx.Node) -> bool:

@@ -61,6 +61,8 @@ class TensorPlan:
 
     styles: Mapping[str, Style]
     """Module name -> style."""
+    together: tuple[frozenset[str], ...] = ()
+    """Modules between which features are in parts: no pipeline stage may end there."""
     position_dims: Mapping[str, int] = field(default_factory=dict)
     """Module name -> dimension of positions in its output; empty unless positions are divided, too.
     Between the divided layers a rank holds a part of the positions only (Korthikanti et al., arXiv:2205.05198)."""
@@ -101,7 +103,8 @@ def plan_tensor(
     wanted = {name: _checked_override(model, name, style) for name, style in (overrides or {}).items()}
     kept_whole = frozenset(name for name, style in wanted.items() if style == "whole")
     values = {node: found.value for node, found in facts(model, graph, example).items()}
-    styles = _derive(model, graph, values, size, kept_whole) | wanted
+    derived, together = _derive(model, graph, values, size, kept_whole)
+    styles = derived | wanted
     styles = {name: style for name, style in styles.items() if style != "whole"}
     if not styles:
         raise ConfigError(
@@ -114,7 +117,7 @@ def plan_tensor(
     if sequence:
         styles |= _sequence(model, graph, styles, example, size)
         dims = {str(n.target): values[n].ndim - 2 for n in graph.nodes if str(n.target) in styles}
-    found = TensorPlan(styles, dims)
+    found = TensorPlan(styles, tuple(together), dims)
     _try_out(model, graph, found, example, size)
     return found
 
@@ -148,7 +151,7 @@ class _Conflict(Exception):
 
 def _derive(
     model: nn.Module, graph: fx.Graph, values: Mapping[fx.Node, Any], size: int, refused: frozenset[str]
-) -> dict[str, Style]:
+) -> tuple[dict[str, Style], list[frozenset[str]]]:
     while True:
         try:
             return _walk(model, graph, values, size, refused)
@@ -158,7 +161,7 @@ def _derive(
 
 def _walk(
     model: nn.Module, graph: fx.Graph, values: Mapping[fx.Node, Any], size: int, refused: frozenset[str]
-) -> dict[str, Style]:
+) -> tuple[dict[str, Style], list[frozenset[str]]]:
     """One pass over the graph. A value is described by the column-divided layers whose parts it holds: none, if whole.
 
     Whole tensors that no layer had a part in (masks, scales) may meet parts; whole activations may not.
@@ -173,6 +176,7 @@ def _walk(
     activations: set[fx.Node] = set()
     styles: dict[str, Style] = {}
     candidates: set[str] = set()
+    together: list[frozenset[str]] = []
     for node in graph.nodes:
         given = reduce(operator.or_, (parts[n] for n in node.all_input_nodes), whole)
         name = str(node.target)
@@ -189,6 +193,7 @@ def _walk(
                 if module.in_features % size or not free:
                     raise _Conflict(given)
                 styles[name] = "rows"
+                together.append(given | {name})
                 styles.update(dict.fromkeys(given, "columns"))
                 parts[node] = whole
             elif free and module.out_features % size == 0:
@@ -212,7 +217,7 @@ def _walk(
     unfinished = candidates - styles.keys()
     if unfinished:
         raise _Conflict(frozenset(unfinished))
-    return styles
+    return styles, together
 
 
 def _finish(node: fx.Node, given: frozenset[str], styles: dict[str, Style]) -> None:

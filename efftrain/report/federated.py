@@ -5,9 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efftrain.report.compare import facts
+from efftrain.errors import DataError
+from efftrain.report.compare import Run, facts
 from efftrain.report.figures import Figure, Series, line_plot
 from efftrain.report.page import Page, Section, Table
+from efftrain.report.run import read_metrics
 from efftrain.units import format_bytes, format_seconds
 
 _MOST_ROWS = 40
@@ -39,6 +41,18 @@ def federated_page(result: Row, rounds: Sequence[Row], clients: Sequence[Row]) -
     if worst is not None:
         sections.append(Section("The worst off", "Accuracy of the last model on each one's own test data.", [worst]))
     return Page(f"efftrain federate: {result['name']}", lead, sections, facts(result))
+
+
+def read_federated_page(run: Run) -> Page:
+    """The page of a finished run, from its folder.
+
+    Raises:
+        DataError: Its files are damaged.
+    """
+    try:
+        return federated_page(run.result, run.rows("round"), read_metrics(run.path / "clients.jsonl"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{run.path} is no complete federated run ({type(error).__name__}: {error})") from error
 
 
 def _learning(rounds: Sequence[Row]) -> list[Figure]:

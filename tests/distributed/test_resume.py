@@ -47,7 +47,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def last_checkpoint(run: Path) -> dict[str, bytes]:
     folder = max((run / "checkpoints").iterdir())
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 def wait_for(run: Path, step: int, ranks: Ranks) -> None:

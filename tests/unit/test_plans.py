@@ -186,6 +186,21 @@ def test_a_branch_on_values_is_named() -> None:
         cut_model(Branching(), torch.ones(2, 4), 2)
 
 
+def test_no_stage_ends_between_layers_that_share_features() -> None:
+    model, inputs = build_model("mlp-10m", hidden=(64, 64, 64, 64, 64)), torch.randn(8, 1, 28, 28)
+    together = plan_tensor(model, inputs, 2).together
+    assert [sorted(group) for group in together] == [
+        ["layers.1", "layers.3"],
+        ["layers.5", "layers.7"],
+        ["layers.11", "layers.9"],
+    ]
+    for stage in cut_model(model, inputs, 3, together=together):
+        assert all(group <= set(stage.names) or group.isdisjoint(stage.names) for group in together)
+    Plan(tensor=2, pipeline=3).check(6, model, torch.randn(12, 1, 28, 28))
+    with pytest.raises(ConfigError, match="can be cut into 3 stages at most, the plan wants 4"):
+        Plan(tensor=2, pipeline=2, schedule="interleaved_1f1b").check(4, model, inputs)
+
+
 @pytest.mark.parametrize(("schedule", "size"), list(itertools.product(SCHEDULES, (2, 3, 4))))
 def test_every_stage_has_one_rank(schedule: str, size: int) -> None:
     stages = [stage for rank in range(size) for stage in stages_of(rank, size, schedule)]
