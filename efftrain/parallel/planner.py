@@ -356,14 +356,7 @@ class Planner:
             given = (
                 inputs if number == 0 else setting.sample.new_zeros(1, dtype=cut.input_dtype).expand(cut.input_shape)
             )
-            try:
-                parts.append(measure_work(cut.module, given, with_loss=number == len(cuts) - 1, **more))
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"stage {number} of {len(cuts)} does not run with parallel.tensor={plan.tensor}: the pipeline "
-                    "cuts the model between two layers that the tensor axis divides as a pair; take another number of "
-                    'stages, or mark them "whole" in parallel.tensor_styles'
-                ) from error
+            parts.append(measure_work(cut.module, given, with_loss=number == len(cuts) - 1, **more))
         own = [stages_of(rank, plan.pipeline, plan.schedule) for rank in range(plan.pipeline)]
         return [_joined([parts[number] for number in numbers]) for numbers in own]
 

@@ -160,11 +160,12 @@ def test_a_batch_that_cannot_be_cut_is_refused(planner: Planner) -> None:
         planner.predict(Plan(), 3)
 
 
-def test_a_pipeline_that_cuts_between_divided_layers_is_refused() -> None:
+def test_no_pipeline_is_planned_that_ends_a_stage_between_divided_layers() -> None:
     model = build_model("fashion-cnn")
     setting = Setting(model, torch.zeros(1, 1, 28, 28), 32, OptimizerConfig())
-    _, refused = Planner(setting, LAPTOP).rank(4, list(enumerate_plans(Plan(), 4, codecs=[Identity()])))
-    assert any("cuts the model between two layers that the tensor axis divides" in r.reason for r in refused)
+    found, refused = Planner(setting, LAPTOP).rank(4, list(enumerate_plans(Plan(), 4, codecs=[Identity()])))
+    assert any("can be cut into 3 stages at most, the plan wants 4" in r.reason for r in refused)
+    assert {one.plan.num_stages for one in found if one.plan.tensor == 2 and one.plan.pipeline == 2} == {2}
 
 
 def memory_of(planner: Planner, world_size: int, **plan: Any) -> Any:
