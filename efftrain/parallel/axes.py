@@ -87,6 +87,7 @@ class ManyAxes:
         self._axes, self._inner, self._world = axes, inner, world
         self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None
+        self._weights = torch.empty(0)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Let the data axis set its hooks on what this rank holds, behind those that lay gradients out."""
@@ -131,8 +132,9 @@ class ManyAxes:
         """Squares of all pieces, each counted once, added up over all ranks in their order."""
         trained = [p for p in model.parameters() if p.grad is not None]
         norms = torch._foreach_norm([local(p.grad) for p in trained if p.grad is not None])
-        copies = torch.tensor([self._copies(p) for p in trained], dtype=torch.float64)
-        own = (torch.stack(norms).cpu().double() ** 2 / copies).sum() if norms else torch.zeros(())
+        if len(self._weights) != len(trained):  # layouts do not change from step to step
+            self._weights = torch.tensor([1 / self._copies(p) for p in trained], dtype=torch.float64)
+        own = (torch.stack(norms).cpu().double() ** 2 * self._weights).sum() if norms else torch.zeros(())
         return torch.tensor(self.sum([float(own)])[0]).sqrt()
 
     def settle(self, ok: bool) -> None:
