@@ -97,10 +97,6 @@ class ManyAxes:
                 parameter.register_post_accumulate_grad_hook(_settle_layout)  # type: ignore[no-untyped-call]
         return self._inner.wrap(model)
 
-    def adopt(self, model: nn.Module) -> None:
-        """As ``wrap``, of what the data axis has taken care of already."""
-        self._model = model
-
     def local_only(self) -> AbstractContextManager[None]:
         """See ``Exchange``."""
         return self._inner.local_only()
@@ -156,7 +152,7 @@ class ManyAxes:
     def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Take this rank's part back; see ``feedback`` for other axes."""
         tensor, place = self._axes.tensor, self._axes.place("tensor")
-        if self._sizes[3] > 1:
+        if self._axes.shard > 1:
             if axes_of(states) != self._sizes:
                 forget(states)
                 return

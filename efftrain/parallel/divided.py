@@ -15,7 +15,7 @@ from efftrain.parallel.axes import Axes, ManyAxes
 from efftrain.parallel.graph import part_of
 from efftrain.parallel.pipeline import Pipeline, stages_of
 from efftrain.parallel.recompute import blocks, compile_blocks, recompute
-from efftrain.parallel.replicas import broadcast, refuse_other_models
+from efftrain.parallel.replicas import refuse_other_models
 from efftrain.parallel.sharded import Sharded
 from efftrain.parallel.stages import StageCut, cut_model
 from efftrain.parallel.sync import GradSync, SyncConfig
@@ -53,21 +53,20 @@ def divided(
         tensor_plan = plan_tensor(model, share, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
     bf16 = step.precision == "bf16"
     world = axes.world()
-    inner = _data_exchange(plan, axes, sync)
-    exchange = ManyAxes(axes, inner, world)
+    refuse_other_models(world, model)
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     if tensor_plan is not None and tensor_plan.divides_classes:
         around = loss_parallel
     classes = _Classes(tensor_plan, axes.mesh["tensor"]) if tensor_plan is not None else None
     counts = axes.place("tensor") == 0
     if plan.pipeline == 1:
-        refuse_other_models(world, model)
         recompute(model, plan.checkpointing)
         if plan.compile:
             compile_blocks(model)
         if tensor_plan is not None:
             divide(model, tensor_plan, axes.mesh["tensor"])
             model.register_forward_hook(_copy_views)
+        exchange = ManyAxes(axes, _data_exchange(plan, axes, sync), world)
         whole_model = WholeModel(
             model,
             exchange,
@@ -82,20 +81,13 @@ def divided(
     _change_blocks(plan, model, cuts)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})
-    refuse_other_models(axes.transport("data"), part)
-    if tensor_plan is not None:
-        divide(part, tensor_plan, axes.mesh["tensor"])
     stages: dict[int, nn.Module] = {number: cuts[number].module for number in own}
     if tensor_plan is not None:
+        divide(part, tensor_plan, axes.mesh["tensor"])
         for stage in stages.values():
             stage.register_forward_hook(_copy_views)
-    if isinstance(inner, Sharded):
-        for value in (*part.parameters(), *part.buffers()):
-            broadcast(axes.transport("data"), value)
-        inner.shard(list(stages.values()))
-        exchange.adopt(part)
-    else:
-        exchange.wrap(part)
+    exchange = ManyAxes(axes, _data_exchange(plan, axes, sync, list(stages.values())), world)
+    exchange.wrap(part)
     given = classes.objective(objective) if classes is not None else objective
     pipeline = Pipeline(
         part,
@@ -133,11 +125,12 @@ def _change_blocks(plan: "Plan", model: nn.Module, cuts: Sequence[StageCut]) -> 
         compile_blocks(model)
 
 
-def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig) -> Exchange:
+def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig, stages: Sequence[nn.Module] = ()) -> Exchange:
     transport = axes.transport("data")
     if plan.shard != "none":
         mesh = axes.mesh["shard"] if axes.shard == axes.data else axes.mesh["replicate", "shard"]
-        return Sharded(transport, mesh, codec=plan.codec, free_weights=plan.shard == "full", seed=sync.seed)
+        free_weights = plan.shard == "full"
+        return Sharded(transport, mesh, codec=plan.codec, free_weights=free_weights, stages=stages, seed=sync.seed)
     return SingleProcess() if axes.data == 1 else GradSync(plan.codec, transport, sync)
 
 

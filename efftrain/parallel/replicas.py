@@ -30,6 +30,17 @@ def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
     return [float(total) for total in rows.view(np.float64).sum(axis=0)]
 
 
+def start_equal(transport: Transport, model: nn.Module) -> None:
+    """Give all ranks the weights and buffers of rank 0.
+
+    Raises:
+        ConfigError: See ``refuse_other_models``.
+    """
+    refuse_other_models(transport, model)
+    for value in (*model.parameters(), *model.buffers()):
+        broadcast(transport, value)
+
+
 class TransportLine:
     """Numbers over a transport; a ``Line``."""
 

@@ -13,7 +13,7 @@ from efftrain.compression import Codec, Identity
 from efftrain.errors import CheckpointError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.hooks import CompressedReduceScatter, compress_fsdp
-from efftrain.parallel.replicas import TransportLine, broadcast, refuse_other_models, second_line, sum_numbers
+from efftrain.parallel.replicas import TransportLine, broadcast, second_line, start_equal, sum_numbers
 from efftrain.training.exchange import local_grad_norm
 
 _LARGE = 1 << 20
@@ -29,6 +29,8 @@ class Sharded:
         codec: Encodes the reduce-scatter of the gradients; ``Identity`` leaves it to torch.
         free_weights: Give the gathered weights of a layer back after its forward pass and gather them again for the
             backward pass. Less memory, more bytes.
+        stages: Parts of the model that are called on their own, and so are divided on their own; none if the model is
+            called as a whole.
         seed: Of stochastic rounding.
 
     Source: Rajbhandari et al., ZeRO (arXiv:1910.02054): stage 3 with ``free_weights``, else stage 2.
@@ -37,11 +39,18 @@ class Sharded:
     is_divided = True
 
     def __init__(
-        self, transport: Transport, mesh: DeviceMesh, *, codec: Codec, free_weights: bool, seed: int = 0
+        self,
+        transport: Transport,
+        mesh: DeviceMesh,
+        *,
+        codec: Codec,
+        free_weights: bool,
+        stages: Sequence[nn.Module] = (),
+        seed: int = 0,
     ) -> None:
         self.rank = self.replica = transport.rank
         self.world_size = self.num_replicas = transport.world_size
-        self._transport, self._mesh = transport, mesh
+        self._transport, self._mesh, self._stages = transport, mesh, stages
         self._codec, self._free_weights, self._seed = codec, free_weights, seed
         self._roots: list[FSDPModule] = []
         self._codecs: list[CompressedReduceScatter] = []
@@ -49,16 +58,9 @@ class Sharded:
         self._num_steps = 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Divide a whole model, after giving all ranks the weights of rank 0. Returns the model itself."""
-        refuse_other_models(self._transport, model)
-        for value in (*model.parameters(), *model.buffers()):
-            broadcast(self._transport, value)
-        self.shard([model])
-        return model
-
-    def shard(self, parts: Sequence[nn.Module]) -> None:
-        """Divide the weights of modules that are called on their own: a model, or the stages of a pipeline."""
-        for part in parts:
+        """Give all ranks the weights of rank 0, then divide them. Returns the model itself."""
+        start_equal(self._transport, model)
+        for part in self._stages or [model]:
             self._num_parameters += sum(p.numel() for p in part.parameters())
             for name, layer in list(part.named_modules()):
                 if name and _is_layer(part, name, layer):
@@ -66,6 +68,7 @@ class Sharded:
             self._roots.append(fully_shard(part, mesh=self._mesh, reshard_after_forward=self._free_weights))
             if not isinstance(self._codec, Identity):
                 self._codecs.append(compress_fsdp(part, self._codec, seed=self._seed))
+        return model
 
     @contextmanager
     def local_only(self) -> Iterator[None]:

@@ -54,8 +54,8 @@ from efftrain.parallel.replicas import (
     TransportLine,
     broadcast,
     check_replicas,
-    refuse_other_models,
     second_line,
+    start_equal,
     sum_numbers,
 )
 from efftrain.training.exchange import local_grad_norm
@@ -151,9 +151,7 @@ class GradSync:
             ConfigError: The ranks' models differ in names or shapes.
         """
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
-        refuse_other_models(self._transport, model)
-        for value in (*model.parameters(), *model.buffers()):
-            broadcast(self._transport, value)
+        start_equal(self._transport, model)
         limit = (25.0 if self.config.bucket_mb is None else self.config.bucket_mb) * (1 << 20)
         self._buckets = [_Bucket(some, self.config.whole_buckets) for some in _fill_buckets(trained[::-1], limit)]
         this = weakref.ref(self)  # a hook is kept by its parameter, which we keep
