@@ -23,7 +23,27 @@ Rule = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 _NUM_SAMPLES = "num-examples"
 
 
-class Ruled(Strategy):
+class _Around(Strategy):
+    """What stays as the inner strategy has it: evaluation and the summary."""
+
+    _inner: Strategy
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the inner strategy."""
+        return self._inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As the inner strategy."""
+        return self._inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """As the inner strategy."""
+        self._inner.summary()
+
+
+class Ruled(_Around):
     """FedAvg with another rule than the mean: the model moves by what the rule makes of the clients' updates.
 
     Tensors that are no floating point, such as counters, stay as they were sent.
@@ -32,6 +52,8 @@ class Ruled(Strategy):
         inner: Says who trains, and makes the metrics.
         rule: Of the updates, all floating-point tensors of a client in one row.
     """
+
+    _inner: FedAvg
 
     def __init__(self, inner: FedAvg, rule: Rule) -> None:
         self._inner, self._rule = inner, rule
@@ -65,22 +87,8 @@ class Ruled(Strategy):
         metrics = self._inner.train_metrics_aggr_fn(contents, self._inner.weighted_by_key)
         return ArrayRecord(model), metrics
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the inner strategy."""
-        return self._inner.configure_evaluate(server_round, arrays, config, grid)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the inner strategy."""
-        return self._inner.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """As the inner strategy."""
-        self._inner.summary()
-
-
-class Bucketing(Strategy):
+class Bucketing(_Around):
     """Mixes the clients into buckets of a few, and gives the means of the buckets to another strategy.
 
     Clients with different data disagree, and a robust rule takes the rare ones for liars. Means of a few disagree
@@ -116,20 +124,6 @@ class Bucketing(Strategy):
             for start in range(0, len(order), self._size)
         ]
         return self._inner.aggregate_train(server_round, [_reply(bucket) for bucket in buckets])
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the inner strategy."""
-        return self._inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the inner strategy."""
-        return self._inner.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """As the inner strategy."""
-        self._inner.summary()
 
 
 def _contents(replies: Iterable[Message]) -> list[RecordDict]:
