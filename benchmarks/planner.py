@@ -30,9 +30,9 @@ from efftrain.config.load import from_dict
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan, mesh
-from efftrain.parallel.hardware import Hardware, Link, load_hardware
 from efftrain.parallel.planner import Planner, Setting, describe
-from efftrain.parallel.planner_calibrate import calibrate, measure_link
+from efftrain.parallel.planner.calibrate import calibrate, measure_link
+from efftrain.parallel.planner.hardware import Hardware, Link, load_hardware
 from efftrain.training import OptimizerConfig
 
 HERE = Path(__file__).parent

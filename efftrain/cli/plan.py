@@ -21,7 +21,7 @@ def plan_command(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a TOML file.")],
     world: Annotated[int, typer.Option(min=1, max=65536, help="Processes of the run.")],
     hardware: Annotated[
-        str, typer.Option(help="A shipped cluster's name or a TOML file; see efftrain/parallel/hardware.")
+        str, typer.Option(help="A shipped cluster's name or a TOML file; see efftrain/parallel/planner/clusters.")
     ] = "laptop_2core",
     calibrate: Annotated[
         bool, typer.Option(help="Measure this machine first, 2 s, in place of the file's own figures.")
@@ -36,9 +36,7 @@ def plan_command(
     """Rank every plan of a recipe on a cluster by predicted step time and memory; say why others cannot run."""
     from efftrain.config import dump_toml, load_recipe
     from efftrain.parallel import ClusterRecipe
-    from efftrain.parallel.hardware import load_hardware
-    from efftrain.parallel.planner import Planner, enumerate_plans, reasons
-    from efftrain.parallel.planner_setting import setting_of
+    from efftrain.parallel.planner import Planner, enumerate_plans, load_hardware, reasons, setting_of
 
     if write is not None and not calibrate:
         raise ConfigError("--write saves what --calibrate measured; give both")
@@ -46,7 +44,7 @@ def plan_command(
     cluster = load_hardware(hardware)
     setting = setting_of(settings)
     if calibrate:
-        from efftrain.parallel.planner_calibrate import calibrate as measure
+        from efftrain.parallel.planner.calibrate import calibrate as measure
 
         cluster = measure(cluster, setting)
         if write is not None:

@@ -7,8 +7,8 @@ import torch
 from efftrain.compression import parse_codec
 from efftrain.models import build_model
 from efftrain.parallel import Plan, SyncConfig, mesh
-from efftrain.parallel.hardware import load_hardware
 from efftrain.parallel.planner import Planner, Setting
+from efftrain.parallel.planner.hardware import load_hardware
 from efftrain.training import OptimizerConfig
 from tests.distributed import jobs
 from tests.distributed.conftest import StartRanks

@@ -16,11 +16,11 @@ from efftrain.config import dump_toml
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan
-from efftrain.parallel.hardware import Hardware, Link, load_hardware, shipped_hardware
 from efftrain.parallel.planner import Planner, Prediction, Refusal, Setting, enumerate_plans, reasons
-from efftrain.parallel.planner_calibrate import calibrate
-from efftrain.parallel.planner_exchange import codec_speed
-from efftrain.parallel.planner_work import measure_work, seconds
+from efftrain.parallel.planner.calibrate import calibrate
+from efftrain.parallel.planner.exchange import codec_speed
+from efftrain.parallel.planner.hardware import Hardware, Link, load_hardware, shipped_hardware
+from efftrain.parallel.planner.work import measure_work, seconds
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.profile import profile_model
 from efftrain.training import OptimizerConfig

@@ -1,12 +1,36 @@
-"""From a recipe to what the planner needs of it."""
+"""What is to be trained, as far as the planner has to know it."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from efftrain.data import load_dataset
 from efftrain.models import build_model
-from efftrain.parallel.planner import Setting
 from efftrain.parallel.recipe import ClusterRecipe
+from efftrain.training import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be trained.
+
+    Attributes:
+        model: The whole model, on the CPU.
+        sample: Inputs of one sample, shape ``(1, ...)``.
+        batch_size: Samples of one update, over all replicas.
+        optimizer: Optimizer.
+        micro_batches: Pieces of a replica's batch, without a pipeline.
+        bf16: It runs under autocast.
+    """
+
+    model: nn.Module
+    sample: Tensor
+    batch_size: int
+    optimizer: OptimizerConfig
+    micro_batches: int = 1
+    bf16: bool = False
 
 
 def setting_of(recipe: ClusterRecipe) -> Setting:

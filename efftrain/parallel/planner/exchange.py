@@ -26,8 +26,8 @@ from efftrain.parallel.collectives import (
     share_bytes,
     two_phase,
 )
-from efftrain.parallel.hardware import CodecSpeed, Hardware, Link
-from efftrain.parallel.planner_work import Parameter
+from efftrain.parallel.planner.hardware import CodecSpeed, Hardware, Link
+from efftrain.parallel.planner.work import Parameter
 from efftrain.parallel.sync import SyncConfig
 
 _DDP_FIRST_BYTES = 1 << 20

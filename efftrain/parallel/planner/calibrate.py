@@ -11,9 +11,10 @@ import torch
 
 from efftrain.compression import Codec, Feedback, Int8, LowRank, TopK
 from efftrain.parallel.backends import Transport
-from efftrain.parallel.hardware import CodecSpeed, Hardware, Link
 from efftrain.parallel.plan import Plan
-from efftrain.parallel.planner import Planner, Setting
+from efftrain.parallel.planner.hardware import CodecSpeed, Hardware, Link
+from efftrain.parallel.planner.predict import Planner
+from efftrain.parallel.planner.setting import Setting
 from efftrain.training import Job, StepConfig
 
 _SLICE_S = 0.15

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from efftrain.parallel.hardware import Hardware
+from efftrain.parallel.planner.hardware import Hardware
 from efftrain.parallel.recompute import Checkpointing, recompute
 from efftrain.profile.trace import Block, Operation, Trace, trace_training
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from efftrain.config import load_recipe
 from efftrain.errors import ConfigError
 
-FOLDER = Path(__file__).parent / "hardware"
+FOLDER = Path(__file__).parent / "clusters"
 
 
 @dataclass(frozen=True, kw_only=True)

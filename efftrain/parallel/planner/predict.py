@@ -1,54 +1,33 @@
-"""Which plan for which cluster: every way to spread a run is predicted in memory and time, and the feasible ranked.
+"""Memory and step time of a plan, before it runs.
 
-A prediction is played through, not fitted: operators by their arithmetic and memory traffic (``planner_work``), buckets
-by the messages that our exchange really makes (``planner_exchange``), pipelines by the idle time of their schedule. All
-of a cluster that goes into it is in one small file (``hardware``).
+A prediction is played through, not fitted: operators by their arithmetic and memory traffic (``work``), buckets by the
+messages that our exchange really makes (``exchange``), pipelines by the idle time of their schedule (``schedules``).
+All of a cluster that goes into it is in one small file (``hardware``).
 """
 
 # N ranks in all: D data x T tensor x P pipeline; M micro-batches
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-
-from efftrain.compression import Codec, Identity, Int8, TopK, format_codec
+from efftrain.compression import Identity
 from efftrain.errors import ConfigError
-from efftrain.parallel.hardware import Hardware
-from efftrain.parallel.pipeline import SCHEDULES, SPLIT_BACKWARD, stages_a_rank, stages_of
+from efftrain.parallel.pipeline import stages_a_rank, stages_of
 from efftrain.parallel.plan import Plan
-from efftrain.parallel.planner_exchange import Exchange, feedback_bytes, replicated, sharded
-from efftrain.parallel.planner_work import Work, measure_work, ready_times, seconds
+from efftrain.parallel.planner.exchange import Exchange, feedback_bytes, replicated, sharded
+from efftrain.parallel.planner.hardware import Hardware
+from efftrain.parallel.planner.plans import Refusal, describe
+from efftrain.parallel.planner.schedules import bubble, in_flight
+from efftrain.parallel.planner.setting import Setting
+from efftrain.parallel.planner.work import Work, measure_work, ready_times, seconds
 from efftrain.parallel.stages import cut_model
 from efftrain.parallel.tensor import plan_tensor
-from efftrain.training import OptimizerConfig
 
 _GIB = 1 << 30
 _LARGE = 1 << 20
 """As in sharded.py."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is to be trained.
-
-    Attributes:
-        model: The whole model, on the CPU.
-        sample: Inputs of one sample, shape ``(1, ...)``.
-        batch_size: Samples of one update, over all replicas.
-        optimizer: Optimizer.
-        micro_batches: Pieces of a replica's batch, without a pipeline.
-        bf16: It runs under autocast.
-    """
-
-    model: nn.Module
-    sample: Tensor
-    batch_size: int
-    optimizer: OptimizerConfig
-    micro_batches: int = 1
-    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,26 +89,6 @@ class Prediction:
             "time": asdict(self.time),
             "memory": asdict(self.memory),
         }
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A plan that cannot."""
-
-    plan: dict[str, Any]
-    reason: str
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """The axes of a plan, as a recipe's ``[parallel]`` writes them; what has no effect is left out."""
-    found: dict[str, Any] = {"data": plan.data, "tensor": plan.tensor, "pipeline": plan.pipeline}
-    if plan.shard != "none":
-        found["shard"] = plan.shard
-    if plan.pipeline > 1:
-        found |= {"schedule": plan.schedule, "microbatches": plan.num_micro_batches}
-    if not isinstance(plan.codec, Identity):
-        found["codec"] = format_codec(plan.codec)
-    return found
 
 
 class Planner:
@@ -197,12 +156,12 @@ class Planner:
         hardware, pieces = self.hardware, self._num_pieces(plan)
         passes = [self._passes(plan, work, slowdown) for work in works]
         forward, backward, tensor = max(passes, key=sum)
-        bubble = 0.0
+        idle = 0.0
         if plan.pipeline > 1:
-            bubble = _bubble(plan.schedule, plan.pipeline, forward, backward, tensor)
+            idle = bubble(plan.schedule, plan.pipeline, forward, backward, tensor)
             link = hardware.link(plan.pipeline * self._data(plan) * plan.tensor)
             hops = 2 * stages_a_rank(plan.schedule) * (pieces + plan.pipeline - 1)
-            bubble += hops * link.seconds(max(work.output_bytes for work in works))
+            idle += hops * link.seconds(max(work.output_bytes for work in works))
         longest = max(exchanges, key=lambda exchange: exchange.exposed_s + exchange.codec_s)
         divisor = self._shard_size(plan)
         update = max(self._update_s(plan, work, divisor) for work in works) * slowdown
@@ -211,7 +170,7 @@ class Planner:
             update += hardware.link(world_size).seconds(16)  # every step asks all ranks whether they are well
         return TimeParts(
             compute=pieces * (forward + backward),
-            bubble=bubble,
+            bubble=idle,
             tensor=pieces * tensor,
             exchange=longest.exposed_s,
             codec=longest.codec_s,
@@ -284,7 +243,7 @@ class Planner:
         gradients, weights, activations = 4 * num, work.weight_bytes, work.later_peak_bytes
         buffers = exchange.buffer_bytes
         if plan.pipeline > 1:
-            others = _in_flight(plan.schedule, plan.pipeline, plan.num_micro_batches, rank) - 1
+            others = in_flight(plan.schedule, plan.pipeline, plan.num_micro_batches, rank) - 1
             activations += int(others * work.saved_bytes)
             # What came from the stage before, went to the next, and the gradient of it, of every micro-batch.
             activations += 3 * plan.num_micro_batches * work.output_bytes
@@ -377,51 +336,9 @@ class Planner:
         return optimizer.name == "sgd" and optimizer.momentum > 0 and not corrected
 
 
-def enumerate_plans(base: Plan, world_size: int, codecs: Sequence[Codec] | None = None) -> Iterator[Plan | Refusal]:
-    """Every plan of ``data x tensor x pipeline = world_size``, with every way to shard, schedule and codec.
-
-    Args:
-        base: Everything else.
-        world_size: ``N``.
-        codecs: Of the data axis; ``None`` takes none, ``Int8()``, ``TopK(0.01) >> Int8()`` and that of ``base``.
-    """
-    wanted = [Identity(), Int8(), TopK(0.01) >> Int8(), base.codec] if codecs is None else list(codecs)
-    codecs = list(dict.fromkeys(wanted))
-    for tensor in _divisors(world_size):
-        for pipeline in _divisors(world_size // tensor):
-            data = world_size // tensor // pipeline
-            for shard in ("none", "grads", "full") if data > 1 else ("none",):
-                for schedule in SCHEDULES if pipeline > 1 else (base.schedule,):
-                    for codec in codecs if data > 1 else (Identity(),):
-                        changes: dict[str, Any] = {
-                            "data": data, "tensor": tensor, "pipeline": pipeline, "shard": shard,
-                            "schedule": schedule, "codec": codec,
-                            "microbatches": base.microbatches if pipeline > 1 else None,
-                            "sequence": base.sequence and tensor > 1,
-                            "tensor_styles": base.tensor_styles if tensor > 1 else {},
-                            "shard_size": base.shard_size if shard != "none" else None,
-                        }  # fmt: skip
-                        try:
-                            yield replace(base, **changes)
-                        except ConfigError as error:
-                            named = {
-                                name: changes[name] for name in ("data", "tensor", "pipeline", "shard", "schedule")
-                            }
-                            yield Refusal({**named, "codec": format_codec(codec)}, str(error))
-
-
-def reasons(refused: Sequence[Refusal]) -> list[tuple[str, int]]:
-    """Why plans were refused, the most frequent reason first."""
-    return Counter(refusal.reason for refusal in refused).most_common()
-
-
 def _by_ddp(plan: Plan) -> bool:
     plain = isinstance(plan.codec, Identity) and plan.backend == "torch" and not plan.is_divided
     return plan.exchange == "ddp" or (plan.exchange == "auto" and plain)
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _num_units(work: Work) -> int:
@@ -435,38 +352,6 @@ def _num_units(work: Work) -> int:
         if len(path) > 3:
             blocks.add(path[:2])
     return 1 + sum(path in blocks or size >= _LARGE for path, size in sizes.items())
-
-
-def _bubble(schedule: str, size: int, forward: float, backward: float, tensor: float) -> float:
-    """Idle time of a rank at the ends of a step.
-
-    Source: Narayanan et al. (arXiv:2104.04473) for 1F1B, its interleaving and GPipe; Qi et al. (arXiv:2401.10241,
-    arXiv:2405.15362) for zero bubble, where a backward pass is an input and a weight half of equal length; DeepSeek-AI
-    (arXiv:2412.19437) for DualPipe, of whose V shape a rank holds two chunks.
-    """
-    whole = forward + backward + tensor
-    ends = {
-        "gpipe": whole,
-        "1f1b": whole,
-        "interleaved_1f1b": whole / stages_a_rank(schedule),
-        "interleaved_zero_bubble": forward / stages_a_rank(schedule),
-        "zbv": 0.0,
-        "dualpipev": forward,
-    }
-    return (size - 1) * ends[schedule]
-
-
-def _in_flight(schedule: str, size: int, num: int, rank: int) -> float:
-    """Micro-batches whose activations a rank keeps at once, at most. See ``_bubble`` for the sources."""
-    if schedule == "gpipe":
-        return num
-    if schedule == "1f1b":
-        return min(num, size - rank)
-    if schedule == "interleaved_zero_bubble":  # kept until the weight half, which waits for idle time
-        return min(num, 2 * size)
-    if schedule in SPLIT_BACKWARD:
-        return min(num, size + (0.5 if schedule == "dualpipev" else 0.0))
-    return min(num, (2 * (size - 1 - rank) + size + 1) / 2)
 
 
 def _joined(works: Sequence[Work]) -> Work:
