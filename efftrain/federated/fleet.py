@@ -45,14 +45,17 @@ class Trip:
 def device_of(recipe: FederatedRecipe, partition: int) -> str | None:
     """Name of the device profile of a client; None where the recipe names no devices."""
     devices = recipe.fleet.devices
-    if not devices:
-        return None
-    left = _uniform(recipe.seed, "device", partition) * sum(devices.values())
-    for name, share in devices.items():
+    return _drawn_device(recipe.seed, tuple(devices.items()), partition) if devices else None
+
+
+@lru_cache(maxsize=1 << 16)
+def _drawn_device(seed: int, devices: tuple[tuple[str, float], ...], partition: int) -> str:
+    left = _uniform(seed, "device", partition) * sum(share for _, share in devices)
+    for name, share in devices:
         left -= share
         if left < 0:
             return name
-    return next(reversed(devices))
+    return devices[-1][0]
 
 
 def client_config(recipe: FederatedRecipe, partition: int) -> ClientConfig:

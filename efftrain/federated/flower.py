@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -148,11 +149,13 @@ __all__ = [
     "quiet",
     "read_array",
     "read_arrays",
+    "record_of",
     "write_array",
     "write_arrays",
 ]
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 def identify_process(run_id: int) -> None:
@@ -178,15 +181,32 @@ def copy_records(content: RecordDict) -> RecordDict:
     Strategies put one ``RecordDict`` into all messages of a round. On a wire every node gets its own; in one process
     this copy is what keeps a client that changes its message from changing everybody's. Array bytes are shared.
     """
-    return RecordDict({name: record.copy() for name, record in content.items()})
+    copied = content.copy()
+    records = copied.__dict__["_data"]
+    for name, record in records.items():
+        records[name] = record.copy()
+    return copied
+
+
+def record_of(content: RecordDict, name: str, kind: type[R]) -> R:
+    """The record of that name and kind, as in ``content.config_records[name]``. That view holds itself, and so keeps
+    the arrays beside the record in memory until Python next looks for cycles.
+
+    Raises:
+        KeyError: There is none.
+    """
+    record = content[name]
+    if not isinstance(record, kind):
+        raise KeyError(name)
+    return record
 
 
 def write_array(tensor: npt.NDArray[np.generic]) -> Array:
     """``Array(tensor)``, the same bytes at a tenth of its time: a round makes one a tensor and client."""
     if not tensor.flags.c_contiguous:
         tensor = np.asarray(tensor, order="C")
-    data = _npy_header(tensor.dtype.str, tensor.shape) + tensor.tobytes()
-    return make_array(tensor.dtype.name, tensor.shape, "numpy.ndarray", data)
+    name, header = _npy_header(tensor.dtype, tensor.shape)
+    return make_array(name, tensor.shape, "numpy.ndarray", header + tensor.tobytes())
 
 
 def make_array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
@@ -203,9 +223,8 @@ def write_arrays(tensors: Tensors) -> ArrayRecord:
 
 def make_record(arrays: Mapping[str, Array]) -> ArrayRecord:
     """``ArrayRecord(arrays)`` of the arrays themselves: the constructor would make each of them again."""
-    record = ArrayRecord()
-    for name, array in arrays.items():
-        record[name] = array
+    record = _NO_ARRAYS.copy()
+    record.__dict__["_data"].update(arrays)
     return record
 
 
@@ -225,15 +244,17 @@ def read_arrays(record: ArrayRecord) -> dict[str, npt.NDArray[np.generic]]:
     return {name: read_array(array) for name, array in record.items()}
 
 
+_NO_ARRAYS = ArrayRecord()
 _HEADER_PEEK = 128  # what np.save writes for any tensor of up to about ten dims
 
 
 @lru_cache(maxsize=1024)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def _npy_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """Flower's name of the type, and what NumPy's format has before the elements."""
     buffer = io.BytesIO()
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
+    return dtype.name, buffer.getvalue()
 
 
 @lru_cache(maxsize=1024)
