@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, real worker processes, and no unseen skips."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 def pytest_configure(config: pytest.Config) -> None:
     from hypothesis import settings
 
+    # In a shell's background interrupts are ignored, and so they would be in every process that a test interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A slow moment of a shared machine is no failure, and a failure must come back.
     settings.register_profile("efftrain", deadline=None, derandomize=True, print_blob=True)
     settings.load_profile("efftrain")
