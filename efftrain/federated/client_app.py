@@ -15,6 +15,7 @@ from efftrain.errors import ConfigError
 from efftrain.federated.attack import poison_data, poison_update
 from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
 from efftrain.federated.data import client_data, client_train
+from efftrain.federated.downlink import downlink_mod
 from efftrain.federated.engines import Trained, get_engine
 from efftrain.federated.fleet import client_config
 from efftrain.federated.flower import (
@@ -34,7 +35,7 @@ RAM = "ram-bytes"
 TRAIN_METRICS = ("loss", PARTITION, RAM)
 EVALUATE_METRICS = ("accuracy", "loss", PARTITION)
 
-app = ClientApp(mods=[uplink_mod])
+app = ClientApp(mods=[downlink_mod, uplink_mod])
 
 
 @app.train()

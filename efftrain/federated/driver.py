@@ -76,6 +76,7 @@ class Driver:
             recipe.uplink.build(),
             recipe.gate,
             feedback=recipe.uplink.feedback,
+            downlink=recipe.downlink.build(),
             seed=recipe.seed,
             train_metrics=TRAIN_METRICS,
             evaluate_metrics=EVALUATE_METRICS,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from efftrain.compression import Codec, parse_codec
+from efftrain.compression import Codec, Fp8, Half, Identity, Int8, IntN, Mx, parse_codec
 from efftrain.models import MODELS
 
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
 MAX_CLIENTS = 10_000_000
+_MODEL_CODECS = (Identity, Half, Fp8, Mx, Int8, IntN)
 DEVICES = tuple(sorted(path.stem for path in (Path(__file__).parent / "devices").glob("*.toml")))
 """Names of the device profiles; see ``efftrain.federated.devices``."""
 Options = dict[str, int | float | str | bool]
@@ -187,6 +188,26 @@ class UplinkConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DownlinkConfig:
+    """What clients are sent: the model through a codec."""
+
+    codec: str = "Identity()"
+    """A codec that keeps something of every element, such as ``Half()``, ``Int8(block=64)`` or ``Mx()``: clients train
+    from what it leaves of the model, and the server's own model stays exact."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.build(), _MODEL_CODECS):
+            raise ValueError(
+                f"codec is {self.codec!r}, which is for updates: too little of a model is left. Expected one of "
+                f"{', '.join(codec.__name__ for codec in _MODEL_CODECS)}"
+            )
+
+    def build(self) -> Codec:
+        """The codec itself."""
+        return parse_codec(self.codec)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GateConfig:
     """What a reply may hold at most; beyond it is refused. See ``efftrain.federated.gate``."""
 
@@ -290,6 +311,7 @@ class FederatedRecipe:
     client: ClientConfig = field(default_factory=ClientConfig)
     server: RoundsConfig = field(default_factory=RoundsConfig)
     uplink: UplinkConfig = field(default_factory=UplinkConfig)
+    downlink: DownlinkConfig = field(default_factory=DownlinkConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     fedbuff: FedBuffConfig = field(default_factory=FedBuffConfig)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from efftrain.compression import Codec, format_codec
+from efftrain.compression import Codec, Identity, format_codec
 from efftrain.federated.client_uplink import (
     ORDER,
     PARTS,
@@ -42,6 +42,7 @@ from efftrain.federated.client_uplink import (
     unpack_mask,
     uplink_mod,
 )
+from efftrain.federated.downlink import ModelEncoder
 from efftrain.federated.flower import (
     ConfigRecord,
     Error,
@@ -166,6 +167,7 @@ class UplinkGrid(Grid):
         codec: What clients encode their updates with.
         gate: Limits on replies.
         feedback: See Note [feedback over rounds].
+        downlink: What models are sent to clients with, which need ``downlink_mod`` then; None sends them as they are.
         seed: Of stochastic rounding.
         train_metrics: Metrics beside the sample count that replies to training must have.
         evaluate_metrics: The same for evaluation.
@@ -178,6 +180,7 @@ class UplinkGrid(Grid):
         gate: GateConfig | None = None,
         *,
         feedback: bool = True,
+        downlink: Codec | None = None,
         seed: int = 0,
         train_metrics: Sequence[str] = (),
         evaluate_metrics: Sequence[str] = (),
@@ -186,6 +189,7 @@ class UplinkGrid(Grid):
         self._codec, self._codec_text = codec, format_codec(codec)
         self._gate = gate or GateConfig()
         self._feedback = feedback
+        self._encoder = ModelEncoder(downlink or Identity(), seed)
         self._seed = seed
         self._metrics = {MessageType.TRAIN: tuple(train_metrics), MessageType.EVALUATE: tuple(evaluate_metrics)}
         self._on_the_way: dict[str, _Sent] = {}
@@ -250,12 +254,16 @@ class UplinkGrid(Grid):
         messages = list(messages)
         # A strategy puts one record into all messages of a round: read and count it once. The list keeps the ids valid.
         originals = [message.content for message in messages]
+        contents: dict[int, RecordDict] = {}
         models: dict[int, tuple[Tensors, bool]] = {}
         sizes: dict[int, int] = {}
         tickets = []
         for message, original in zip(messages, originals, strict=True):
             self._num_tickets += 1
             tickets.append(self._num_tickets)
+            if id(original) not in contents:
+                contents[id(original)] = self._encoder.encode(original, self._round_of(message))
+            message.content = contents[id(original)]
             if id(original) not in sizes:
                 sizes[id(original)] = content_bytes(message)
             self._traffic.downlink_bytes += sizes[id(original)]
@@ -264,7 +272,7 @@ class UplinkGrid(Grid):
                     model = model_of(original)
                     models[id(original)] = model, _is_roomy(model, self._gate.max_update_norm)
                 order = self._order(message, self._num_tickets)
-                message.content = copy_records(original)
+                message.content = copy_records(message.content)
                 message.content[ORDER] = order
                 self._traffic.downlink_bytes += order.count_bytes()
         ids = [message_id or "" for message_id in self._inner.push_messages(messages)]
