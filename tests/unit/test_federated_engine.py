@@ -185,10 +185,12 @@ def test_a_few_rounds_of_sparse_integers_help(started: State) -> None:
 @pytest.mark.firmware
 def test_the_board_gives_the_same_update_bytes(started: State) -> None:
     data = client_data(PEOPLE, 3).train.subset(np.arange(10))
-    results = [get_engine(name).train(WATCH, started, data, replace(SPARSE, engine=name), 4) for name in ENGINES[1:]]  # type: ignore[arg-type]
+    results = [
+        get_engine(name).train(WATCH, started, data, replace(SPARSE, engine=name), 4) for name in ("device", "board")
+    ]
     assert all(results[0].state[name].tobytes() == results[1].state[name].tobytes() for name in started)
     assert results[0].ram_bytes == results[1].ram_bytes
-    measured = [get_engine(name).evaluate(WATCH, results[0].state, data, SPARSE) for name in ENGINES[1:]]
+    measured = [get_engine(name).evaluate(WATCH, results[0].state, data, SPARSE) for name in ("device", "board")]
     assert measured[0] == measured[1]
 
 

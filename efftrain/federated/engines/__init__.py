@@ -6,7 +6,7 @@ whether torch, generated C or a microcontroller did the work.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol, TypeAlias
 
@@ -19,6 +19,16 @@ from efftrain.federated.recipe import ClientConfig, ModelConfig
 
 State: TypeAlias = dict[str, npt.NDArray[np.generic]]
 """A model's tensors by name, as in torch's ``state_dict``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a strategy adds to every gradient of a client: ``mu * (w - w_sent) + offset``."""
+
+    mu: float = 0.0
+    """Weight of the proximal term. Source: Li et al., FedProx (arXiv:1812.06127)."""
+    offset: State = field(default_factory=dict)
+    """Of a parameter by name; of one that is missing nothing. SCAFFOLD's ``c - c_i`` (arXiv:1910.06378)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,15 @@ class Engine(Protocol):
         """A model with fresh weights."""
         ...
 
-    def train(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig, seed: int) -> Trained:
+    def train(
+        self,
+        model: ModelConfig,
+        state: State,
+        data: ArrayDataset,
+        config: ClientConfig,
+        seed: int,
+        correction: Correction | None = None,
+    ) -> Trained:
         """Train a copy of ``state`` on one client's data.
 
         Args:
@@ -64,9 +82,11 @@ class Engine(Protocol):
             data: The client's training data.
             config: Epochs, batch size, learning rate.
             seed: Of the order of the samples.
+            correction: Added to the gradients; None adds nothing, to the bit.
 
         Raises:
-            ConfigError: The engine cannot train this model or scheme; the message says what can.
+            ConfigError: The engine cannot train this model or scheme, or cannot correct gradients; the message says
+                what can.
             NonFiniteError: The loss became inf or NaN.
         """
         ...
@@ -100,4 +120,17 @@ def get_engine(name: str) -> Engine:
     return engine
 
 
-__all__ = ["ENGINES", "Engine", "Measured", "State", "Trained", "get_engine"]
+def refuse_correction(engine: str, correction: Correction | None) -> None:
+    """For an engine whose gradients nothing can be added to.
+
+    Raises:
+        ConfigError: There is a correction.
+    """
+    if correction is not None:
+        raise ConfigError(
+            f"the strategy adds to the clients' gradients, which the {engine} engine cannot do. Set "
+            'client.engine="torch" and leave client.scheme at "fp32".'
+        )
+
+
+__all__ = ["ENGINES", "Correction", "Engine", "Measured", "State", "Trained", "get_engine", "refuse_correction"]

@@ -2,7 +2,7 @@
 
 from efftrain.data import ArrayDataset
 from efftrain.errors import ConfigError
-from efftrain.federated.engines import Measured, State, Trained
+from efftrain.federated.engines import Correction, Measured, State, Trained, refuse_correction
 from efftrain.federated.engines.int8_clients import Int8Clients
 from efftrain.federated.engines.modules import fresh_state
 from efftrain.federated.recipe import ClientConfig, ModelConfig
@@ -21,8 +21,17 @@ class BoardEngine:
         """The same as the torch engine's."""
         return fresh_state(model, seed)
 
-    def train(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig, seed: int) -> Trained:
+    def train(
+        self,
+        model: ModelConfig,
+        state: State,
+        data: ArrayDataset,
+        config: ClientConfig,
+        seed: int,
+        correction: Correction | None = None,
+    ) -> Trained:
         """See ``Int8Clients.train``."""
+        refuse_correction("board", correction)
         return self._integers.train(model, state, data, _integers(config), seed)
 
     def evaluate(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig) -> Measured:

@@ -13,7 +13,7 @@ import numpy as np
 
 from efftrain.data import ArrayDataset
 from efftrain.errors import CompileError, ConfigError, NonFiniteError
-from efftrain.federated.engines import Measured, State, Trained
+from efftrain.federated.engines import Correction, Measured, State, Trained, refuse_correction
 from efftrain.federated.engines.int8_clients import Int8Clients
 from efftrain.federated.engines.modules import blank_module, fresh_state
 from efftrain.federated.recipe import ClientConfig, ModelConfig
@@ -43,16 +43,26 @@ class DeviceEngine:
         """The same as the torch engine's."""
         return fresh_state(model, seed)
 
-    def train(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig, seed: int) -> Trained:
+    def train(
+        self,
+        model: ModelConfig,
+        state: State,
+        data: ArrayDataset,
+        config: ClientConfig,
+        seed: int,
+        correction: Correction | None = None,
+    ) -> Trained:
         """As the torch engine with the same arguments, up to rounding, if the scheme is ``fp32``.
 
         Otherwise as ``Int8Clients.train``. ``Trained.ram_bytes`` is the arena of the host profile, or what the plan of
         the integer program counts.
 
         Raises:
-            ConfigError: The model holds an operator that the generated code does not have, or the data do not fit it.
+            ConfigError: The model holds an operator that the generated code does not have, the data do not fit it, or
+                there is a correction.
             NonFiniteError: The loss or a weight became inf or NaN.
         """
+        refuse_correction("device", correction)
         if config.scheme != "fp32":
             return self._integers.train(model, state, data, config, seed)
         program = self._program(model, data, config.batch_size)
