@@ -5,6 +5,7 @@ everything else from the message: model, recipe, round.
 """
 
 import json
+import math
 import zlib
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ from efftrain.federated.attack import poison_data, poison_update
 from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
 from efftrain.federated.data import client_data, client_train
 from efftrain.federated.downlink import downlink_mod
-from efftrain.federated.engines import Trained, get_engine
+from efftrain.federated.engines import Correction, State, Trained, get_engine
 from efftrain.federated.fleet import client_config
 from efftrain.federated.flower import (
     ClientApp,
@@ -25,10 +26,12 @@ from efftrain.federated.flower import (
     Message,
     MetricRecord,
     RecordDict,
+    record_of,
     write_arrays,
 )
 from efftrain.federated.gate import NUM_SAMPLES
-from efftrain.federated.recipe import FederatedRecipe
+from efftrain.federated.local import CONTROL, PROXIMAL_MU, num_steps
+from efftrain.federated.recipe import ClientConfig, FederatedRecipe
 
 PARTITION = "partition-id"
 RAM = "ram-bytes"
@@ -43,22 +46,29 @@ def train(message: Message, context: Context) -> Message:
     """Train the model of the message on this client's data.
 
     Reply: the whole model as it is afterwards (``uplink_mod`` makes the update of it), which parts of it were trained
-    if not all, sample count, mean loss, and the RAM that the training was planned to need (0 without a plan).
+    if not all, sample count, mean loss, and the RAM that the training was planned to need (0 without a plan). With
+    SCAFFOLD the client's new control variate besides; see Note [control variates] in ``local``.
 
     Raises:
-        ConfigError: The message has no valid recipe, or this node has no partition of its data.
+        ConfigError: The message has no valid recipe, this node has no partition of its data, or its engine cannot do
+            what the strategy asks.
         NonFiniteError: Training diverged.
     """
     recipe, partition, server_round = _read(message, context)
-    sent = model_of(message.content)
+    arrays = model_of(message.content)
+    sent = {name: tensor for name, tensor in arrays.items() if not name.startswith(CONTROL)}
+    offset = {name.removeprefix(CONTROL): c for name, c in arrays.items() if name.startswith(CONTROL)}
+    correction = _correction(message, offset)
+    config = client_config(recipe, partition)
 
     def train_as(number: int) -> Trained:
         return get_engine(recipe.client.engine).train(
             recipe.model,
             sent,
             poison_data(recipe, number, client_train(recipe.data, number, recipe.seed)),
-            client_config(recipe, number),
+            config if number == partition else client_config(recipe, number),
             seed=_client_seed(recipe.seed, server_round, number),
+            correction=correction,
         )
 
     result = train_as(partition)
@@ -66,6 +76,7 @@ def train(message: Message, context: Context) -> Message:
     metrics = MetricRecord(
         {NUM_SAMPLES: result.num_samples, "loss": result.loss, PARTITION: partition, RAM: result.ram_bytes or 0}
     )
+    state = {**state, **_mean_gradients(sent, state, offset, result.num_samples, config)}
     content = RecordDict({"arrays": write_arrays(state), "metrics": metrics})
     if result.trained is not None:
         content[PARTS] = _parts(result)
@@ -93,7 +104,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _read(message: Message, context: Context) -> tuple[FederatedRecipe, int, int]:
     """Recipe, number of this client and round."""
-    config = message.content.config_records["config"]
+    config = record_of(message.content, "config", ConfigRecord)
     recipe = _recipe(str(config["recipe"]))
     partition = context.node_config.get(PARTITION)
     if type(partition) is not int:
@@ -110,6 +121,24 @@ def _read(message: Message, context: Context) -> tuple[FederatedRecipe, int, int
 @lru_cache(maxsize=4)
 def _recipe(text: str) -> FederatedRecipe:
     return from_dict(FederatedRecipe, json.loads(text))
+
+
+def _correction(message: Message, offset: State) -> Correction | None:
+    """What the strategy adds to the gradients: FedProx by Flower's key, SCAFFOLD by tensors beside the model."""
+    mu = record_of(message.content, "config", ConfigRecord).get(PROXIMAL_MU, 0.0)
+    if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
+        raise ConfigError(f"{PROXIMAL_MU} is {mu!r}, expected a number of at least 0")
+    return Correction(float(mu), offset) if mu or offset else None
+
+
+def _mean_gradients(sent: State, trained: State, offset: State, num_samples: int, config: ClientConfig) -> State:
+    """The client's new control variate, by option II of SCAFFOLD: its mean gradient over the steps, which is how far it
+    moved, less what was added."""
+    moved = config.lr * num_steps(num_samples, config.batch_size, config.epochs)
+    return {
+        CONTROL + name: np.asarray((sent[name] - trained[name]) / moved - added, np.float32)  # type: ignore[operator]
+        for name, added in offset.items()
+    }
 
 
 def _parts(result: Trained) -> ConfigRecord:

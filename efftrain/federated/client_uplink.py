@@ -18,16 +18,18 @@ from efftrain.federated.flower import (
     make_array,
     make_record,
     read_arrays,
+    record_of,
     write_arrays,
 )
 from efftrain.federated.gate import PAYLOAD_STYPE, is_trained
+from efftrain.federated.local import CONTROL
 
 ORDER = "efftrain.uplink"
 """Name of the record that tells a client how to encode its reply."""
 PARTS = "efftrain.parts"
 """Name of the record that says which parts of the model a reply is about. See Note [parts] in ``uplink``."""
 RESIDUAL, STAGED, TICKET = "efftrain.residual", "efftrain.residual.staged", "efftrain.residual.ticket"
-"""Names of the records in ``Context.state``."""
+"""Names of the records in ``Context.state``: what error feedback and control variates keep, and what is on trial."""
 
 Tensors = dict[str, npt.NDArray[np.generic]]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
@@ -45,19 +47,25 @@ def uplink_mod(message: Message, context: Context, call_next: Callable[[Message,
         ConfigError: The reply lacks tensors of the model that was sent, or the order is malformed.
     """
     if ORDER not in message.content:
+        records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+        if any(name.startswith(CONTROL) for record in records for name in record):
+            raise ConfigError(
+                "the message has control variates, but says nothing of which replies were taken, so a client cannot "
+                "know which of its own are valid. Use the strategy scaffold on an UplinkGrid, as efftrain's driver does"
+            )
         return call_next(message, context)
-    order = message.content.config_records[ORDER]
+    order = record_of(message.content, ORDER, ConfigRecord)
     del message.content[ORDER]
-    sent = model_of(message.content)
+    kept = _settle(context, order)
+    sent = _with_own_controls(message, kept)
     reply = call_next(message, context)
     if not reply.has_content():
         return reply
     updates = _trained_only(_updates(sent, model_of(reply.content)), reply.content.get(PARTS))
-    codec, key = _codec(str(order["codec"])), _client_key(order, context)
-    if order["feedback"]:
-        payloads = _encode_with_feedback(updates, codec, key, order, context)
-    else:
-        payloads = {name: bytes(codec.encode(flat, key=_key(key, name))) for name, flat in updates.items()}
+    payloads, keep = _encode(updates, _codec(str(order["codec"])), _client_key(order, context), order, kept)
+    if keep is not None:
+        context.state[STAGED] = write_arrays(keep)
+        context.state[TICKET] = ConfigRecord({"ticket": order["ticket"]})
     [record] = [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)]
     reply.content[record] = make_record(
         {name: make_array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
@@ -113,7 +121,7 @@ def _updates(sent: Tensors, trained: Tensors) -> dict[str, npt.NDArray[np.float3
             after = trained[name]
             if after.shape != before.shape:
                 raise ConfigError(f"tensor {name!r} came back with shape {after.shape}, it was sent as {before.shape}")
-            updates[name] = np.subtract(after, before).astype(np.float32).reshape(-1)
+            updates[name] = np.subtract(after, before).astype(np.float32, copy=False).reshape(-1)
     return updates
 
 
@@ -142,24 +150,54 @@ def _key(key: int, name: str) -> int:
     return zlib.crc32(f"{key}/{name}".encode())
 
 
-def _encode_with_feedback(
-    updates: dict[str, npt.NDArray[np.float32]], codec: Codec, key: int, order: ConfigRecord, context: Context
-) -> dict[str, bytes]:
-    """See Note [feedback over rounds]."""
+def _settle(context: Context, order: ConfigRecord) -> Tensors:
+    """What this client keeps, after what it staged became valid or was dropped. See Note [feedback over rounds]."""
     state = context.state
     if STAGED in state:
-        if state.config_records[TICKET]["ticket"] == order["taken"]:
-            state[RESIDUAL] = state.array_records[STAGED]
+        if record_of(state, TICKET, ConfigRecord)["ticket"] == order["taken"]:
+            state[RESIDUAL] = record_of(state, STAGED, ArrayRecord)
         del state[STAGED]
-    feedback = Feedback(codec)
-    if RESIDUAL in state:
-        kept = read_arrays(state.array_records[RESIDUAL])
+    return read_arrays(record_of(state, RESIDUAL, ArrayRecord)) if RESIDUAL in state else {}
+
+
+def _with_own_controls(message: Message, kept: Tensors) -> Tensors:
+    """The tensors that the reply's are measured against. Where the message has control variates, these are the client's
+    own, and the app finds the difference in their place. See Note [control variates] in ``local``."""
+    sent = model_of(message.content)
+    controls = [name for name in sent if name.startswith(CONTROL)]
+    if not controls:
+        return sent
+    own = {
+        name: kept[name].reshape(sent[name].shape) if name in kept else np.zeros_like(sent[name]) for name in controls
+    }
+    [record] = [name for name, record in message.content.items() if isinstance(record, ArrayRecord)]
+    message.content[record] = write_arrays({**sent, **{name: np.subtract(sent[name], own[name]) for name in controls}})
+    return {**sent, **own}
+
+
+def _encode(
+    updates: dict[str, npt.NDArray[np.float32]], codec: Codec, key: int, order: ConfigRecord, kept: Tensors
+) -> tuple[dict[str, bytes], Tensors | None]:
+    """Payloads; and what to keep should the server take them, None if nothing is kept at all."""
+    feedback = Feedback(codec) if order["feedback"] else None
+    if feedback is not None:
         # A client that now trains other parts owes nothing of those that it no longer trains.
         sizes = {name: flat.size for name, flat in updates.items()}
-        fitting = {key: r for key, r in kept.items() if sizes.get(key.partition("/")[2]) == r.size}
-        feedback.load_state_dict({key: np.asarray(residual, np.float32) for key, residual in fitting.items()})
-    payloads = {name: bytes(feedback.encode(name, flat, key=_key(key, name))) for name, flat in updates.items()}
-    feedback.commit()
-    state[STAGED] = write_arrays(feedback.state_dict())
-    state[TICKET] = ConfigRecord({"ticket": order["ticket"]})
-    return payloads
+        owed = {name: tensor for name, tensor in kept.items() if not name.startswith(CONTROL)}
+        fitting = {name: r for name, r in owed.items() if sizes.get(name.partition("/")[2]) == r.size}
+        feedback.load_state_dict({name: np.asarray(residual, np.float32) for name, residual in fitting.items()})
+    payloads: dict[str, bytes] = {}
+    controls: Tensors = {}
+    for name, flat in updates.items():
+        if name.startswith(CONTROL):
+            payload = codec.encode(flat, key=_key(key, name))
+            controls[name] = np.add(kept[name], codec.decode(payload)) if name in kept else codec.decode(payload)
+        elif feedback is not None:
+            payload = feedback.encode(name, flat, key=_key(key, name))
+        else:
+            payload = codec.encode(flat, key=_key(key, name))
+        payloads[name] = bytes(payload)
+    if feedback is not None:
+        feedback.commit()
+    keep = controls if feedback is None else {**feedback.state_dict(), **controls}
+    return payloads, keep if controls or feedback is not None else None

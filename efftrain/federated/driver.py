@@ -43,6 +43,7 @@ from efftrain.federated.mailbox import TOO_LATE, Delivery, Mailbox, VirtualMailb
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.results import MAX_REASONS, ClientResult, Outcome, RoundResult, state_sha256
 from efftrain.federated.selection import Selector
+from efftrain.federated.strategies.scaffold import Scaffold
 from efftrain.federated.uplink import UplinkGrid
 
 SURPLUS = "the round was complete without it"
@@ -116,7 +117,8 @@ class Driver:
             self.mailbox = WallMailbox(self.wire, limit_s)
             return
         codec = self.recipe.uplink.build()
-        uplink_bytes = sum(codec.encoded_bytes(tensor.size) for tensor in self._state.values() if is_trained(tensor))
+        sent = self._sent_state().values()
+        uplink_bytes = sum(codec.encoded_bytes(tensor.size) for tensor in sent if is_trained(tensor))
         self.mailbox = VirtualMailbox(self.wire, self.fleet, uplink_bytes, limit_s)
 
     # A journal's -------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ class Driver:
             "peak_ram_bytes": self.peak_ram_bytes,
             "selector": self.selector.state(),
             "tickets": tickets,
-            "taken": sorted(taken.items()) if self.recipe.uplink.feedback else [],
+            "taken": sorted(taken.items()) if self.recipe.clients_remember else [],
             "mailbox": box,
             "strategy": layout,
             "names": list(self.arrays),
@@ -299,10 +301,14 @@ class Driver:
         return sorted(messages, key=lambda message: message.metadata.dst_node_id)
 
     def _close(self, number: int, taken: Aggregation, *, lr: float = 1.0) -> None:
-        arrays = taken.close(number, self._state, lr=lr)
+        arrays = taken.close(number, self._sent_state(), lr=lr)
         if arrays is None:
             raise RoundError(f"round {number}: the strategy made no model of {taken.num_updates} accepted replies")
         self._set_model(arrays)
+
+    def _sent_state(self) -> Tensors:
+        """The global model, with what the strategy sends beside it: what a client's update may be of."""
+        return dict(self.strategy.sent(self._state)) if isinstance(self.strategy, Scaffold) else self._state
 
     def _set_model(self, arrays: ArrayRecord) -> None:
         self.arrays, self._state = arrays, read_arrays(arrays)

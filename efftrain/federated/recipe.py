@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from efftrain.compression import Codec, Fp8, Half, Identity, Int8, IntN, Mx, parse_codec
+from efftrain.federated.local import SCAFFOLD, check_local_strategy
 from efftrain.models import MODELS
 
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
@@ -330,6 +331,12 @@ class FederatedRecipe:
                 f"every client has {self.data.samples_per_client} samples, but gate.max_samples refuses more than "
                 f"{self.gate.max_samples}"
             )
+        check_local_strategy(self)
+
+    @property
+    def clients_remember(self) -> bool:
+        """Whether clients keep something for later rounds, and so must be told which of their replies were taken."""
+        return self.uplink.feedback or self.server.strategy == SCAFFOLD
 
     @property
     def num_clients(self) -> int:

@@ -80,7 +80,8 @@ def drive_rounds(
     """
     started = time.perf_counter()
     if strategy is None:
-        strategy = build_strategy(recipe.server.strategy, recipe.server.strategy_options, seed=recipe.seed)
+        options, population = recipe.server.strategy_options, recipe.num_clients
+        strategy = build_strategy(recipe.server.strategy, options, seed=recipe.seed, population=population)
     driver = Driver(grid, recipe, strategy)
     book = None if journal is None else Journal(journal)
     rounds = [] if book is None else book.results()

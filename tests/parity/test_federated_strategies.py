@@ -56,14 +56,15 @@ def aggregate(
     **options: int | float | str,
 ) -> Model:
     """One round through the strategy, from messages out to the model that comes back; one client fails besides."""
-    strategy = build_strategy(name, options, seed=3)
+    strategy = build_strategy(name, options, seed=3, population=len(clients) + 1)
     grid = InProcessGrid(ClientApp, len(clients) + 1)
     sent = list(strategy.configure_train(number, record(START), ConfigRecord(), grid))
     assert sorted(message.metadata.dst_node_id for message in sent) == sorted(grid.get_node_ids())
     replies = [Message(Error(ErrorCode.UNKNOWN, "asleep"), reply_to=sent[-1])]
     for i, (message, client) in enumerate(zip(sent, clients, strict=False)):
         said = MetricRecord({"num-examples": samples[i] if samples else 10, "loss": float(i)})
-        replies.append(Message(RecordDict({"arrays": record(client), "metrics": said}), reply_to=message))
+        model = ArrayRecord({**message.content.array_records["arrays"], **record(client)})
+        replies.append(Message(RecordDict({"arrays": model, "metrics": said}), reply_to=message))
     arrays, metrics = strategy.aggregate_train(number, replies)
     assert arrays is not None
     assert metrics is not None
@@ -104,6 +105,9 @@ def expect_bounded(clients: list[Model]) -> np.ndarray:
     ("name", "options", "expected"),
     [
         ("fedavg", {}, expect_mean),
+        ("fedprox", {"mu": 0.5}, expect_mean),
+        ("scaffold", {}, expect_mean),
+        ("scaffold", {"lr": 0.5}, lambda c: row(START) + 0.5 * (expect_mean(c) - row(START))),
         ("fedavgm", {"lr": 0.5, "momentum": 0.0}, lambda c: row(START) + 0.5 * (expect_mean(c) - row(START))),
         ("median", {}, lambda c: np.median(rows(c), axis=0)),
         ("trimmed_mean", {"share": 0.2}, expect_trimmed),
@@ -251,6 +255,9 @@ def test_own_rules_take_any_cohort_on_flowers_loop() -> None:
         ("fedadam", {"lr": True}, r"lr is True, expected a number"),
         ("fedavgm", {"momentum": float("nan")}, r"momentum is nan, expected a number"),
         ("norm_bounded_mean", {"bound": float("inf")}, r"bound is inf, expected a number"),
+        ("scaffold", {"mu": 1.0}, r"scaffold has no option 'mu'.*; it has lr"),
+        ("scaffold", {}, r"must know how many clients there are"),
+        ("bucketing", {"rule": "scaffold"}, r"rule is 'scaffold', expected one of fedavg"),
         ("bucketing", {"rule": "bucketing"}, r"rule is 'bucketing', expected one of fedavg"),
         ("bucketing", {"size": 0}, r"size is 0, expected a whole number of at least 1"),
         ("bucketing", {"rule": "median", "sise": 2}, r"no option 'sise', the nearest is 'size'"),

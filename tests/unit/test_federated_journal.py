@@ -22,6 +22,7 @@ from efftrain.federated.journal import Journal, restore_strategy, strategy_memor
 from efftrain.federated.recipe import (
     ClientConfig,
     DataConfig,
+    DownlinkConfig,
     FedBuffConfig,
     FleetConfig,
     ModelConfig,
@@ -40,9 +41,16 @@ SMALL = FederatedRecipe(
     fleet=FleetConfig(devices={"phone_high": 1.0, "rp2040": 1.0}, drop_out=0.2),
 )
 ADAM = replace(SMALL, server=replace(SMALL.server, strategy="fedadam", strategy_options={"lr": 0.05}))
-BUFFERED = replace(SMALL, fedbuff=FedBuffConfig(buffer=3, concurrency=8))
+BUFFERED = replace(
+    SMALL,
+    fedbuff=FedBuffConfig(buffer=3, concurrency=8),
+    downlink=DownlinkConfig(codec="Int8(16, 'stochastic')"),
+)
 ROBUST = replace(SMALL, server=replace(SMALL.server, strategy="bucketing"))
-RECIPES = {"fedavg": SMALL, "fedadam": ADAM, "fedbuff": BUFFERED, "bucketing": ROBUST}
+SCAFFOLD = replace(
+    SMALL, server=replace(SMALL.server, strategy="scaffold"), uplink=UplinkConfig(codec="Int8(16)", feedback=False)
+)
+RECIPES = {"fedavg": SMALL, "fedadam": ADAM, "fedbuff": BUFFERED, "bucketing": ROBUST, "scaffold": SCAFFOLD}
 
 
 class Killed(Exception):

@@ -1,7 +1,7 @@
 """How updates become a model: strategies by name, Flower's where there is one.
 
-All take the whole cohort that they are shown; who trains is the driver's business. FedProx and SCAFFOLD are not here:
-both change how a client trains, and no engine does that yet.
+All take the whole cohort that they are shown; who trains is the driver's business. ``fedprox`` and ``scaffold`` change
+how clients train: see ``efftrain.federated.local``.
 """
 
 import difflib
@@ -12,8 +12,10 @@ from typing import Any
 
 from efftrain.errors import ConfigError
 from efftrain.federated.flower import FedAvg, Strategy
+from efftrain.federated.local import FEDPROX, SCAFFOLD
 from efftrain.federated.strategies.robust import Bucketing, Ruled
 from efftrain.federated.strategies.rules import geometric_median, norm_bounded_mean
+from efftrain.federated.strategies.scaffold import Scaffold
 
 # isort: split
 # After the adapter, which checks Flower's version and sets its environment before anything of Flower is imported.
@@ -23,6 +25,7 @@ from flwr.serverapp.strategy import (
     FedAdam,
     FedAvgM,
     FedMedian,
+    FedProx,
     FedTrimmedAvg,
     FedYogi,
     Krum,
@@ -61,6 +64,10 @@ _ADAPTIVE = {"lr": _Option(0.01, 1e-12, _INFINITY), "tau": _Option(1e-3, 1e-12, 
 _MALICIOUS = _Option(0, 0, _INFINITY, whole=True)
 
 
+def _proximal(*, mu: float) -> Strategy:
+    return FedProx(**_EVERYBODY, proximal_mu=float(mu))
+
+
 def _average_with_momentum(*, lr: float, momentum: float) -> Strategy:
     return FedAvgM(**_EVERYBODY, server_learning_rate=lr, server_momentum=momentum)
 
@@ -94,6 +101,8 @@ _BUCKETING = "bucketing"
 _ENTRIES: Mapping[str, _Entry] = {
     # McMahan et al. (arXiv:1602.05629): the mean, weighted by samples.
     "fedavg": _Entry(lambda: FedAvg(**_EVERYBODY), {}),
+    # Li et al. (arXiv:1812.06127): the mean too, of clients that are drawn back to where they started.
+    FEDPROX: _Entry(_proximal, {"mu": _Option(0.1, 0.0, _INFINITY)}),
     # Hsu et al. (arXiv:1909.06335).
     "fedavgm": _Entry(_average_with_momentum, {"lr": _LR, "momentum": _BETA}),
     # Reddi et al. (arXiv:2003.00295).
@@ -114,25 +123,31 @@ _ENTRIES: Mapping[str, _Entry] = {
     "geometric_median": _Entry(_geometric, {"iterations": _Option(50, 1, 10_000, whole=True)}),
 }
 
-STRATEGIES: tuple[str, ...] = (*_ENTRIES, _BUCKETING)
+STRATEGIES: tuple[str, ...] = (*_ENTRIES, _BUCKETING, SCAFFOLD)
 """Names that ``build_strategy`` knows."""
 
 
-def build_strategy(name: str, options: Options, *, seed: int) -> Strategy:
+def build_strategy(name: str, options: Options, *, seed: int, population: int = 0) -> Strategy:
     """A strategy that takes everybody it is shown.
 
     Args:
         name: One of ``STRATEGIES``.
-        options: Its knobs. ``fedavgm``: ``lr``, ``momentum``; ``fedadam``, ``fedyogi``: ``lr``, ``beta_1``, ``beta_2``,
-            ``tau``; ``fedadagrad``: ``lr``, ``tau``; ``trimmed_mean``: ``share``; ``krum``, ``bulyan``:
-            ``num_malicious``; ``multi_krum``: ``num_malicious``, ``num_selected``; ``norm_bounded_mean``: ``bound``;
-            ``geometric_median``: ``iterations``; ``bucketing``: ``size`` (2), ``rule`` (``geometric_median``), and the
-            knobs of that rule.
+        options: Its knobs. ``fedprox``: ``mu``, the weight of the proximal term; ``scaffold``: ``lr``; ``fedavgm``:
+            ``lr``, ``momentum``; ``fedadam``, ``fedyogi``: ``lr``, ``beta_1``, ``beta_2``, ``tau``; ``fedadagrad``:
+            ``lr``, ``tau``; ``trimmed_mean``: ``share``; ``krum``, ``bulyan``: ``num_malicious``; ``multi_krum``:
+            ``num_malicious``, ``num_selected``; ``norm_bounded_mean``: ``bound``; ``geometric_median``:
+            ``iterations``; ``bucketing``: ``size`` (2), ``rule`` (``geometric_median``), and the knobs of that rule.
         seed: Of what a strategy draws.
+        population: Number of all clients, which ``scaffold`` needs to know.
 
     Raises:
         ConfigError: Unknown name or option, or a value out of its range.
     """
+    if name == SCAFFOLD:
+        [lr] = _values(SCAFFOLD, {"lr": _LR}, options).values()
+        if population < 1:
+            raise ConfigError(f"strategy {SCAFFOLD} must know how many clients there are, population is {population}")
+        return Scaffold(FedAvg(**_EVERYBODY), lr, population)
     if name == _BUCKETING:
         rest = dict(options)
         rule, size = rest.pop("rule", "geometric_median"), rest.pop("size", 2)
@@ -149,17 +164,21 @@ def build_strategy(name: str, options: Options, *, seed: int) -> Strategy:
 
 def _build(name: str, options: Options, extra: tuple[str, ...] = ()) -> Strategy:
     entry = _ENTRIES[name]
-    known = (*extra, *entry.options)
+    return entry.make(**_values(name, entry.options, options, extra))
+
+
+def _values(
+    name: str, known: Mapping[str, _Option], options: Options, extra: tuple[str, ...] = ()
+) -> dict[str, int | float]:
+    """The knobs of a strategy, defaults included."""
+    names = (*extra, *known)
     for option in options:
-        if option not in entry.options:
+        if option not in known:
             raise ConfigError(
-                f"strategy {name} has no option {option!r}{_nearest(option, known)}; it has "
-                f"{', '.join(known) or 'none'}"
+                f"strategy {name} has no option {option!r}{_nearest(option, names)}; it has "
+                f"{', '.join(names) or 'none'}"
             )
-    values = {
-        option: _number(name, option, options.get(option, kind.default), kind) for option, kind in entry.options.items()
-    }
-    return entry.make(**values)
+    return {option: _number(name, option, options.get(option, kind.default), kind) for option, kind in known.items()}
 
 
 def _number(strategy: str, option: str, value: object, kind: _Option) -> int | float:

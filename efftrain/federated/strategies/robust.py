@@ -23,7 +23,7 @@ Rule = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 _NUM_SAMPLES = "num-examples"
 
 
-class _Around(Strategy):
+class Around(Strategy):
     """What stays as the inner strategy has it: evaluation and the summary."""
 
     _inner: Strategy
@@ -43,7 +43,7 @@ class _Around(Strategy):
         self._inner.summary()
 
 
-class Ruled(_Around):
+class Ruled(Around):
     """FedAvg with another rule than the mean: the model moves by what the rule makes of the clients' updates.
 
     Tensors that are no floating point, such as counters, stay as they were sent.
@@ -71,7 +71,7 @@ class Ruled(_Around):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next model, or nothing if there are no replies."""
         replies = list(replies)
-        contents = _contents(replies)
+        contents = contents_of(replies)
         if not contents:
             return None, None
         assert self._sent is not None, "configure_train comes before aggregate_train"
@@ -88,7 +88,7 @@ class Ruled(_Around):
         return ArrayRecord(model), metrics
 
 
-class Bucketing(_Around):
+class Bucketing(Around):
     """Mixes the clients into buckets of a few, and gives the means of the buckets to another strategy.
 
     Clients with different data disagree, and a robust rule takes the rare ones for liars. Means of a few disagree
@@ -117,7 +117,7 @@ class Bucketing(_Around):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the inner strategy makes of the buckets."""
-        contents = _contents(replies)
+        contents = contents_of(replies)
         order = np.random.default_rng([self._seed, server_round]).permutation(len(contents))
         buckets = [
             _bucket([contents[i] for i in order[start : start + self._size]])
@@ -126,23 +126,25 @@ class Bucketing(_Around):
         return self._inner.aggregate_train(server_round, [_reply(bucket) for bucket in buckets])
 
 
-def _contents(replies: Iterable[Message]) -> list[RecordDict]:
+def contents_of(replies: Iterable[Message]) -> list[RecordDict]:
+    """Of the replies that are no errors."""
     return [reply.content for reply in replies if not reply.has_error()]
 
 
-def _arrays(content: RecordDict) -> ArrayRecord:
+def arrays_of(content: RecordDict) -> ArrayRecord:
+    """The one record of arrays of a reply."""
     [record] = content.array_records.values()
     return record
 
 
 def _row(content: RecordDict, sent: dict[str, npt.NDArray[np.generic]], names: list[str]) -> npt.NDArray[np.float32]:
-    arrays = _arrays(content)
+    arrays = arrays_of(content)
     return np.concatenate([np.subtract(arrays[name].numpy(), sent[name]).astype(np.float32).ravel() for name in names])
 
 
 def _bucket(contents: list[RecordDict]) -> RecordDict:
     """The plain mean of some models; metrics weighted by samples, as Flower's strategies do it, samples added up."""
-    records = [_arrays(content) for content in contents]
+    records = [arrays_of(content) for content in contents]
     arrays = {}
     for name, first in records[0].items():
         tensor = first.numpy()
