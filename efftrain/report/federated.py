@@ -10,10 +10,11 @@ from efftrain.report.compare import Run, facts
 from efftrain.report.figures import Figure, Series, line_plot
 from efftrain.report.page import Page, Section, Table
 from efftrain.report.run import read_metrics
-from efftrain.units import format_bytes, format_seconds
+from efftrain.units import GIB, KIB, MIB, format_bytes, format_seconds
 
 _MOST_ROWS = 40
 _WORST = 15
+_UNITS = {"uplink": ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"), (1, "B")), "time": ((3600, "h"), (60, "min"), (1, "s"))}
 Row = Mapping[str, Any]
 
 
@@ -26,14 +27,15 @@ def federated_page(result: Row, rounds: Sequence[Row], clients: Sequence[Row]) -
         clients: One a client and round, as in ``clients.jsonl``.
     """
     lead = (
-        f"{result['rounds']} rounds of {result['strategy']}: accuracy {_share(result['accuracy_before'])} before, "
-        f"{_share(result['accuracy'])} after. Clients sent {format_bytes(result['uplink_bytes'])}, "
-        f"{result['uplink_ratio']:.1f}x less than the same updates as fp32."
+        f"{result['rounds']} {_moves(result)} of {result['strategy']}: accuracy {_share(result['accuracy_before'])} "
+        f"before, {_share(result['accuracy'])} after. Clients sent {format_bytes(result['uplink_bytes'])}, "
+        f"{result['uplink_ratio']:.1f}x less than the same updates as fp32, and were sent "
+        f"{format_bytes(result['downlink_bytes'])}."
     )
     if result.get("virtual_s") is not None:
         lead += f" In simulated time it took {_hours(result['virtual_s'])}, and {result['energy_j']:.4g} J."
     sections = [
-        Section("Learning", "", [_rounds_table(rounds)], _learning(rounds)),
+        Section("Learning", "", [_rounds_table(rounds)], _learning(rounds, result["accuracy_before"])),
         Section("Who took part", _participation(result), [_outcomes(clients)], _drop_outs(rounds)),
         Section("Devices", _within_ram(clients), [_devices(clients)]),
     ]
@@ -55,31 +57,48 @@ def read_federated_page(run: Run) -> Page:
         raise DataError(f"{run.path} is no complete federated run ({type(error).__name__}: {error})") from error
 
 
-def _learning(rounds: Sequence[Row]) -> list[Figure]:
+def _moves(result: Row) -> str:
+    return "buffered updates" if result["recipe"]["fedbuff"]["buffer"] else "rounds"
+
+
+def _learning(rounds: Sequence[Row], before: float | None) -> list[Figure]:
     """Accuracy against everything that it costs."""
-    measured, sent, joules = [], 0, 0.0
+    costs: dict[str, list[float]] = {"rounds": [], "uplink": [], "joules": [], "time": []}
+    accuracy: list[float] = []
+    sent, joules = 0, 0.0
+    if before is not None:
+        accuracy, costs = [before], {name: [0.0] for name in costs}
     for one in rounds:
         sent += one["uplink_bytes"]
         joules += one["energy_j"] or 0.0
         if one["measured"] and one["accuracy"] is not None:
-            hours = None if one["virtual_s"] is None else one["virtual_s"] / 3600
-            measured.append((one["round"], sent, joules, hours, one["accuracy"]))
-    if not measured:
+            accuracy.append(one["accuracy"])
+            for name, value in zip(costs, (one["round"], sent, joules, one["virtual_s"] or 0.0), strict=True):
+                costs[name].append(float(value))
+    if len(accuracy) < 2:
         return []
-    axes = [("rounds", "rounds", 0), ("bytes", "uplink bytes", 1)]
-    if measured[-1][3] is not None:
-        axes += [("joules", "joules of all devices", 2), ("hours", "virtual hours", 3)]
-    return [
-        line_plot(
-            f"accuracy-{name}",
-            [Series("accuracy", [float(row[place] or 0) for row in measured], [row[4] for row in measured])],
-            x_label=label,
-            y_label="accuracy (%)",
-            caption=f"Accuracy of the global model against {label}.",
-            percent=True,
+    labels = {"rounds": "rounds", "uplink": "uplink"}
+    if rounds[-1]["virtual_s"] is not None:
+        labels |= {"joules": "joules of all devices", "time": "virtual time"}
+    figures = []
+    for name, label in labels.items():
+        scale, unit = _unit(_UNITS.get(name, ()), costs[name][-1])
+        figures.append(
+            line_plot(
+                f"accuracy-{name}",
+                [Series("accuracy", [value / scale for value in costs[name]], accuracy)],
+                x_label=label + (f" ({unit})" if unit else ""),
+                y_label="accuracy (%)",
+                caption=f"Accuracy of the global model against {label}.",
+                percent=True,
+            )
         )
-        for name, label, place in axes
-    ]
+    return figures
+
+
+def _unit(units: Sequence[tuple[float, str]], most: float) -> tuple[float, str]:
+    """The largest unit that the largest value has one of."""
+    return next(((scale, name) for scale, name in units if most >= scale), (1.0, units[-1][1] if units else ""))
 
 
 def _rounds_table(rounds: Sequence[Row]) -> Table:
@@ -94,6 +113,7 @@ def _rounds_table(rounds: Sequence[Row]) -> Table:
             str(one["clients_dropped"]),
             str(one["replies_refused"]),
             format_bytes(one["uplink_bytes"]),
+            format_bytes(one["downlink_bytes"]),
             "-" if one["virtual_s"] is None else _hours(one["virtual_s"]),
             "-" if one["energy_j"] is None else f"{one['energy_j']:.4g} J",
             format_seconds(one["round_s"]),
@@ -101,7 +121,7 @@ def _rounds_table(rounds: Sequence[Row]) -> Table:
         for one in shown
     ]
     columns = ("round", "accuracy", "training loss", "trained", "dropped", "refused")
-    costs = ("uplink", "virtual time", "energy", "wall time")
+    costs = ("uplink", "downlink", "virtual time", "energy", "wall time")
     return Table((*columns, *costs), rows, "" if step == 1 else f"Every {step}th round; all are in rounds.csv")
 
 

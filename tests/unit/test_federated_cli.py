@@ -132,6 +132,7 @@ def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
         "clients_dropped": 2,
         "replies_refused": 1,
         "uplink_bytes": 100,
+        "downlink_bytes": 3000,
         "virtual_s": None,
         "energy_j": None,
         "round_s": 0.1,
@@ -144,6 +145,7 @@ def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
         "accuracy": 0.5,
         "accuracy_before": 0.4,
         "uplink_bytes": 100,
+        "downlink_bytes": 3000,
         "uplink_ratio": 2.0,
         "clients_trained": 0,
         "clients_dropped": 2,
@@ -151,6 +153,7 @@ def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
         "replies_refused": 1,
         "rounds_abandoned": 1,
         "virtual_s": None,
+        "recipe": {"fedbuff": {"buffer": 0}},
     }
     page = federated_page(result, [one], [])
     assert "1 rounds had too few replies" in page.sections[1].text
