@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import struct
@@ -31,6 +32,8 @@ COMPILERS = {
     "zig": [*ZIG, "-O2"],
     "zig-arm": [*ZIG, "-O2", "-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4", "-ffreestanding"],
 }
+if platform.machine() == "x86_64":
+    COMPILERS["gcc-avx2"] = ["gcc", "-O2", "-mavx2"]
 if shutil.which("arm-none-eabi-gcc"):  # CI has it; the board extra alone brings zig
     COMPILERS["arm-gcc"] = ["arm-none-eabi-gcc", "-O2", "-mcpu=cortex-m4", "-mthumb", "-ffreestanding"]
 DATA = np.random.default_rng(0).normal(size=(40, 6, 128)).astype(np.float32)

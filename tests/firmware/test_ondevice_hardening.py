@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from efftrain.ondevice.backends.toolchain import host_instructions
 from efftrain.ondevice.constants import Optimizer
 from tests.firmware.test_ondevice_c import COMPILERS, HARNESS, WARNINGS
 from tests.firmware.test_ondevice_models import program_of
@@ -26,7 +27,8 @@ def test_sanitizers_report_nothing_and_extremes_stay_equal(number: int, tmp_path
     program = program_of(model, "full", rounding=rounding, optimizer=optimizer, learning_rate=2.0)
     folder = program.write(tmp_path)
     (folder / "main.c").write_text(HARNESS)
-    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c99"]
+    instructions = host_instructions() if number == 0 else ()
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c99", *instructions]
     subprocess.run(["gcc", *flags, *(p.name for p in folder.glob("*.c")), "-o", "harness"], cwd=folder, check=True)
     rng = np.random.default_rng(1)
     samples = rng.integers(-128, 128, (300, *program.input_shape)).astype(np.int8)

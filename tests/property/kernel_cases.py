@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efftrain.ondevice.backends.kernels import BoardKernels, HostKernels, KernelMachine, Struct
+from efftrain.ondevice.backends.toolchain import host_instructions
 
 Array = npt.NDArray[np.int64]
 
@@ -40,10 +41,10 @@ class Shape:
 
 @cache
 def machine_of(name: str) -> KernelMachine:
-    """``host`` or a processor, perhaps with a compiler behind it: ``cortex-m7 zig``."""
+    """``host`` or a processor, perhaps with a compiler behind it: ``cortex-m7 zig``; ``host plain`` has no AVX2."""
     cpu, _, kind = name.partition(" ")
     if cpu == "host":
-        return HostKernels()
+        return HostKernels(extra=("-mno-avx2",) if kind == "plain" and host_instructions() else ())
     return BoardKernels(cpu, "zig" if kind == "zig" else "auto")
 
 
@@ -242,7 +243,7 @@ DEPTHWISE = st.builds(Case, st.just(True), st.one_of(_SMALL, _WIDE), *_REST)
 ANY_CASE = st.one_of(DENSE, DEPTHWISE)
 
 
-# The plain C of the host is what the others must equal. Cortex-M0+ has no SIMD instructions and no unaligned access.
+# Cortex-M0+ has no SIMD instructions and no unaligned access.
 _MACHINES = [
     pytest.param("host", 1.0, id="host"),
     pytest.param("host", 60.0, id="host-long", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
@@ -250,6 +251,7 @@ _MACHINES = [
         pytest.param(name, 0.25, id=name, marks=pytest.mark.firmware)
         for name in ("cortex-m7", "cortex-m0plus", "cortex-m7 zig")
     ),
+    pytest.param("host plain", 0.25, id="host-plain"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The backward kernels and the updates in C against slow references, on shapes that nobody chose."""
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from efftrain.ondevice.backends.kernels import KernelMachine, Struct
@@ -13,11 +14,13 @@ from tests.property.kernel_cases import (
     cases,
     ceil_log2,
     hash32,
+    machine_of,
     place,
     plain_steps,
     rsh,
     step_key,
 )
+from tests.property.test_ondevice_kernels import Forward
 
 
 def bit_length(values: Array) -> int:
@@ -237,3 +240,29 @@ def test_stochastic_update(m: KernelMachine, c: Case, exponent: int, lr_shift: i
     want = np.clip(before - ((update.steps + (hash32(key ^ index) >> 16)) >> 16), -127, 127)
     assert np.array_equal(trained, want)
     assert update.scratch[-1] == -7
+
+
+@pytest.mark.parametrize(
+    ("depthwise", "sizes"),
+    [
+        pytest.param(False, (37, 34, 19, 50, 3, 3, 1, 1, 1, 1, 0, 0), id="more pixels than are kept at once"),
+        pytest.param(False, (9, 7, 150, 70, 3, 3, 2, 1, 1, 1, 0, 0), id="more weights than are kept at once"),
+        pytest.param(True, (40, 36, 33, 33, 7, 7, 1, 2, 3, 3, 0, 0), id="a large kernel"),
+        pytest.param(True, (5, 300, 40, 40, 3, 5, 1, 1, 1, 2, 0, 0), id="lines that are too long"),
+    ],
+)
+def test_large_layers(depthwise: bool, sizes: tuple[int, ...]) -> None:
+    """What the host prepares on its stack has an end: beyond it is other code, with the same bits."""
+    m, c = machine_of("host"), Case(depthwise, sizes, 0.5, -128, 0, 7)
+    forward, y = Forward(c), np.zeros((c.s.out_h, c.s.out_w, c.s.out_c), np.int8)
+    forward.compute(m, c, c.x, c.whole(), y)
+    assert np.array_equal(y, forward.want)
+    gradient, gx = InputGradient(c), np.zeros(c.x.shape, np.int16)
+    assert gradient.compute(m, c.g, gx) == bit_length(gradient.want)
+    assert np.array_equal(gx, gradient.want)
+    update, trained = Update(c, -12, 0), c.trained.copy()
+    residual = np.zeros_like(trained)
+    kernel = "eft_depthwise_update_master_s8" if depthwise else "eft_conv_update_master_s8"
+    m.call(kernel, *update.arguments, trained, residual, c.trained_c, update.scratch)
+    master = np.clip(256 * c.trained.astype(np.int64) - ((update.steps + 128) >> 8), -32640, 32639)
+    assert np.array_equal(256 * trained.astype(np.int64) + residual, master)

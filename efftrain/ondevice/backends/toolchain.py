@@ -46,15 +46,28 @@ def host_toolchain(kind: Kind = "auto") -> Toolchain:
         ToolError: There is none.
     """
     system = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
-    flags = (*_COMMON, "-O3", "-fPIC", "-fno-sanitize=all")
+    # The flags are part of the key of the cache: a library is not found by a machine that lacks its instructions.
+    flags = (*_COMMON, "-O3", "-fPIC", "-fno-sanitize=all", *host_instructions())
     if kind != "zig" and system:
         return Toolchain("system", (system,), flags, ("-shared",))
     if kind != "gcc" and _has_zig():
-        return Toolchain("zig", (sys.executable, "-m", "ziglang", "cc"), flags, ("-shared",))
+        # Left to itself, zig builds for this very processor, whatever the cache is shared with.
+        return Toolchain("zig", (sys.executable, "-m", "ziglang", "cc"), ("-mcpu=baseline", *flags), ("-shared",))
     raise ToolError(
         "no C compiler for this machine was found. Install gcc or clang from your system's packages, "
         "or `pip install 'efftrain[board]'`, which brings one."
     )
+
+
+@cache
+def host_instructions() -> tuple[str, ...]:
+    """Compiler options for what this processor has beyond the least of its kind, as far as kernels use it."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ()
+    has_avx2 = any("avx2" in line.split() for line in told.splitlines() if line.startswith("flags"))
+    return ("-mavx2",) if has_avx2 else ()
 
 
 def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:

@@ -1,3 +1,4 @@
+#include "eft_avx2.h"
 #include "eft_internal.h"
 
 void eft_add_s8(const int8_t *x, const int8_t *z, const eft_sum *sum, int32_t count, int8_t *y, uint8_t *mask)
@@ -12,6 +13,26 @@ void eft_add_s8(const int8_t *x, const int8_t *z, const eft_sum *sum, int32_t co
     const int32_t lowest = sum->pass_minimum;
     const uint32_t range = (uint32_t)(127 - lowest);
     const int8_t *const end = x + count;
+#if EFT_AVX2
+    for (; end - x >= EFT_LANES; x += EFT_LANES) {
+        __m256i values[2];
+        for (int32_t i = 0; i < 2; i++) {
+            const __m256i a = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(x + 8 * i)));
+            const __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(z + 8 * i)));
+            __m256i value = _mm256_mullo_epi32(a, _mm256_set1_epi32(x_multiplier));
+            value = _mm256_add_epi32(value, _mm256_mullo_epi32(b, _mm256_set1_epi32(z_multiplier)));
+            value = _mm256_sra_epi32(_mm256_add_epi32(value, _mm256_set1_epi32(constant)), _mm_cvtsi32_si128(shift));
+            values[i] = _mm256_add_epi32(value, _mm256_set1_epi32(zero_point));
+        }
+        const uint32_t passes = eft_store_activations(eft_narrow(values[0], values[1]), minimum, lowest, EFT_LANES, y);
+        if (mask != NULL) {
+            *mask++ = (uint8_t)(passes & 255U);
+            *mask++ = (uint8_t)(passes >> 8);
+        }
+        y += EFT_LANES;
+        z += EFT_LANES;
+    }
+#endif
     while (x != end) {
         const int8_t *const part_end = end - x < 8 ? end : x + 8;
         uint32_t passes = 0;

@@ -1,9 +1,23 @@
+#include "eft_avx2_elements.h"
 #include "eft_internal.h"
 
-/** Sums of count channels, 4 at most, over all pixels. */
+/** Channels at a time. */
+#if EFT_AVX2
+#define BLOCK EFT_LANES
+#else
+#define BLOCK 4
+#endif
+
+/** Sums of count channels, BLOCK at most, over all pixels. */
 static inline void sum_pixels(const int16_t *g, int32_t pixels, int32_t channels, int32_t count, int32_t cut, int32_t *sums)
 {
     const int32_t half = cut > 0 ? 1 << (cut - 1) : 0;
+#if EFT_AVX2
+    if (count == BLOCK) {
+        eft_sum_gradients(g, pixels, channels, cut, sums);
+        return;
+    }
+#endif
     if (count == 4) {
         int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
         for (; pixels > 0; pixels--) {
@@ -31,9 +45,9 @@ void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t c
                          const eft_optimizer *optimizer, int32_t *bias)
 {
     const int32_t cut = eft_cut(gradient->bits, pixels);
-    for (int32_t first = 0; first < channels; first += 4) {
-        const int32_t count = channels - first < 4 ? channels - first : 4;
-        int32_t sums[4];
+    for (int32_t first = 0; first < channels; first += BLOCK) {
+        const int32_t count = channels - first < BLOCK ? channels - first : BLOCK;
+        int32_t sums[BLOCK];
         sum_pixels(gradient->g + first, pixels, channels, count, cut, sums);
         for (int32_t j = 0; j < count; j++) {
             const int32_t c = first + j;

@@ -1,6 +1,6 @@
+#include "eft_avx2_input_grad.h"
 #include "eft_dsp.h"
 #include "eft_gradient.h"
-#include "eft_sse.h"
 
 /** Output channels at a time. */
 #define BLOCK 128
@@ -99,38 +99,6 @@ static inline void add_lanes(const operands *h, int32_t pairs, const int8_t *w, 
 
 #endif
 
-#if EFT_SSE
-
-/** Eight input channels of both places, two output channels at a time. */
-static inline void add_eight(const operands *h, int32_t count, const int8_t *w, int32_t step, int32_t *x, int32_t *z)
-{
-    const __m128i nothing = _mm_setzero_si128();
-    __m128i x_low = nothing, x_high = nothing, z_low = nothing, z_high = nothing;
-    for (int32_t o = 0; o < count; o += 2) {
-        /* Behind the last output channel is none; its operand is 0. */
-        const __m128i a = eft_eight(w, nothing);
-        const __m128i b = o + 1 < count ? eft_eight(w + step, nothing) : a;
-        const __m128i lower = _mm_unpacklo_epi16(a, b);
-        const __m128i upper = _mm_unpackhi_epi16(a, b);
-        const __m128i hx = _mm_set1_epi32((int32_t)h->word[0]);
-        const __m128i hz = _mm_set1_epi32((int32_t)h->word[1]);
-        x_low = _mm_add_epi32(x_low, _mm_madd_epi16(lower, hx));
-        x_high = _mm_add_epi32(x_high, _mm_madd_epi16(upper, hx));
-        z_low = _mm_add_epi32(z_low, _mm_madd_epi16(lower, hz));
-        z_high = _mm_add_epi32(z_high, _mm_madd_epi16(upper, hz));
-        w += 2 * step;
-        h++;
-    }
-    /* Without a second place z is x, and has nothing to add. */
-    __m128i *const to[4] = {(__m128i *)(void *)z, (__m128i *)(void *)(z + 4), (__m128i *)(void *)x, (__m128i *)(void *)(x + 4)};
-    const __m128i sums[4] = {z_low, z_high, x_low, x_high};
-    for (int32_t k = 0; k < 4; k++) {
-        _mm_storeu_si128(to[k], _mm_add_epi32(_mm_loadu_si128(to[k]), sums[k]));
-    }
-}
-
-#endif
-
 /** Add what some output channels send back to input channels [0, inputs) of one place, whose operands begin at h. */
 static void add_rows(const operands *h, int32_t place, int32_t count, const int8_t *w, int32_t step, int32_t inputs,
                      int32_t *restrict sums)
@@ -172,10 +140,6 @@ static EFT_OUT_OF_LINE void add_products(const operands *h, int32_t count, const
             add_lanes(h + (count >> 1), 1, last, 0, 0, x + i, z + i);
             add_lanes(h + (count >> 1), 1, last, 0, 1, x + i + 1, z + i + 1);
         }
-    }
-#elif EFT_SSE
-    for (; i + 8 <= inputs; i += 8) {
-        add_eight(h, count, w + i, step, x + i, z + i);
     }
 #endif
     if (i < inputs) {
@@ -232,6 +196,12 @@ static EFT_OUT_OF_LINE void add_window(const int16_t *g, int32_t shift, const ef
 int32_t eft_conv_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
                                 const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx, int32_t *scratch)
 {
+#if EFT_AVX2
+    const int32_t bits = eft_conv_input_grad_avx2(g, g_bits, shape, weights, constants, x_mask, gx);
+    if (bits >= 0) {
+        return bits;
+    }
+#endif
     const eft_conv_shape *s = shape;
     /* In [0, 30]: the bits are at most 15, and so are the operand bits. */
     const int32_t shift = 15 - (constants->operand_bits - g_bits);

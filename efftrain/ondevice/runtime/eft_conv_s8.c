@@ -1,3 +1,4 @@
+#include "eft_avx2_conv.h"
 #include "eft_patch.h"
 #include "eft_requantize.h"
 
@@ -36,6 +37,11 @@ static EFT_OUT_OF_LINE void add_patch(const eft_patch *patch, int32_t count, con
 void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
                  const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask)
 {
+#if EFT_AVX2
+    if (eft_conv_avx2(x, shape, x_zero_point, weights, bias, out, rows, y, mask)) {
+        return;
+    }
+#endif
     const eft_layer layer = {x, shape, weights, rows->ring, x_zero_point};
     const int32_t out_c = shape->out_c;
     const int32_t taps = shape->kernel_h * shape->kernel_w;

@@ -1,3 +1,6 @@
+#include "eft_avx2_update.h"
+
+#if !EFT_AVX2
 #include "eft_conv_weight_sums.h"
 
 /** Move some weights of output channel o, the first of which is weight number index. */
@@ -12,30 +15,34 @@ static inline void move(const int32_t *sums, int32_t count, const eft_factors *r
     }
 }
 
+#endif
+
 void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
                                const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained, int8_t *residual, int32_t trained_c,
                                int32_t *scratch)
 {
+#if EFT_AVX2
+    (void)scratch;
+    eft_conv_update_avx2(x, x_zero_point, gradient, shape, rate, optimizer, 0, 0, trained, residual, trained_c);
+#else
     const int32_t cut = eft_cut(gradient->bits, shape->out_h * shape->out_w);
     const eft_runs runs = eft_runs_of(shape, trained_c);
     (void)scratch;
-    for (int32_t o = 0; o < shape->out_c; o += EFT_OUTPUTS) {
-        const int32_t outputs = shape->out_c - o < EFT_OUTPUTS ? shape->out_c - o : EFT_OUTPUTS;
+    for (int32_t o = 0; o < shape->out_c; o++) {
         for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
+            const int32_t row = o * shape->kernel_h + ky;
             for (int32_t run = 0; run < runs.per_row; run++) {
                 eft_seen seen = eft_seen_through(x, gradient->g, shape, ky, run);
                 for (int32_t first = 0; first < runs.length; first += EFT_SUMS) {
                     const int32_t count = runs.length - first < EFT_SUMS ? runs.length - first : EFT_SUMS;
-                    int32_t sums[EFT_OUTPUTS * EFT_SUMS];
-                    eft_conv_weight_sums(&seen, x_zero_point, cut, o, outputs, count, sums);
-                    for (int32_t k = 0; k < outputs; k++) {
-                        const int32_t row = (o + k) * shape->kernel_h + ky;
-                        const int32_t index = row * shape->kernel_w * trained_c + run * trained_c + first;
-                        move(sums + k * EFT_SUMS, count, rate, o + k, gradient->exponent + cut, optimizer, index, trained + index, residual + index);
-                    }
+                    const int32_t index = row * shape->kernel_w * trained_c + run * trained_c + first;
+                    int32_t sums[EFT_SUMS];
+                    eft_conv_weight_sums(&seen, x_zero_point, cut, o, count, sums);
+                    move(sums, count, rate, o, gradient->exponent + cut, optimizer, index, trained + index, residual + index);
                     seen.x += count;
                 }
             }
         }
     }
+#endif
 }

@@ -77,107 +77,18 @@ static inline void eft_rest_weight_sums(const eft_seen *seen, int32_t x_zero_poi
     }
 }
 
-#if EFT_SSE
-
-/** Four output channels and eight input channels, two pixels at a time. */
-static inline void eft_four_by_eight_weight_sums(const eft_seen *seen, const int16_t *g, const int8_t *x, int32_t x_zero_point,
-                                                 int32_t cut, int32_t *sums)
-{
-    const __m128i minus = _mm_set1_epi16((int16_t)x_zero_point);
-    __m128i low[4], high[4];
-    for (int32_t k = 0; k < 4; k++) {
-        low[k] = _mm_setzero_si128();
-        high[k] = _mm_setzero_si128();
-    }
-    for (int32_t y = 0; y < seen->rows; y++) {
-        const int16_t *value = g + y * seen->g_row;
-        const int8_t *pixel = x + y * seen->x_row;
-        for (int32_t column = 0; column < seen->columns; column += 2) {
-            const int two = column + 1 < seen->columns;
-            const __m128i first = _mm_loadl_epi64((const __m128i *)(const void *)value);
-            const __m128i second =
-                two ? _mm_loadl_epi64((const __m128i *)(const void *)(value + seen->g_column)) : _mm_setzero_si128();
-            const __m128i h = eft_rsh_eight(_mm_unpacklo_epi16(first, second), cut);
-            const __m128i a = eft_eight(pixel, minus);
-            const __m128i b = two ? eft_eight(pixel + seen->x_column, minus) : a;
-            const __m128i lower = _mm_unpacklo_epi16(a, b);
-            const __m128i upper = _mm_unpackhi_epi16(a, b);
-            const __m128i h0 = _mm_shuffle_epi32(h, 0x00), h1 = _mm_shuffle_epi32(h, 0x55);
-            const __m128i h2 = _mm_shuffle_epi32(h, 0xAA), h3 = _mm_shuffle_epi32(h, 0xFF);
-            low[0] = _mm_add_epi32(low[0], _mm_madd_epi16(lower, h0));
-            low[1] = _mm_add_epi32(low[1], _mm_madd_epi16(lower, h1));
-            low[2] = _mm_add_epi32(low[2], _mm_madd_epi16(lower, h2));
-            low[3] = _mm_add_epi32(low[3], _mm_madd_epi16(lower, h3));
-            high[0] = _mm_add_epi32(high[0], _mm_madd_epi16(upper, h0));
-            high[1] = _mm_add_epi32(high[1], _mm_madd_epi16(upper, h1));
-            high[2] = _mm_add_epi32(high[2], _mm_madd_epi16(upper, h2));
-            high[3] = _mm_add_epi32(high[3], _mm_madd_epi16(upper, h3));
-            value += 2 * seen->g_column;
-            pixel += 2 * seen->x_column;
-        }
-    }
-    for (int32_t k = 0; k < 4; k++) {
-        _mm_storeu_si128((__m128i *)(void *)(sums + k * EFT_SUMS), low[k]);
-        _mm_storeu_si128((__m128i *)(void *)(sums + k * EFT_SUMS + 4), high[k]);
-    }
-}
-
-/** Four output channels and one input channel. */
-static inline void eft_four_by_one_weight_sums(const eft_seen *seen, const int16_t *g, const int8_t *x, int32_t x_zero_point,
-                                               int32_t cut, int32_t *sums)
-{
-    __m128i total = _mm_setzero_si128();
-    for (int32_t y = 0; y < seen->rows; y++) {
-        const int16_t *value = g + y * seen->g_row;
-        const int8_t *pixel = x + y * seen->x_row;
-        for (int32_t column = 0; column < seen->columns; column += 2) {
-            const int two = column + 1 < seen->columns;
-            const __m128i first = _mm_loadl_epi64((const __m128i *)(const void *)value);
-            const __m128i second =
-                two ? _mm_loadl_epi64((const __m128i *)(const void *)(value + seen->g_column)) : _mm_setzero_si128();
-            const uint32_t a = (uint32_t)(*pixel - x_zero_point);
-            const uint32_t b = two ? (uint32_t)(pixel[seen->x_column] - x_zero_point) : 0U;
-            const __m128i both = _mm_set1_epi32((int32_t)((a & 0xFFFFU) | b << 16));
-            total = _mm_add_epi32(total, _mm_madd_epi16(eft_rsh_eight(_mm_unpacklo_epi16(first, second), cut), both));
-            value += 2 * seen->g_column;
-            pixel += 2 * seen->x_column;
-        }
-    }
-    int32_t found[4];
-    _mm_storeu_si128((__m128i *)(void *)found, total);
-    for (int32_t k = 0; k < 4; k++) {
-        sums[k * EFT_SUMS] = found[k];
-    }
-}
-
-#endif
-
-/**
- * sums[i] = sum over pixels of gradient * input, for input channels [0, count) and output channel o; further output channels have
- * their sums EFT_SUMS behind.
- */
-static EFT_OUT_OF_LINE void eft_conv_weight_sums(const eft_seen *seen, int32_t x_zero_point, int32_t cut, int32_t o,
-                                                 int32_t outputs, int32_t count, int32_t *sums)
+/** sums[i] = sum over pixels of gradient * input, for input channels [0, count) and output channel o. */
+static EFT_OUT_OF_LINE void eft_conv_weight_sums(const eft_seen *seen, int32_t x_zero_point, int32_t cut, int32_t o, int32_t count,
+                                                 int32_t *sums)
 {
     int32_t done = 0;
 #if EFT_DSP
     for (; done + 4 <= count; done += 4) {
         eft_four_weight_sums(seen, seen->g + o, seen->x + done, eft_minus(x_zero_point), cut, sums + done);
     }
-#elif EFT_SSE
-    if (outputs == 4) {
-        for (; done + 8 <= count; done += 8) {
-            eft_four_by_eight_weight_sums(seen, seen->g + o, seen->x + done, x_zero_point, cut, sums + done);
-        }
-        for (; done < count; done++) {
-            eft_four_by_one_weight_sums(seen, seen->g + o, seen->x + done, x_zero_point, cut, sums + done);
-        }
-    }
 #endif
     if (done < count) {
-        for (int32_t k = 0; k < outputs; k++) {
-            eft_rest_weight_sums(seen, x_zero_point, cut, o + k, done, count, sums + k * EFT_SUMS);
-        }
+        eft_rest_weight_sums(seen, x_zero_point, cut, o, done, count, sums);
     }
 }
 

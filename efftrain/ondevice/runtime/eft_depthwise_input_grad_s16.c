@@ -1,3 +1,4 @@
+#include "eft_avx2_depthwise_input_grad.h"
 #include "eft_dsp.h"
 #include "eft_gradient.h"
 
@@ -86,6 +87,12 @@ static EFT_OUT_OF_LINE void add_taps(const tap *taps, int32_t num_taps, const in
 int32_t eft_depthwise_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
                                      const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx, int32_t *scratch)
 {
+#if EFT_AVX2
+    const int32_t bits = eft_depthwise_input_grad_avx2(g, g_bits, shape, weights, constants, x_mask, gx);
+    if (bits >= 0) {
+        return bits;
+    }
+#endif
     const eft_conv_shape *s = shape;
     const int32_t shift = 15 - (constants->operand_bits - g_bits);
     const int32_t trained_c = weights->trained_c;

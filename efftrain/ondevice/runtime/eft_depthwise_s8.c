@@ -1,3 +1,4 @@
+#include "eft_avx2_depthwise.h"
 #include "eft_dsp.h"
 #include "eft_requantize.h"
 
@@ -153,6 +154,11 @@ static EFT_OUT_OF_LINE void add_taps(const tap *taps, int32_t num_taps, const in
 void eft_depthwise_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
                       const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask)
 {
+#if EFT_AVX2
+    if (eft_depthwise_avx2(x, shape, x_zero_point, weights, bias, out, rows, y, mask)) {
+        return;
+    }
+#endif
     const int32_t channels = shape->in_c;
     const int32_t trained_c = weights->trained_c;
     int32_t index = rows->first * shape->out_w * channels;

@@ -1,3 +1,4 @@
+#include "eft_avx2_elements.h"
 #include "eft_internal.h"
 
 int32_t eft_gradient_sum_s16(const eft_gradient *a, const eft_gradient *b, int32_t multiplier, int32_t shift, int32_t count,
@@ -13,7 +14,19 @@ int32_t eft_gradient_sum_s16(const eft_gradient *a, const eft_gradient *b, int32
     const int32_t shift_a = common - a->exponent;
     const int32_t shift_b = has_b ? common - b->exponent + shift : 0;
     uint32_t seen = 0;
-    for (int32_t i = 0; i < count; i++) {
+    int32_t i = 0;
+#if EFT_AVX2
+    __m256i lanes = _mm256_setzero_si256();
+    for (; i + EFT_LANES <= count && (!has_b || shift_b >= 17); i += EFT_LANES) {
+        const int16_t *const first = a->bits > 0 ? a->g + i : NULL;
+        const int16_t *const second = has_b ? b->g + i : NULL;
+        const __m256i sums = eft_masked(eft_sum_of_gradients(first, second, shift_a, multiplier, shift_b), mask, i);
+        eft_store256(g + i, sums);
+        lanes = _mm256_or_si256(lanes, _mm256_abs_epi16(sums));
+    }
+    seen = eft_all_bits(lanes);
+#endif
+    for (; i < count; i++) {
         int64_t value = 0;
         if (eft_passes(mask, i)) {
             value = a->bits > 0 ? eft_rsh(a->g[i], shift_a) : 0;

@@ -3,7 +3,6 @@
 #define EFT_SEEN_H
 
 #include "eft_internal.h"
-#include "eft_sse.h"
 
 /** The outputs whose windows have a place of the kernel on the input. */
 typedef struct {
@@ -40,13 +39,8 @@ static inline eft_seen eft_seen_through(const int8_t *x, const int16_t *g, const
     return seen;
 }
 
-/** Sums at a time, for each of so many output channels. */
+/** Sums at a time. */
 #define EFT_SUMS 64
-#if EFT_SSE
-#define EFT_OUTPUTS 4
-#else
-#define EFT_OUTPUTS 1
-#endif
 
 /** How the trained weights of one row of a dense kernel are taken: in runs whose inputs lie together for the same outputs. */
 typedef struct {
