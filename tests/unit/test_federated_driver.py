@@ -335,3 +335,17 @@ def test_a_hung_node_never_holds_a_round_beyond_its_deadline() -> None:
 def test_a_network_is_given_no_simulation() -> None:
     with pytest.raises(ConfigError, match=r"\[fleet\] and \[attack\] are for simulation"):
         drive_rounds(Unreliable(), replace(EIGHT, fleet=MIXED))
+
+
+def test_buffered_updates_over_a_network_give_up_who_hangs_and_go_on() -> None:
+    recipe = with_server(
+        replace(EIGHT, fedbuff=FedBuffConfig(buffer=3, concurrency=5), client=replace(EIGHT.client, lr=0.3)),
+        rounds=8,
+        timeout_s=0.15,
+    )
+    with quiet():
+        result = drive_rounds(Unreliable(hung=1003), recipe, on_round=lambda _: time.sleep(0.05))
+    assert all(one.clients_trained >= 3 for one in result.rounds)
+    assert result.total("clients_dropped") >= 1
+    assert "node 1003 dropped: no reply by the deadline" in str([one.reasons for one in result.rounds])
+    assert result.final_sha256 != result.initial_sha256
