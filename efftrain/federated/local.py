@@ -25,7 +25,7 @@ CONTROL = "control/"
 """What the name of a control variate begins with; a module's own tensors have no slash in their names."""
 PROXIMAL_MU = "proximal-mu"
 """Flower's key for the weight of the proximal term, in the config of a training message."""
-ENGINES_THAT_CORRECT = ("torch",)
+ENGINES_THAT_CORRECT = ("torch", "vmap")
 """Engines that can add something to a gradient. The others train in generated code, which has no place for it yet."""
 
 

@@ -96,11 +96,11 @@ class DataConfig:
 class ClientConfig:
     """Local training of one client in one round: plain SGD, new momentum every round."""
 
-    engine: Literal["torch", "device", "board"] = "torch"
+    engine: Literal["torch", "vmap", "device", "board"] = "torch"
     """What computes; see ``efftrain.federated.engines``."""
     scheme: str = "fp32"
     """What the ``device`` and ``board`` engines train: ``fp32`` is every parameter in floating point, anything else an
-    update scheme in int8 as ``efftrain.ondevice.Scheme.parse`` reads it. The ``torch`` engine knows only ``fp32``."""
+    update scheme in int8 as ``efftrain.ondevice.Scheme.parse`` reads it. ``torch`` and ``vmap`` know only ``fp32``."""
     board: str = "stm32f746"
     """The board that an int8 scheme is planned for; see ``efftrain.ondevice.Board``."""
     epochs: int = 2
@@ -109,11 +109,14 @@ class ClientConfig:
     momentum: float = 0.0
     threads: int = 1
     """Threads of one operator. Part of the recipe: sums split over threads round differently."""
+    stack: int = 16
+    """Clients that the ``vmap`` engine trains at a time; part of the recipe for the same reason. It takes as many
+    ``fleet.workers`` to fill a stack, and what is not filled is computed all the same."""
     timeout_s: float = 600.0
     """In process: a client that computes for longer is given up, and counts as dropped."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "threads"):
+        for name in ("epochs", "batch_size", "threads", "stack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 < self.lr < float("inf"):

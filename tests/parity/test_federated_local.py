@@ -159,7 +159,7 @@ def test_fedprox_without_mu_is_fedavg_to_the_bit() -> None:
     assert run_federated(with_strategy(SMALL, "fedprox", mu=0.0)).final_sha256 == run_federated(SMALL).final_sha256
 
 
-@pytest.mark.parametrize("engine", ["torch"])
+@pytest.mark.parametrize("engine", ["torch", "vmap"])
 def test_a_larger_mu_gives_shorter_updates(engine: str) -> None:
     state, data = get_engine("torch").initial_state(SMALL.model, 0), client_train(SMALL.data, 0, 0)
 

@@ -141,9 +141,9 @@ def test_what_does_not_fit_is_refused(started: State) -> None:
     resnet = ModelConfig(name="resnet8")
     with pytest.raises(ConfigError, match=r"no samples to calibrate resnet8.*watch-cnn"):
         device.train(resnet, torch_engine.initial_state(resnet, 0), few, SPARSE, 0)
-    with pytest.raises(ConfigError, match=r"engine 'devise' is unknown, expected one of torch, device, board"):
+    with pytest.raises(ConfigError, match=r"engine 'devise' is unknown, expected one of torch, vmap, device, board"):
         get_engine("devise")
-    assert ENGINES == ("torch", "device", "board")
+    assert ENGINES == ("torch", "vmap", "device", "board")
 
 
 def test_sparse_integers_train_what_they_say_and_nothing_else(started: State) -> None:

@@ -98,6 +98,7 @@ class Engine(Protocol):
 
 _ENGINES: Mapping[str, tuple[str, str]] = {
     "torch": ("efftrain.federated.engines.torch_engine", "TorchEngine"),
+    "vmap": ("efftrain.federated.engines.vmap_engine", "VmapEngine"),
     "device": ("efftrain.federated.engines.device_engine", "DeviceEngine"),
     "board": ("efftrain.federated.engines.board_engine", "BoardEngine"),
 }
