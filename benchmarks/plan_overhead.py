@@ -53,7 +53,7 @@ def by_hand(case: str) -> Callable[[Any, Any], None]:
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=False)
 
     if case == "pipeline":
-        cut = cut_model(model, torch.zeros(BATCH // 4, MODEL["context"], dtype=torch.int64), 2)[rank].module
+        cut = cut_model(model, torch.zeros(BATCH // 4, MODEL["context"], dtype=torch.int64), 2)[rank].build(model)
         schedule = Schedule1F1B(PipelineStage(cut, rank, size, torch.device("cpu")), n_microbatches=4, loss_fn=loss_of)
         optimizer = optimizer_of(cut.parameters())
 

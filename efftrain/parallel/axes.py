@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -20,7 +19,7 @@ from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
 from efftrain.parallel.local import local
-from efftrain.parallel.replicas import TransportLine, second_line, sum_numbers
+from efftrain.parallel.replicas import TransportLine
 from efftrain.training import Exchange
 
 
@@ -70,7 +69,7 @@ class Axes:
         return self.replicas if name == "data" else self.mesh[name]
 
 
-class ManyAxes:
+class ManyAxes(TransportLine):
     """An ``Exchange`` of a rank whose model is divided: the data axis exchanges, the others only agree.
 
     Args:
@@ -82,9 +81,9 @@ class ManyAxes:
     is_divided = True
 
     def __init__(self, axes: Axes, inner: Exchange, world: Transport) -> None:
-        self.rank, self.world_size = world.rank, world.world_size
+        super().__init__(world)
         self.replica, self.num_replicas = inner.replica, inner.num_replicas
-        self._axes, self._inner, self._world = axes, inner, world
+        self._axes, self._inner = axes, inner
         self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None
         self._weights = torch.empty(0)
@@ -100,14 +99,6 @@ class ManyAxes:
     def local_only(self) -> AbstractContextManager[None]:
         """See ``Exchange``."""
         return self._inner.local_only()
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """See ``sum_numbers``."""
-        return sum_numbers(self._world, values)
-
-    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
-        """See ``Exchange``."""
-        return second_line(self._world)
 
     def sync_buffers(self, model: nn.Module) -> None:
         """Over the data axis; the ranks of a tensor axis saw the same samples."""

@@ -5,16 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.collectives import ring_bytes
-from efftrain.parallel.replicas import TransportLine, broadcast, check_replicas, second_line, sum_numbers
+from efftrain.parallel.replicas import Replicas
 from efftrain.training.exchange import local_grad_norm
 
 
-class DataParallel:
+class DataParallel(Replicas):
     """Averages gradients over all processes; an ``Exchange`` of the training step.
 
     Args:
@@ -25,9 +24,8 @@ class DataParallel:
     is_divided = False
 
     def __init__(self, transport: Transport, *, bucket_mb: float | None = None) -> None:
-        self.rank = self.replica = transport.rank
-        self.world_size = self.num_replicas = transport.world_size
-        self._transport, self._bucket_mb = transport, bucket_mb
+        super().__init__(transport)
+        self._bucket_mb = bucket_mb
         # Weak: the reducer inside it would outlive the process group. See Note [no Python on gloo threads] in sync.py.
         self._model: weakref.ref[DistributedDataParallel] | None = None
         self._ring_bytes = 0.0
@@ -50,23 +48,6 @@ class DataParallel:
         assert wrapped is not None, "local_only() before wrap(), or its module is gone"
         with wrapped.no_sync():
             yield
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """See ``sum_numbers``."""
-        return sum_numbers(self._transport, values)
-
-    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
-        """See ``Exchange``."""
-        return second_line(self._transport)
-
-    def sync_buffers(self, model: nn.Module) -> None:
-        """One broadcast a buffer, as DDP does before each forward pass."""
-        for buffer in model.buffers():
-            broadcast(self._transport, buffer)
-
-    def check_replicas(self, model: nn.Module) -> None:
-        """See ``Exchange``."""
-        check_replicas(self._transport, model)
 
     def finish(self) -> bool:
         """DDP has waited already; inf and NaN are in the mean of all ranks."""

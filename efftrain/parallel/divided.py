@@ -13,13 +13,14 @@ from torch.distributed.tensor.parallel import loss_parallel
 from efftrain.errors import ConfigError
 from efftrain.parallel.axes import Axes, ManyAxes
 from efftrain.parallel.graph import part_of
+from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import Pipeline, stages_of
 from efftrain.parallel.recompute import blocks, compile_blocks, recompute
 from efftrain.parallel.replicas import refuse_other_models
 from efftrain.parallel.sharded import Sharded
-from efftrain.parallel.stages import StageCut, cut_model
+from efftrain.parallel.stages import StageCut
 from efftrain.parallel.sync import GradSync, SyncConfig
-from efftrain.parallel.tensor import TensorPlan, divide, plan_tensor
+from efftrain.parallel.tensor import TensorPlan, divide
 from efftrain.training import Exchange, Objective, SingleProcess, StepConfig
 from efftrain.training.compute import Compute, WholeModel
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def divided(
     plan: "Plan",
     model: nn.Module,
-    share: Tensor,
+    layout: Layout,
     axes: Axes,
     *,
     objective: Objective,
@@ -42,15 +43,13 @@ def divided(
     Args:
         plan: Checked.
         model: The whole model, on the device of this rank, equal on all ranks; its parts are taken over.
-        share: Inputs of one replica's part of a batch.
+        layout: Of the plan and the model.
         axes: The mesh of the plan.
         objective: Gives the mean loss of a batch.
         step: How one update is computed.
         sync: Of the data axis.
     """
-    tensor_plan = None
-    if plan.tensor > 1:
-        tensor_plan = plan_tensor(model, share, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
+    tensor_plan, cuts = layout.tensor, layout.cuts
     bf16 = step.precision == "bf16"
     world = axes.world()
     refuse_other_models(world, model)
@@ -75,13 +74,10 @@ def divided(
             bf16=bf16,
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
-    together = () if tensor_plan is None else tensor_plan.together
-    micro_batch = share[: len(share) // plan.num_micro_batches]
-    cuts = cut_model(model, micro_batch, plan.num_stages, together=together, bf16=bf16)
     _change_blocks(plan, model, cuts)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})
-    stages: dict[int, nn.Module] = {number: cuts[number].module for number in own}
+    stages: dict[int, nn.Module] = {number: cuts[number].build(model) for number in own}
     if tensor_plan is not None:
         divide(part, tensor_plan, axes.mesh["tensor"])
         for stage in stages.values():

@@ -14,6 +14,7 @@ from efftrain.parallel.axes import Axes
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.data import DataParallel
 from efftrain.parallel.divided import divided
+from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import (
     SCHEDULES,
     SPLIT_BACKWARD,
@@ -139,7 +140,7 @@ class Plan:
         model: nn.Module | None = None,
         example: Tensor | None = None,
         step: StepConfig | None = None,
-    ) -> None:
+    ) -> Layout:
         """Refuse a plan that does not fit the processes, or the model. Needs no process group.
 
         Args:
@@ -148,23 +149,40 @@ class Plan:
             example: Inputs of a batch, as ``apply`` takes them.
             step: How one update is computed.
 
+        Returns:
+            How it divides the model; ``apply`` takes it.
+
         Raises:
             ConfigError: With the remedy.
         """
         if model is None:
             self._check_processes(world_size)
-            return
+            return Layout()
         if self.checkpointing != "none":
             check_blocks(model, self.checkpointing)
         step = step or StepConfig()
         share = self._share(world_size, example, step)
-        together: tuple[frozenset[str], ...] = ()
+        return self.lay_out(model, share, bf16=step.precision == "bf16")
+
+    def lay_out(self, model: nn.Module, share: Tensor, *, bf16: bool = False) -> Layout:
+        """Find out how the tensor and pipeline axis divide a model.
+
+        Args:
+            model: The whole model; not changed.
+            share: Inputs of one replica, a multiple of the micro-batches; not looked at without such an axis.
+            bf16: It runs under autocast.
+
+        Raises:
+            ConfigError: They cannot; see ``plan_tensor`` and ``cut_model``.
+        """
+        tensor, cuts = None, []
         if self.tensor > 1:
-            together = plan_tensor(model, share, self.tensor, self.tensor_styles, sequence=self.sequence).together
+            tensor = plan_tensor(model, share, self.tensor, self.tensor_styles, sequence=self.sequence)
         if self.pipeline > 1:
             micro_batch = share[: len(share) // self.num_micro_batches]
-            bf16 = step.precision == "bf16"
-            cut_model(model, micro_batch, self.num_stages, together=together, bf16=bf16)
+            together = () if tensor is None else tensor.together
+            cuts = cut_model(model, micro_batch, self.num_stages, together=together, bf16=bf16)
+        return Layout(tensor, tuple(cuts))
 
     def _check_processes(self, world_size: int) -> None:
         replicas = self.replicas(world_size)
@@ -204,6 +222,7 @@ class Plan:
         step: StepConfig | None = None,
         total_steps: int | None = None,
         seed: int = 0,
+        layout: Layout | None = None,
     ) -> Job:
         """Turn a plain model into a job of this rank.
 
@@ -217,17 +236,20 @@ class Plan:
             step: How one update is computed.
             total_steps: Length of the schedule in updates; without it the learning rate stays at its peak.
             seed: Of stochastic rounding in the codec.
+            layout: What ``check`` found for this model and example; found now if left out.
 
         Raises:
             ConfigError: The plan does not fit the processes started, or the model.
         """
         step = step or StepConfig()
         world_size = mesh.world_size()
-        share = self._share(world_size, example, step)
+        if layout is None:
+            device = next(model.parameters()).device
+            layout = self.check(world_size, model, None if example is None else example.to(device), step)
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         if self.is_divided and world_size > 1:
-            return self._divided_job(model, share, objective, optimizer, step, total_steps, momentum, seed)
+            return self._divided_job(model, layout, objective, optimizer, step, total_steps, momentum, seed)
         recompute(model, self.checkpointing)
         if self.compile:
             compile_blocks(model)
@@ -242,7 +264,7 @@ class Plan:
     def _divided_job(
         self,
         model: nn.Module,
-        share: Tensor,
+        layout: Layout,
         objective: Objective,
         optimizer: OptimizerConfig,
         step: StepConfig,
@@ -263,7 +285,7 @@ class Plan:
         part, exchange, compute = divided(
             self,
             model,
-            share.to(device),
+            layout,
             axes,
             objective=objective,
             step=step,

@@ -18,6 +18,7 @@ from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import launched, mesh
 from efftrain.parallel.agreement import check_agreement, facts_of
+from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import Schedule
 from efftrain.parallel.plan import Plan
 from efftrain.parallel.recompute import Checkpointing
@@ -216,12 +217,11 @@ class _Prepared:
     """What a run is made of, checked before the ranks meet."""
 
     plan: Plan
+    layout: Layout
     model: nn.Module
     train_data: Dataset
     test_data: Dataset
     num_outputs: int
-    example: torch.Tensor
-    """Inputs of a batch."""
 
 
 def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
@@ -248,8 +248,8 @@ def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
     recipe.loop.steps_per_epoch(len(train_data))
     num_outputs = _check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
     example = torch.from_numpy(train_data.batch(np.arange(recipe.loop.batch_size))[0])
-    plan.check(world_size, model, example, recipe.step)
-    return _Prepared(plan, model, train_data, test_data, num_outputs, example)
+    layout = plan.check(world_size, model, example, recipe.step)
+    return _Prepared(plan, layout, model, train_data, test_data, num_outputs)
 
 
 def _train(
@@ -273,11 +273,11 @@ def _train(
             raise ConfigError(f"{teacher} has {found} outputs, expected those of the model, {prepared.num_outputs}")
     job = plan.apply(
         model.to(device),
-        prepared.example,
         objective=objective,
         optimizer=recipe.optimizer,
         step=recipe.step,
         seed=recipe.seed,
+        layout=prepared.layout,
     )
     # Ranks that divide the layers of one replica drop out the same units.
     set_seed(recipe.seed, job.exchange.replica, deterministic=recipe.loop.deterministic)

@@ -42,7 +42,7 @@ def start_equal(transport: Transport, model: nn.Module) -> None:
 
 
 class TransportLine:
-    """Numbers over a transport; a ``Line``."""
+    """Numbers over a transport: a ``Line``, and what each ``Exchange`` has of one."""
 
     def __init__(self, transport: Transport) -> None:
         self.rank, self.world_size = transport.rank, transport.world_size
@@ -52,11 +52,31 @@ class TransportLine:
         """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
 
+    def second_line(self) -> "tuple[TransportLine, ProcessGroup] | None":
+        """See ``Exchange``."""
+        found = self._transport.second()
+        return None if found is None else (TransportLine(found[0]), found[1])
 
-def second_line(transport: Transport) -> tuple[TransportLine, ProcessGroup] | None:
-    """See ``Exchange``."""
-    found = transport.second()
-    return None if found is None else (TransportLine(found[0]), found[1])
+
+class Replicas(TransportLine):
+    """The data axis: what its exchanges have in common, whatever they do with gradients.
+
+    Args:
+        transport: The data axis.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
+        self.replica, self.num_replicas = transport.rank, transport.world_size
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """One broadcast a buffer, as DDP does before each forward pass."""
+        for buffer in model.buffers():
+            broadcast(self._transport, buffer)
+
+    def check_replicas(self, model: nn.Module) -> None:
+        """See ``check_replicas``."""
+        check_replicas(self._transport, model)
 
 
 def refuse_other_models(transport: Transport, model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -13,14 +12,14 @@ from efftrain.compression import Codec, Identity
 from efftrain.errors import CheckpointError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.hooks import CompressedReduceScatter, compress_fsdp
-from efftrain.parallel.replicas import TransportLine, broadcast, second_line, start_equal, sum_numbers
+from efftrain.parallel.replicas import Replicas, start_equal
 from efftrain.training.exchange import local_grad_norm
 
 _LARGE = 1 << 20
 """A layer of a ``Sequential`` with so many parameters is gathered on its own."""
 
 
-class Sharded:
+class Sharded(Replicas):
     """Divides weights, gradients and optimizer state over the data axis; an ``Exchange`` of the training step.
 
     Args:
@@ -48,9 +47,8 @@ class Sharded:
         stages: Sequence[nn.Module] = (),
         seed: int = 0,
     ) -> None:
-        self.rank = self.replica = transport.rank
-        self.world_size = self.num_replicas = transport.world_size
-        self._transport, self._mesh, self._stages = transport, mesh, stages
+        super().__init__(transport)
+        self._mesh, self._stages = mesh, stages
         self._codec, self._free_weights, self._seed = codec, free_weights, seed
         self._roots: list[FSDPModule] = []
         self._codecs: list[CompressedReduceScatter] = []
@@ -80,19 +78,6 @@ class Sharded:
         finally:
             for root in self._roots:
                 root.set_requires_gradient_sync(True)
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """See ``sum_numbers``."""
-        return sum_numbers(self._transport, values)
-
-    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
-        """See ``Exchange``."""
-        return second_line(self._transport)
-
-    def sync_buffers(self, model: nn.Module) -> None:
-        """One broadcast a buffer."""
-        for buffer in model.buffers():
-            broadcast(self._transport, buffer)
 
     def check_replicas(self, model: nn.Module) -> None:
         """There is one copy of each weight, or copies that no code of ours writes apart."""

@@ -19,10 +19,10 @@ from efftrain.parallel.graph import NodeFacts, facts, trace, uses
 
 @dataclass(frozen=True, eq=False)
 class StageCut:
-    """One stage of a model, the same on all ranks until each keeps its own."""
+    """One stage of a model, without its weights."""
 
-    module: fx.GraphModule
-    """Takes one tensor and gives one. Its parts are the model's own."""
+    graph: fx.Graph
+    """Takes one tensor and gives one."""
     names: tuple[str, ...]
     """Modules and single parameters that it uses."""
     cost: float
@@ -31,6 +31,10 @@ class StageCut:
     input_dtype: torch.dtype
     output_shape: tuple[int, ...]
     output_dtype: torch.dtype
+
+    def build(self, model: nn.Module) -> fx.GraphModule:
+        """The stage, made of the model's own parts: of the model that was cut, or one that has the same."""
+        return fx.GraphModule(model, self.graph)
 
 
 def cut_model(
@@ -79,7 +83,7 @@ def cut_model(
     start, given = 0, None
     for number, end in enumerate(chosen):
         last = number == num_stages - 1
-        cuts.append(_stage(model, nodes[start:end], given, None if last else nodes[end - 1], found))
+        cuts.append(_stage(nodes[start:end], given, None if last else nodes[end - 1], found))
         start, given = end, nodes[end - 1]
     _refuse_shared(
         model, graph, {node: i for i, (a, b) in enumerate(itertools.pairwise([0, *chosen])) for node in nodes[a:b]}
@@ -157,7 +161,6 @@ def _can_open(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _stage(
-    model: nn.Module,
     nodes: Sequence[fx.Node],
     given: fx.Node | None,
     result: fx.Node | None,
@@ -180,7 +183,7 @@ def _stage(
     last = result if result is not None else nodes[-1]
     before, after = found[first].value, found[last].value
     return StageCut(
-        fx.GraphModule(model, graph),
+        graph,
         tuple(sorted(names)),
         sum(found[node].cost for node in nodes),
         tuple(before.shape),

@@ -28,7 +28,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from efftrain.compression import Codec, Feedback, LowRank, redistribute
 from efftrain.compression.wire import Floats
@@ -50,14 +49,7 @@ from efftrain.parallel.collectives import (
 )
 from efftrain.parallel.feedback import AXES, of_replicas
 from efftrain.parallel.local import local, local_grad
-from efftrain.parallel.replicas import (
-    TransportLine,
-    broadcast,
-    check_replicas,
-    second_line,
-    start_equal,
-    sum_numbers,
-)
+from efftrain.parallel.replicas import Replicas, start_equal
 from efftrain.training.exchange import local_grad_norm
 
 
@@ -98,7 +90,7 @@ class SyncConfig:
             )
 
 
-class GradSync:
+class GradSync(Replicas):
     """Averages gradients over a group of ranks; an ``Exchange`` of the training step.
 
     The model stays as it is: hooks on its parameters start the exchanges. A parameter without a gradient on this rank
@@ -116,10 +108,8 @@ class GradSync:
     is_divided = False
 
     def __init__(self, codec: Codec, transport: Transport, config: SyncConfig | None = None) -> None:
+        super().__init__(transport)
         self.codec, self.config = codec, config or SyncConfig()
-        self.rank = self.replica = transport.rank
-        self.world_size = self.num_replicas = transport.world_size
-        self._transport = transport
         if self.config.whole_buckets and codec.combine in ("sum", "low_rank"):
             raise ConfigError(f"{codec} sends matrices one by one, leave out whole_buckets")
         inside, between = None, transport
@@ -170,19 +160,6 @@ class GradSync:
         finally:
             self._suspended = False
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """See ``sum_numbers``."""
-        return sum_numbers(self._transport, values)
-
-    def second_line(self) -> tuple[TransportLine, ProcessGroup] | None:
-        """See ``Exchange``."""
-        return second_line(self._transport)
-
-    def sync_buffers(self, model: nn.Module) -> None:
-        """One broadcast a buffer."""
-        for buffer in model.buffers():
-            broadcast(self._transport, buffer)
-
     def finish(self) -> bool:
         """Start what has not started, wait for all, and leave the mean of all ranks in ``.grad``.
 
@@ -211,10 +188,6 @@ class GradSync:
         self._feedback.settle(ok)
         self._link.healthy = True
         self._num_steps += 1
-
-    def check_replicas(self, model: nn.Module) -> None:
-        """See ``Exchange``."""
-        check_replicas(self._transport, model)
 
     def stats(self) -> dict[str, float]:
         """Of the steps since the last call, on this rank.

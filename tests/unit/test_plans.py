@@ -154,11 +154,11 @@ def test_stages_in_a_row_are_the_model(name: str, num_stages: int) -> None:
     for stage in stages:
         assert tuple(value.shape) == stage.input_shape
         assert value.dtype == stage.input_dtype
-        value = stage.module(value)
+        value = stage.build(model)(value)
     assert torch.equal(value, model(inputs))
-    names = [name for stage in stages for name, _ in stage.module.named_parameters()]
+    names = [name for stage in stages for name, _ in stage.build(model).named_parameters()]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters()), "each parameter in one stage"
-    assert all(any(True for _ in stage.module.parameters()) for stage in stages)
+    assert all(any(True for _ in stage.build(model).parameters()) for stage in stages)
 
 
 def test_blocks_are_opened_only_if_need_be() -> None:
