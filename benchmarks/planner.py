@@ -11,12 +11,15 @@ import argparse
 import ctypes
 import datetime
 import gc
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -25,21 +28,20 @@ from typing import Any
 import torch
 
 from benchmarks.limited_link import SUBNET, network
-from efftrain.compression import format_codec, parse_codec
+from efftrain.compression import parse_codec
 from efftrain.config.load import from_dict
-from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan, mesh
-from efftrain.parallel.planner import Planner, Setting, describe
-from efftrain.parallel.planner.calibrate import calibrate, measure_link
-from efftrain.parallel.planner.hardware import Hardware, Link, load_hardware
+from efftrain.parallel.backends import Transport
+from efftrain.parallel.planner import Hardware, Planner, Setting, describe, load_hardware
+from efftrain.parallel.planner.calibrate import Calibration
+from efftrain.parallel.replicas import sum_numbers
 from efftrain.training import OptimizerConfig
 
 HERE = Path(__file__).parent
 WARM_UP = 3
-SLICE_S = 1.5
-ROUNDS = 8
-REPEATS = {False: 2, True: 2}
+BLOCK_S = 0.3
+ROUNDS = 7
 OPTIMIZER = OptimizerConfig(lr=0.01, momentum=0.9, schedule="constant")
 # Name -> family, options, samples of a batch. Steps of a few milliseconds find a quiet moment on a machine with other
 # work, so the small models are judged by their time; memory of large ones is no matter of luck.
@@ -72,12 +74,6 @@ def setting(name: str) -> Setting:
     return Setting(model, sample, batch_size, OPTIMIZER)
 
 
-def measured_hardware(name: str) -> Hardware:
-    """This machine, and one model on one process."""
-    base = replace(load_hardware("laptop_2core"), cores=os.cpu_count() or 1, memory_gib=1e6)
-    return calibrate(base, setting(name), rounds=ROUNDS if name in SMALL else 1)
-
-
 def plans(name: str, ranks: int, rate: str) -> list[Plan]:
     """Of the data axis with every codec; where links are fast enough for them, of the other axes."""
     found = [Plan(codec=parse_codec(codec)) for codec in CODECS]
@@ -95,45 +91,87 @@ def plans(name: str, ranks: int, rate: str) -> list[Plan]:
 
 
 def worker(name: str, rate: str) -> None:
-    """One rank: measure the link, then every plan; rank 0 prints."""
+    """One rank: what the planner needs to know, and every plan, in turns; rank 0 prints."""
     torch.set_num_threads(1)
+    go_first()
     with mesh.process_group(timeout_s=120) as device:
-        base = load_hardware("laptop_2core").inside
-        link = measure_link(mesh.transport(device), base)
+        if name in SMALL:
+            times(name, rate, mesh.transport(device))
+        else:
+            memory(name, rate, mesh.transport(device))
+
+
+def go_first() -> None:
+    """Other work on the machine gives way: a rank that wakes up runs at once, as on a machine of its own."""
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Ranks that share a core take turns as short as those of other processes, 3 ms."""
+    setting = Path("/proc/sys/kernel/sched_rr_timeslice_ms")
+    before = setting.read_text(encoding="ascii")
+    setting.write_text("3", encoding="ascii")
+    try:
+        yield
+    finally:
+        setting.write_text(before, encoding="ascii")
+
+
+def times(name: str, rate: str, transport: Transport) -> None:
+    """Rounds of calibration and of some steps of every plan, so that noise hurts both alike."""
+    jobs = [_Steps(name, plan) for plan in plans(name, mesh.world_size(), rate)]
+    base = replace(load_hardware("laptop_2core"), cores=os.cpu_count() or 1, memory_gib=1e6)
+    calibration = Calibration(base, setting(name), transport)
+    for _ in range(ROUNDS):
+        calibration.measure()
+        for number, job in enumerate(jobs):
+            step_s = job.step_s()
+            if mesh.rank() == 0:
+                print(json.dumps({"number": number, "step_s": step_s, "load": os.getloadavg()[0]}), flush=True)
+    if mesh.rank() == 0:
+        print(json.dumps({"hardware": asdict(calibration.hardware())}), flush=True)
+
+
+class _Steps:
+    """Steps of a plan, in blocks."""
+
+    def __init__(self, name: str, plan: Plan) -> None:
+        what = setting(name)
+        shape = (what.batch_size, *what.sample.shape[1:])
+        if what.sample.dtype == torch.int64:
+            inputs, targets = torch.randint(256, shape), torch.randint(256, shape)
+        else:
+            inputs, targets = torch.randn(shape), torch.randint(10, shape[:1])
+        self._job = plan.apply(what.model, inputs, optimizer=what.optimizer)
+        self._batch = self._job.share(inputs, targets)
+        self._take(WARM_UP)
+        took = self._job.exchange.sum([median(self._take(3))])[0] / mesh.world_size()
+        self._num = max(3, min(50, round(BLOCK_S / took)))  # equal on all ranks
+
+    def step_s(self) -> float:
+        """Seconds of the middle step of a block."""
+        self._job.exchange.sum([0.0])
+        return median(self._take(self._num))
+
+    def _take(self, num: int) -> list[float]:
+        times = [time.perf_counter()]
+        for _ in range(num):
+            self._job.step(*self._batch)
+            times.append(time.perf_counter())
+        return [after - before for before, after in itertools.pairwise(times)]
+
+
+def memory(name: str, rate: str, transport: Transport) -> None:
+    """The most memory that a rank takes for each plan beyond what it had before."""
+    for number, plan in enumerate(plans(name, mesh.world_size(), rate)):
+        before = memory_before()
+        job = _Steps(name, plan)
+        peak = status_bytes("VmHWM") - before
+        del job
+        peaks = sum_numbers(transport, [float(peak * (rank == mesh.rank())) for rank in range(mesh.world_size())])
         if mesh.rank() == 0:
-            print(json.dumps({"link": asdict(link)}), flush=True)
-        # All plans in turn, and again: other work does not last. The first of a kind loads code, too.
-        for _ in range(REPEATS[name in LARGE]):
-            for number, plan in enumerate(plans(name, mesh.world_size(), rate)):
-                try:
-                    found = measure(name, plan)
-                except ConfigError as error:
-                    found = {"refused": str(error)}
-                if mesh.rank() == 0:
-                    print(json.dumps({"number": number, **found}), flush=True)
-
-
-def measure(name: str, plan: Plan) -> dict[str, Any]:
-    """Steps of one plan, and the most memory that a rank took for it beyond what it had before."""
-    before = memory_before()
-    what = setting(name)
-    size = what.batch_size // plan.replicas(mesh.world_size())
-    inputs = what.sample.expand(size, *what.sample.shape[1:]).contiguous()
-    targets = torch.zeros((size, *(inputs.shape[1:] if inputs.dtype == torch.int64 else ())), dtype=torch.long)
-    job = plan.apply(what.model, inputs, optimizer=what.optimizer)
-    del what
-    times: list[float] = []
-    while True:
-        started = time.perf_counter()
-        job.step(inputs, targets)
-        times.append(time.perf_counter() - started)
-        enough = sum(times[WARM_UP:]) > SLICE_S or len(times) >= WARM_UP + (300 if name in SMALL else 2)
-        # All ranks stop after the same step.
-        if len(times) > WARM_UP + 2 and job.exchange.sum([float(enough and mesh.rank() == 0)])[0]:
-            break
-    peak = status_bytes("VmHWM") - before
-    peaks = job.exchange.sum([float(peak) if rank == mesh.rank() else 0.0 for rank in range(mesh.world_size())])
-    return {"steps_s": times[WARM_UP:], "memory_bytes": max(peaks), "load": os.getloadavg()[0]}
+            print(json.dumps({"number": number, "memory_bytes": max(peaks)}), flush=True)
 
 
 def memory_before() -> int:
@@ -184,44 +222,54 @@ def run_ranks(name: str, ranks: int, rate: str, timeout_s: float) -> list[dict[s
     return [json.loads(line) for line in (output or "").splitlines() if line.startswith("{")]
 
 
-def judge(name: str, ranks: int, rate: str, lines: list[dict[str, Any]], hardware: Hardware) -> list[dict[str, Any]]:
+def shorten_bucket(ranks: int, rate: str) -> None:
+    """Let a node send no more ahead of its rate than what fills 0.6 ms: a real link has no credit to save up."""
+    megabits = int(rate.removesuffix("gbit")) * 1000 if rate.endswith("gbit") else int(rate.removesuffix("mbit"))
+    burst = megabits * 75
+    for rank in range(ranks):
+        # What the kernel hands over at once must fit, or the bucket cuts it up at the processor's expense.
+        for command in (
+            f"ip -n eft{rank} link set dev eth0 gso_max_size {min(65536, burst - 500)}",
+            f"tc -n eft{rank} qdisc change dev eth0 root tbf rate {rate} burst {burst} latency 200ms",
+        ):
+            subprocess.run(command.split(), check=True)
+
+
+def judge(name: str, ranks: int, rate: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Measured beside predicted."""
-    if not lines:
-        return []
-    link = from_dict(Link, lines[0]["link"])
-    planner = Planner(setting(name), replace(hardware, inside=link, between=link, ranks_per_node=ranks))
+    hardware = replace(load_hardware("laptop_2core"), memory_gib=1e6)
+    for line in lines:
+        if "hardware" in line:
+            hardware = from_dict(Hardware, line["hardware"])
+    planner = Planner(setting(name), hardware)
     rows = []
     for number, plan in enumerate(plans(name, ranks, rate)):
-        some = [line for line in lines[1:] if line["number"] == number]
-        line = some[-1] if some else {"refused": "not run"}
-        row: dict[str, Any] = {"model": name, "ranks": ranks, "rate": rate, "codec": format_codec(plan.codec)}
-        if "refused" in line:
+        some = [line for line in lines if line.get("number") == number]
+        if not some:
             continue
         found = planner.predict(plan, ranks)
-        row |= {
-            "plan": " ".join(
-                f"{key}={value}" for key, value in describe(found.plan).items() if value != 1 or key == "data"
-            ),
-            "measured_s": min(step for one in some for step in one["steps_s"]),
-            "median_s": median(step for one in some for step in one["steps_s"]),
-            "num_steps": sum(len(one["steps_s"]) for one in some),
-            "load": line["load"],
-            "link": asdict(link),
-            "measured_bytes": line["memory_bytes"],
+        axes = describe(found.plan)
+        row: dict[str, Any] = {
+            "model": name,
+            "ranks": ranks,
+            "rate": rate,
+            "plan": " ".join(f"{key}={value}" for key, value in axes.items() if value != 1 or key == "data"),
             **{f"predicted_{key}": value for key, value in found.to_dict().items()},
         }
-        row["time_error"] = row["predicted_step_s"] / row["measured_s"] - 1
-        row["memory_error"] = row["predicted_memory_bytes"] / row["measured_bytes"] - 1
+        if name in SMALL:
+            steps = [line["step_s"] for line in some]
+            row |= {"measured_s": median(steps), "rounds_s": steps, "load": max(line["load"] for line in some)}
+            row["scatter"] = (max(steps) - min(steps)) / median(steps)
+            row["time_error"] = row["predicted_step_s"] / row["measured_s"] - 1
+            parts = {key: round(1000 * value, 1) for key, value in row["predicted_time"].items() if value}
+            text = f"{1000 * row['measured_s']:.1f} ms, {1000 * row['predicted_step_s']:.1f} {parts}"
+            text += f" {row['time_error']:+.0%}, scatter {row['scatter']:.0%}"
+        else:
+            row["measured_bytes"] = some[-1]["memory_bytes"]
+            row["memory_error"] = row["predicted_memory_bytes"] / row["measured_bytes"] - 1
+            text = f"{row['measured_bytes'] / 1e6:.1f} MB, {row['predicted_memory_bytes'] / 1e6:.1f}"
         rows.append(row)
-        print(
-            f"{name} {ranks} {rate} {row['plan']}: {1000 * row['measured_s']:.0f} ms measured, "
-            f"{1000 * row['predicted_step_s']:.0f} predicted ({row['time_error']:+.0%}); "
-            f"{row['measured_bytes'] / 1e6:.1f} MB, {row['predicted_memory_bytes'] / 1e6:.1f} "
-            f"({row['memory_error']:+.0%})",
-            {k: round(1000 * v) for k, v in row["predicted_time"].items()},
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{name} {ranks} {rate} {row['plan']}: {text}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -258,19 +306,22 @@ def render(report: dict[str, Any]) -> str:
         f"| the first choice within 10 % of the best measured | {good} of {len(choices)} |",
         f"| peak memory of a rank within 10 % | {memory} of {len(large)} |",
         "",
-        f"Measured: the fastest step of {REPEATS[False]} times {SLICE_S:g} s, {WARM_UP} steps before each left out, "
-        "since other work on the machine disturbs the median (the load average is beside it); memory is the growth of "
-        "the resident set at its peak, of the rank with the largest. "
-        "Times are judged of the small models, whose steps find a quiet moment, memory of the large ones. "
-        "Calibrated on one process for each model, and the link of each network. One thread a process.",
+        f"Measured: the middle step of {BLOCK_S:g} s, of that the median of {ROUNDS} rounds, in turns with what the "
+        "planner is told; memory is the growth of the resident set at its peak, of the rank with the largest. The "
+        "ranks go before other work on the machine (SCHED_RR, turns of 3 ms). Times are judged of the small models, "
+        "memory of the large ones. "
+        "The planner is told what `efftrain plan --calibrate` finds between the ranks of a network: this machine, its "
+        "codecs on random gradients, the model on one process, the link, and steps of small probes under each axis. "
+        "Plans, codecs and exchanges of the models are held out. One thread a process. Scatter: between the slowest "
+        "and the fastest round, in parts of the median.",
         "",
-        "| model | ranks | rate | plan | ms measured | median | predicted | error | load |",
+        "| model | ranks | rate | plan | ms measured | predicted | error | scatter | load |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in timed:
         lines.append(
-            f"| {row['model']} | {row['ranks']} | {row['rate']} | {row['plan']} | {1000 * row['measured_s']:.0f} | "
-            f"{1000 * row['median_s']:.0f} | {1000 * row['predicted_step_s']:.0f} | {100 * row['time_error']:+.0f} % | "
+            f"| {row['model']} | {row['ranks']} | {row['rate']} | {row['plan']} | {1000 * row['measured_s']:.1f} | "
+            f"{1000 * row['predicted_step_s']:.1f} | {100 * row['time_error']:+.0f} % | {100 * row['scatter']:.0f} % | "
             f"{row['load']:.1f} |"
         )
     lines += ["", "| model | ranks | plan | MB measured | predicted | error |", "|---|---|---|---|---|---|"]
@@ -328,14 +379,14 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     machines: dict[str, Any] = {}
     for name in args.models:
-        hardware = measured_hardware(name)
         rates = args.rates if name in SMALL else args.rates[-1:]
-        machines[name] = asdict(hardware)
-        print(name, {k: v for k, v in machines[name].items() if isinstance(v, float)}, file=sys.stderr, flush=True)
         for ranks in args.ranks if name in SMALL else args.ranks[:1]:
             for rate in rates:
-                with network(ranks, rate):
-                    rows += judge(name, ranks, rate, run_ranks(name, ranks, rate, args.timeout), hardware)
+                with network(ranks, rate), short_turns():
+                    shorten_bucket(ranks, rate)
+                    lines = run_ranks(name, ranks, rate, args.timeout)
+                rows += judge(name, ranks, rate, lines)
+                machines |= {f"{name} {ranks} {rate}": line["hardware"] for line in lines if "hardware" in line}
     report = {
         "command": f"python -m benchmarks.planner --ranks {' '.join(map(str, args.ranks))} "
         f"--rates {' '.join(args.rates)}",

@@ -24,7 +24,10 @@ def plan_command(
         str, typer.Option(help="A shipped cluster's name or a TOML file; see efftrain/parallel/planner/clusters.")
     ] = "laptop_2core",
     calibrate: Annotated[
-        bool, typer.Option(help="Measure this machine first, 2 s, in place of the file's own figures.")
+        bool,
+        typer.Option(
+            help="Measure this machine first, 2 s; under torchrun also links and axes between its ranks, some more."
+        ),
     ] = False,
     write: Annotated[Path | None, typer.Option(help="Write the calibrated hardware file here.")] = None,
     overrides: Annotated[
@@ -44,9 +47,13 @@ def plan_command(
     cluster = load_hardware(hardware)
     setting = setting_of(settings)
     if calibrate:
+        from efftrain.parallel import mesh
         from efftrain.parallel.planner.calibrate import calibrate as measure
 
-        cluster = measure(cluster, setting)
+        with mesh.process_group() as device:
+            cluster = measure(cluster, setting, mesh.transport(device) if mesh.world_size() > 1 else None)
+            if mesh.rank():
+                return  # the first one speaks
         if write is not None:
             write.write_text(dump_toml(cluster), encoding="utf-8")
             say(f"wrote {write}; use it with --hardware {write}")

@@ -1,5 +1,7 @@
 """The bytes that the planner predicts are those that a step sends."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from efftrain.compression import parse_codec
 from efftrain.models import build_model
 from efftrain.parallel import Plan, SyncConfig, mesh
 from efftrain.parallel.planner import Planner, Setting
+from efftrain.parallel.planner.calibrate import calibrate
 from efftrain.parallel.planner.hardware import load_hardware
 from efftrain.training import OptimizerConfig
 from tests.distributed import jobs
@@ -37,6 +40,21 @@ def send() -> list[float]:
         job.step(inputs.float(), torch.zeros(share, dtype=torch.long))
         sent.append(job.exchange.stats()["wire_bytes"])
     return sent
+
+
+@jobs.in_group
+def measure() -> dict[str, float]:
+    setting = Setting(build_model("watch-cnn"), torch.zeros(1, *SHAPE), BATCH, OptimizerConfig())
+    found = calibrate(load_hardware("laptop_2core"), setting, mesh.transport(torch.device("cpu")))
+    return {name: value for name, value in asdict(found).items() if isinstance(value, float)} | asdict(found.inside)
+
+
+@pytest.mark.slow
+def test_ranks_measure_what_is_between_them(start_ranks: StartRanks) -> None:
+    found, _ = start_ranks(measure, 2).results()
+    assert found["gbit_s"] != load_hardware("laptop_2core").inside.gbit_s
+    for name in ("latency_us", "gbit_s", "cpu_ns_per_byte", "gathered_layer_us", "divided_operator_us"):
+        assert 0 < found[name] < 1e5, name
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

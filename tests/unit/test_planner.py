@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from efftrain.compression import Identity, Int8, LowRank, TopK
 from efftrain.config import dump_toml
@@ -17,7 +18,7 @@ from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan
 from efftrain.parallel.planner import Planner, Prediction, Refusal, Setting, enumerate_plans, reasons
-from efftrain.parallel.planner.calibrate import calibrate
+from efftrain.parallel.planner.calibrate import Axis, calibrate
 from efftrain.parallel.planner.exchange import codec_speed
 from efftrain.parallel.planner.hardware import Hardware, Link, load_hardware, shipped_hardware
 from efftrain.parallel.planner.work import measure_work, seconds
@@ -115,12 +116,16 @@ def test_recomputed_activations_cost_arithmetic_in_place_of_memory() -> None:
 
 def test_time_follows_the_slower_of_arithmetic_and_memory() -> None:
     work = measure_work(build_model("mlp-10m"), torch.zeros(8, 1, 28, 28))
-    calls = len(work.forward) * LAPTOP.operator_us / 1e6
+    calls = len(work.forward) * (LAPTOP.operator_us + LAPTOP.autograd_us) / 1e6
     slow_memory, slow_arithmetic = replace(LAPTOP, memory_gb_s=1e-3), replace(LAPTOP, gflops=1e-3)
     moved = sum(b.elements * b.itemsize for o in work.forward for b in (*o.reads, *o.writes))
-    assert seconds(work.forward, slow_memory, bf16=False) == pytest.approx(calls + moved / 1e6, rel=1e-3)
+    assert seconds(work.forward, slow_memory, bf16=False) == pytest.approx(
+        calls + LAPTOP.efficiency * moved / 1e6, rel=1e-3
+    )
     macs = sum(o.macs for o in work.forward)
-    assert seconds(work.forward, slow_arithmetic, bf16=False) == pytest.approx(calls + 2 * macs / 1e6, rel=1e-3)
+    assert seconds(work.forward, slow_arithmetic, bf16=False) == pytest.approx(
+        calls + LAPTOP.efficiency * 2 * macs / 1e6, rel=1e-3
+    )
 
 
 # Plans ------------------------------------------------------------------------------------------------------------
@@ -219,9 +224,23 @@ _WORKS: dict[Any, Any] = {}
 
 def test_a_chain_costs_what_its_parts_cost() -> None:
     chain = codec_speed(TopK(0.1) >> Int8(), LAPTOP)
-    top, rest = LAPTOP.codecs["TopK"], LAPTOP.codecs["Int8"]
+    top, rest, plain = (LAPTOP.codecs[name] for name in ("TopK", "Int8", "Identity"))
     assert chain.encode_ns == pytest.approx(top.encode_ns + 0.1 * rest.encode_ns)
-    assert codec_speed(Identity(), LAPTOP).encode_ns == 0
+    assert chain.encode_us == pytest.approx(top.encode_us + rest.encode_us - plain.encode_us)
+    assert codec_speed(TopK(0.1), LAPTOP) == top
+
+
+def test_small_tensors_cost_a_codec_as_many_times_as_there_are() -> None:
+    def codec_s(tensors: int) -> float:
+        layers = [nn.Linear(1024 // tensors, 32, bias=False) for _ in range(tensors)]
+        model = nn.Sequential(nn.Unflatten(1, (tensors, -1)), *layers)
+        model.forward = lambda x: sum(layer(x.unflatten(1, (tensors, -1))[:, i]) for i, layer in enumerate(layers))  # type: ignore[method-assign, assignment]
+        setting = Setting(model, torch.zeros(1, 1024), 4, OptimizerConfig())
+        return Planner(setting, LAPTOP).predict(Plan(codec=TopK(0.1)), 2).time.codec
+
+    top = LAPTOP.codecs["TopK"]
+    more = 15 * (top.encode_us + 2 * top.decode_us) / 1e6 * LAPTOP.slowdown(2)
+    assert codec_s(16) - codec_s(1) == pytest.approx(more, rel=1e-6)
 
 
 # Calibration and the command line ---------------------------------------------------------------------------------
@@ -234,6 +253,26 @@ def test_this_machine_is_measured_and_written(tmp_path: Path) -> None:
     assert load_hardware(str(tmp_path / "here.toml")) == found
     predicted = Planner(setting, found).predict(Plan(), 1).time.total
     assert 1e-4 < predicted < 10
+
+
+@pytest.mark.parametrize(
+    ("cost", "plan"),
+    [
+        ("collective_us", Plan()),
+        ("gathered_layer_us", Plan(shard="full")),
+        ("gathered_ns_per_byte", Plan(shard="full")),
+        ("divided_operator_us", Plan(tensor=2)),
+        ("handover_us", Plan(pipeline=2)),
+        ("split_operator_us", Plan(pipeline=2, schedule="interleaved_zero_bubble")),
+    ],
+)
+def test_a_probe_gives_its_figure_back(cost: str, plan: Plan) -> None:
+    setting = language_model()
+    known = replace(LAPTOP, **{cost: 321.0})  # type: ignore[arg-type]
+    step_s = Planner(setting, known).predict(plan, 2).time.total
+    axis = Axis(cost, setting, plan, lambda: None, 0)
+    assert getattr(axis.fit(LAPTOP, step_s, 2), cost) == pytest.approx(321.0, rel=1e-3)
+    assert getattr(axis.fit(LAPTOP, 0.0, 2), cost) == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.fixture

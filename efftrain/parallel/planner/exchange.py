@@ -32,8 +32,6 @@ from efftrain.parallel.sync import SyncConfig
 
 _DDP_FIRST_BYTES = 1 << 20
 _DDP_BYTES = 25 << 20
-_CALLS = 25
-"""Operators on divided tensors that torch calls to gather or scatter one layer."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,14 @@ def replicated(
         for group in _groups(parameters, sync, by_ddp)
     ]
     clock, wire_free, codec_s = 0.0, 0.0, 0.0
-    # Bytes cost CPU time, too; with no core to spare it is taken from the thread that computes.
+    # Bytes cost CPU time, too; with no core to spare it is taken from the threads that compute.
     crowded = bool(hardware.cores) and min(world_size, hardware.ranks_per_node) >= hardware.cores
     stolen = link.cpu_ns_per_byte / 1e9 * slowdown if crowded else 0.0
+    started = hardware.collective_us / 1e6 * slowdown
 
     def issue(bucket: _Bucket, number: int) -> None:
         nonlocal clock, wire_free
-        clock += bucket.wire_bytes[number] * stolen
+        clock += started
         busy = link.seconds(bucket.wire_bytes[number], bucket.messages[number])
         slowest = bucket.wire_bytes[number] * link.cpu_ns_per_byte / 1e9 * slowdown
         wire_free = max(clock, wire_free) + max(busy, slowest)
@@ -137,8 +136,8 @@ def replicated(
     clock += max(0.0, backward_s - computed)
     while running:
         running = [bucket for bucket in running if advance(bucket)]
-    exposed = clock - backward_s - codec_s
     sent = sum(sum(bucket.wire_bytes) for bucket in buckets)
+    exposed = max(clock - backward_s - codec_s, sent * stolen)
     return Exchange(codec_s, max(0.0, exposed), sent, sum(bucket.buffer_bytes for bucket in buckets))
 
 
@@ -179,24 +178,30 @@ def sharded(
     collectives = num_units * (gathers + 1)
     wire = link.seconds(sent, collectives * (world_size - 1))
     cpu = sent * link.cpu_ns_per_byte / 1e9 * slowdown
-    coding = 0.0 if plain else (speed.encode_ns + speed.decode_ns) * num_parameters / 1e9 * slowdown
+    coding = 0.0
+    if not plain:
+        coding = (speed.encode_ns + speed.decode_ns) * num_parameters / 1e9 * slowdown
+        coding += (speed.encode_us + speed.decode_us) * num_units / 1e6 * slowdown
     # The first layer has nothing to hide behind, nor has the last gradient.
     alone = wire / max(1, num_units)
     exposed = alone + max(0.0, max(wire, cpu) - alone - compute_s)
-    calls = num_units * (gathers + 1) * _CALLS * hardware.divided_operator_us / 1e6 * slowdown
-    copies = 8.0 * num_parameters * (gathers + 1) / (hardware.memory_gb_s * 1e9) * slowdown
+    calls = collectives * hardware.gathered_layer_us / 1e6 * slowdown
+    copied = 4.0 * num_parameters * (gathers + 1)
+    copies = copied * (2 / hardware.memory_gb_s + hardware.gathered_ns_per_byte) / 1e9 * slowdown
     return Exchange(coding + copies + calls, exposed, sent, 4 * num_parameters // max(1, num_units))
 
 
 def codec_speed(codec: Codec, hardware: Hardware) -> CodecSpeed:
     """Of a codec; of ``TopK(0.01) >> Int8()`` the second works on what the first lets through."""
     speed = hardware.codec_speed(type(codec).__name__)
-    if not isinstance(codec, Sparse):
+    if not isinstance(codec, Sparse) or isinstance(codec.values, Identity):
         return speed
-    values = codec_speed(codec.values, hardware)
+    values, plain = codec_speed(codec.values, hardware), hardware.codec_speed("Identity")
     return CodecSpeed(
         encode_ns=speed.encode_ns + codec.ratio * values.encode_ns,
         decode_ns=speed.decode_ns + codec.ratio * values.decode_ns,
+        encode_us=speed.encode_us + max(0.0, values.encode_us - plain.encode_us),
+        decode_us=speed.decode_us + max(0.0, values.decode_us - plain.decode_us),
     )
 
 
@@ -233,12 +238,20 @@ def _bucket(
 ) -> _Bucket:
     num = sum(parameter.size for parameter in group)
     at = max(ready[parameter.name] for parameter in group)
-    copy = 8.0 * num / (hardware.memory_gb_s * 1e9) * slowdown
-    overhead = hardware.operator_us / 1e6 * slowdown * len(group)
+    speed = codec_speed(codec, hardware)
+
+    def encoding(elements: float, tensors: float) -> float:
+        return (speed.encode_ns / 1e9 * elements + speed.encode_us / 1e6 * tensors) * slowdown
+
+    def decoding(elements: float, tensors: float) -> float:
+        return (speed.decode_ns / 1e9 * elements + speed.decode_us / 1e6 * tensors) * slowdown
+
     if codec.combine == "sum":
-        after = 2 * copy if not by_ddp else copy  # the sum is scaled and written back
-        ring = ring_bytes(num, world_size)
-        return _Bucket(at, [copy + overhead, after + overhead], [ring], [2.0 * (world_size - 1)], 4 * num)
+        before, after = encoding(num, len(group)), decoding(num, len(group))
+        if by_ddp:  # its gradients are views of the bucket
+            copy_s = hardware.operator_us / 1e6 * len(group) + 8 * num / (hardware.memory_gb_s * 1e9)
+            before = after = copy_s * slowdown
+        return _Bucket(at, [before, after], [ring_bytes(num, world_size)], [2.0 * (world_size - 1)], 4 * num)
     sizes = [num] if sync.whole_buckets else [parameter.size for parameter in group]
     shapes = [(num,)] if sync.whole_buckets else [parameter.shape for parameter in group]
     nothing = np.broadcast_to(np.float32(0), 1)
@@ -246,26 +259,30 @@ def _bucket(
         Piece(parameter.name, codec.for_tensor(shape), np.broadcast_to(nothing, (size,)), nothing, 0, size)
         for parameter, shape, size in zip(group, shapes, sizes, strict=False)
     ]
-    speed = codec_speed(codec, hardware)
-    encode, decode = (ns / 1e9 * num * slowdown for ns in (speed.encode_ns, speed.decode_ns))
     algorithm = choose(pieces, world_size)
     algorithm = algorithm if algorithm is low_rank else ALGORITHMS.get(sync.algorithm, algorithm)
-    each = overhead * 10  # of the Python of one piece
+    tensors = len(pieces)
     if algorithm is low_rank:
         sent = [ring_bytes(n, world_size) for n in _factors(pieces)]
-        compute = [encode + each, encode, decode + each]
+        compute = [encoding(num, tensors) / 2] * 2 + [decoding(num, tensors)]
         return _Bucket(at, compute, sent, [2.0 * (world_size - 1)] * 2, 8 * num)
     if algorithm is two_phase:
         shares = cut(sizes, world_size)
         first = [share_bytes(pieces, share, second=False) for share in shares]
         second = max(share_bytes(pieces, share, second=True) for share in shares)
         others = (world_size - 1) / world_size
-        compute = [encode * others + each, decode * others + encode / world_size + each, decode + each]
+        parts = sum(len(share) for share in shares)
+        second_encoding = encoding(num / world_size, parts / world_size)
+        compute = [
+            encoding(num * others, parts * others),
+            decoding(num * others, parts * others) + second_encoding,
+            decoding(num, parts),
+        ]
         sent = [sum(first) * others, second * (world_size - 1.0)]
         return _Bucket(at, compute, sent, [1.0, 1.0], sum(first) + second * world_size)
     size = gather_bytes(pieces)
-    compute = [encode + each, decode * world_size + each]
-    return _Bucket(at, compute, [size * (world_size - 1.0)], [1.0], size * (world_size + 1))
+    compute = [encoding(num, tensors), decoding(num * world_size, tensors * world_size)]
+    return _Bucket(at, compute, [size * (world_size - 1.0)], [world_size - 1.0], size * (world_size + 1))
 
 
 def _factors(pieces: Sequence[Piece]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a cluster can do, in the few figures that the planner computes with. Read from TOML; several files ship."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from efftrain.config import load_recipe
@@ -14,7 +14,7 @@ class Link:
     """What one rank sends to others: alpha seconds a message, and so many bytes a second."""
 
     latency_us: float
-    """From the call of a collective to the first byte, and again for each message that waits for another."""
+    """Of a message, from one rank's call to the other's; of a collective, for each message that waits for another."""
     gbit_s: float
     """Of payload that one rank sends while the others do the same, in 1e9 bits."""
     cpu_ns_per_byte: float = 0.0
@@ -31,16 +31,18 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecSpeed:
-    """Nanoseconds an element of a gradient costs."""
+    """What a gradient costs: nanoseconds an element, and microseconds a tensor, however small."""
 
     encode_ns: float
     """Adding the residual, encoding, keeping what is left."""
     decode_ns: float
     """Decoding one payload and adding it up."""
+    encode_us: float = 40.0
+    decode_us: float = 15.0
 
     def __post_init__(self) -> None:
-        if min(self.encode_ns, self.decode_ns) < 0:
-            raise ValueError("encode_ns and decode_ns must not be negative")
+        if min(self.encode_ns, self.decode_ns, self.encode_us, self.decode_us) < 0:
+            raise ValueError("encode_ns, decode_ns, encode_us and decode_us must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,20 @@ class Hardware:
     """What one rank reads and writes of its own memory, in 1e9 bytes/s."""
     operator_us: float
     """Of the smallest operator: calling it from Python, starting a kernel."""
+    autograd_us: float = 0.0
+    """What modules and autograd add to an operator of a forward or backward pass."""
+    collective_us: float = 0.0
+    """Of starting a collective and taking its result, besides what its bytes take."""
+    gathered_layer_us: float = 0.0
+    """Of gathering the weights of one layer, or scattering its gradients, besides the bytes."""
+    gathered_ns_per_byte: float = 0.0
+    """Of copying the bytes of such a layer into place."""
     divided_operator_us: float = 0.0
     """What torch adds to an operator whose tensors are divided over a mesh."""
+    handover_us: float = 0.0
+    """Of giving one micro-batch to one stage of a pipeline, forward and backward, besides the bytes."""
+    split_operator_us: float = 0.0
+    """What it adds to an operator to compute the gradients of inputs and of weights apart."""
     inside: Link
     """Between ranks of a machine."""
     between: Link
@@ -74,7 +88,7 @@ class Hardware:
     step_overhead_ms: float = 0.0
     """Of one update, whatever its size."""
     codecs: dict[str, CodecSpeed] = field(default_factory=dict)
-    """By the codec's first name (``Int8``, ``TopK``); of a chain the sum counts."""
+    """By the codec's first name (``Int8``, ``TopK``); of a chain the sum counts. ``Identity``: a plain exchange."""
 
     def __post_init__(self) -> None:
         positive = ("memory_gib", "gflops", "gflops_bf16", "memory_gb_s", "efficiency")
@@ -83,7 +97,8 @@ class Hardware:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
         if self.ranks_per_node < 1 or self.cores < 0:
             raise ValueError("ranks_per_node must be at least 1, cores 0 or more")
-        if min(self.operator_us, self.divided_operator_us, self.step_overhead_ms) < 0 or self.crowding < 1:
+        times = [getattr(self, one.name) for one in fields(self) if one.name.endswith(("_us", "_ms", "_ns_per_byte"))]
+        if min(times) < 0 or self.crowding < 1:
             raise ValueError("times must not be negative, crowding must be at least 1")
 
     def slowdown(self, num_ranks: int) -> float:
@@ -92,7 +107,11 @@ class Hardware:
             return 1.0
         here = min(num_ranks, self.ranks_per_node)
         busy = min(1.0, (here - 1) / max(1, self.cores - 1)) if self.cores > 1 else 1.0
-        return max(1.0, here / self.cores) * (1 + (self.crowding - 1) * busy if here > 1 else 1.0)
+        return self.ranks_a_core(num_ranks) * (1 + (self.crowding - 1) * busy if here > 1 else 1.0)
+
+    def ranks_a_core(self, num_ranks: int) -> float:
+        """How many of so many ranks take turns on a core; at least 1."""
+        return max(1.0, min(num_ranks, self.ranks_per_node) / self.cores) if self.cores else 1.0
 
     def link(self, ranks_together: int) -> Link:
         """What connects ranks of which so many neighbors are in one group."""
@@ -103,7 +122,7 @@ class Hardware:
         if name in self.codecs:
             return self.codecs[name]
         if name == "Identity":
-            return CodecSpeed(encode_ns=0.0, decode_ns=0.0)
+            return CodecSpeed(encode_ns=0.0, decode_ns=0.0, encode_us=0.0, decode_us=0.0)
         known = self.codecs.values()
         return CodecSpeed(
             encode_ns=max((speed.encode_ns for speed in known), default=10.0),

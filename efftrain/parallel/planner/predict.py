@@ -14,7 +14,7 @@ from typing import Any
 
 from efftrain.compression import Identity
 from efftrain.errors import ConfigError
-from efftrain.parallel.pipeline import stages_a_rank, stages_of
+from efftrain.parallel.pipeline import SPLIT_BACKWARD, stages_a_rank, stages_of
 from efftrain.parallel.plan import Plan
 from efftrain.parallel.planner.exchange import Exchange, feedback_bytes, replicated, sharded
 from efftrain.parallel.planner.hardware import Hardware
@@ -22,8 +22,6 @@ from efftrain.parallel.planner.plans import Refusal, describe
 from efftrain.parallel.planner.schedules import bubble, in_flight
 from efftrain.parallel.planner.setting import Setting
 from efftrain.parallel.planner.work import Work, measure_work, ready_times, seconds
-from efftrain.parallel.stages import cut_model
-from efftrain.parallel.tensor import plan_tensor
 
 _GIB = 1 << 30
 _LARGE = 1 << 20
@@ -54,7 +52,7 @@ class TimeParts:
     compute: float
     """Forward and backward passes of the busiest rank."""
     bubble: float
-    """In which a rank of a pipeline has nothing to do."""
+    """In which a rank of a pipeline has nothing to do, or no core to do it on."""
     tensor: float
     """Adding up over the tensor axis, and what divided operators take longer."""
     exchange: float
@@ -154,6 +152,10 @@ class Planner:
         self, plan: Plan, works: Sequence[Work], exchanges: Sequence[Exchange], world_size: int, slowdown: float
     ) -> TimeParts:
         hardware, pieces = self.hardware, self._num_pieces(plan)
+        in_turn = 1.0
+        if plan.pipeline > 1:  # a rank that idles leaves its core to others
+            in_turn = hardware.ranks_a_core(world_size)
+            slowdown /= in_turn
         passes = [self._passes(plan, work, slowdown) for work in works]
         forward, backward, tensor = max(passes, key=sum)
         idle = 0.0
@@ -162,12 +164,17 @@ class Planner:
             link = hardware.link(plan.pipeline * self._data(plan) * plan.tensor)
             hops = 2 * stages_a_rank(plan.schedule) * (pieces + plan.pipeline - 1)
             idle += hops * link.seconds(max(work.output_bytes for work in works))
+            busy = [sum(some) for some in passes]
+            idle = max(idle, pieces * (in_turn * sum(busy) / len(busy) - max(busy)))
+            slowdown *= in_turn
         longest = max(exchanges, key=lambda exchange: exchange.exposed_s + exchange.codec_s)
         divisor = self._shard_size(plan)
         update = max(self._update_s(plan, work, divisor) for work in works) * slowdown
         update += hardware.step_overhead_ms / 1e3 * slowdown
-        if world_size > 1:
-            update += hardware.link(world_size).seconds(16)  # every step asks all ranks whether they are well
+        if world_size > 1:  # every step asks all ranks whether they are well; of a divided model, for the norm, too
+            asked = 2 if plan.is_divided else 1
+            waits = hardware.link(world_size).seconds(16, world_size - 1)
+            update += asked * (waits + hardware.collective_us / 1e6 * slowdown)
         return TimeParts(
             compute=pieces * (forward + backward),
             bubble=idle,
@@ -180,10 +187,14 @@ class Planner:
     def _passes(self, plan: Plan, work: Work, slowdown: float) -> tuple[float, float, float]:
         """Forward, backward and the tensor axis, of one micro-batch on one rank."""
         hardware = self.hardware
-        scale = hardware.efficiency * slowdown
         forward, backward = (
-            seconds(part, hardware, bf16=self.setting.bf16) * scale for part in (work.forward, work.backward)
+            seconds(part, hardware, bf16=self.setting.bf16) * slowdown for part in (work.forward, work.backward)
         )
+        if plan.pipeline > 1:
+            handover = hardware.handover_us / 1e6 * stages_a_rank(plan.schedule) * slowdown / 2
+            forward, backward = forward + handover, backward + handover
+        if plan.schedule in SPLIT_BACKWARD and plan.pipeline > 1:
+            backward += len(work.backward) * hardware.split_operator_us / 1e6 * slowdown
         tensor = 0.0
         if plan.tensor > 1:
             link, others = hardware.link(plan.tensor), plan.tensor - 1
@@ -300,22 +311,20 @@ class Planner:
 
     def _look(self, plan: Plan, size: int) -> list[Work]:
         setting = self.setting
-        inputs = setting.sample.expand(size, *setting.sample.shape[1:])
-        styles: dict[str, str] = {}
-        together: tuple[frozenset[str], ...] = ()
-        if plan.tensor > 1:
-            found = plan_tensor(setting.model, inputs, plan.tensor, plan.tensor_styles, sequence=plan.sequence)
-            styles, together = dict(found.styles), found.together
+        inputs = setting.sample.expand(size * plan.num_micro_batches, *setting.sample.shape[1:])
+        layout = plan.lay_out(setting.model, inputs, bf16=setting.bf16)
+        inputs = inputs[:size]
+        styles = {} if layout.tensor is None else layout.tensor.styles
         more: dict[str, Any] = {"styles": styles, "size": plan.tensor, "bf16": setting.bf16}
         if plan.pipeline == 1:
             return [measure_work(setting.model, inputs, checkpointing=plan.checkpointing, **more)]
-        cuts = cut_model(setting.model, inputs, plan.num_stages, together=together, bf16=setting.bf16)
         parts = []
-        for number, cut in enumerate(cuts):
+        for number, cut in enumerate(layout.cuts):
             given = (
                 inputs if number == 0 else setting.sample.new_zeros(1, dtype=cut.input_dtype).expand(cut.input_shape)
             )
-            parts.append(measure_work(cut.module, given, with_loss=number == len(cuts) - 1, **more))
+            last = number == plan.num_stages - 1
+            parts.append(measure_work(cut.build(setting.model), given, with_loss=last, **more))
         own = [stages_of(rank, plan.pipeline, plan.schedule) for rank in range(plan.pipeline)]
         return [_joined([parts[number] for number in numbers]) for numbers in own]
 

@@ -69,11 +69,12 @@ class Work:
 
 def seconds(operations: Sequence[Operation], hardware: Hardware, *, bf16: bool) -> float:
     """Time of operators one after the other: each as long as its arithmetic or its memory takes, and its start."""
+    start = (hardware.operator_us + hardware.autograd_us) / 1e6
     rate = (hardware.gflops_bf16 if bf16 else hardware.gflops) * 1e9
     total = 0.0
     for operation in operations:
         moved = sum(block.elements * block.itemsize for block in (*operation.reads, *operation.writes))
-        total += max(2 * operation.macs / rate, moved / (hardware.memory_gb_s * 1e9)) + hardware.operator_us / 1e6
+        total += hardware.efficiency * max(2 * operation.macs / rate, moved / (hardware.memory_gb_s * 1e9)) + start
     return total
 
 
