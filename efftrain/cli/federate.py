@@ -48,7 +48,7 @@ def federate_command(
     from efftrain.federated.run import federate
 
     with _dashboard(settings) as on_round:
-        result = federate(settings, initial=initial, out=out, resume=resume, on_round=on_round)
+        result = federate(settings, initial=initial, out=out, resume=resume, on_round=on_round, on_note=say)
     if as_json:
         print_json(result)
         return
@@ -67,8 +67,8 @@ def _summary(result: dict[str, Any], recipe: "FederatedRecipe", initial: Path | 
     if result["rounds_abandoned"]:
         expected = recipe.server.min_replies
         say(f"{result['rounds_abandoned']} rounds had fewer than {expected} replies and were abandoned")
-    if recipe.client.engine != "torch":
-        say(f"clients were trained by the {recipe.client.engine} engine, scheme {recipe.client.scheme}")
+    if result["engine"] != "torch":
+        say(f"clients were trained by the {result['engine']} engine, scheme {recipe.client.scheme}")
     say(f"run folder {result['path']}; see {shlex.quote(result['path'])}/report.html")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from efftrain.errors import ConfigError, RoundError
+from efftrain.errors import ConfigError, RoundError, ToolError
 from efftrain.federated.client_app import app
+from efftrain.federated.data import client_train
 from efftrain.federated.driver import Driver
 from efftrain.federated.engines import State, get_engine
 from efftrain.federated.flower import Grid, RecordDict, Strategy, quiet, read_arrays
@@ -23,7 +24,7 @@ from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.results import FederatedResult, RoundResult, state_sha256
 from efftrain.federated.strategies import build_strategy
 
-__all__ = ["FederatedResult", "RoundResult", "drive_rounds", "run_federated", "state_sha256"]
+__all__ = ["FederatedResult", "RoundResult", "drive_rounds", "run_federated", "state_sha256", "with_usable_engine"]
 
 
 def run_federated(
@@ -79,6 +80,11 @@ def drive_rounds(
         RoundError: As ``run_federated``, or no nodes connected in time.
     """
     started = time.perf_counter()
+    try:
+        recipe, _ = with_usable_engine(recipe)
+    except ToolError:
+        if isinstance(grid, InProcessGrid):
+            raise  # clients on a network have a compiler of their own, or say that they have none
     if strategy is None:
         options, population = recipe.server.strategy_options, recipe.num_clients
         strategy = build_strategy(recipe.server.strategy, options, seed=recipe.seed, population=population)
@@ -116,6 +122,31 @@ def drive_rounds(
         peak_ram_bytes=driver.peak_ram_bytes,
         resumed_after=resumed_after,
     )
+
+
+def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:
+    """The recipe with the ``torch`` engine where the ``device`` engine cannot train the model.
+
+    Returns:
+        The recipe, and why it is another one; empty if it is not.
+
+    Raises:
+        ConfigError: Some devices have an update scheme in integers, which the ``torch`` engine cannot train.
+        ToolError: There is no C compiler.
+    """
+    client = recipe.client
+    if client.engine != "device" or client.scheme != "fp32":
+        return recipe, ""
+    from efftrain.federated.engines.device_engine import DeviceEngine
+
+    engine = get_engine("device")
+    assert isinstance(engine, DeviceEngine), "the registry has it under this name"
+    reason = engine.why_not(recipe.model, client_train(recipe.data, 0, recipe.seed), client.batch_size)
+    if not reason:
+        return recipe, ""
+    if recipe.fleet.schemes:
+        raise ConfigError(f"{reason} And leave out fleet.schemes: the torch engine trains in fp32 only.")
+    return replace(recipe, client=replace(client, engine="torch")), reason
 
 
 def _client_states(grid: Grid, result: RoundResult) -> dict[int, RecordDict]:

@@ -23,7 +23,7 @@ from efftrain.errors import ConfigError, ToolError
 from efftrain.federated.journal import Journal
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.results import ClientResult, FederatedResult, RoundResult
-from efftrain.federated.rounds import run_federated
+from efftrain.federated.rounds import run_federated, with_usable_engine
 from efftrain.models import load_pretrained, model_class
 from efftrain.report.federated import federated_page
 from efftrain.report.page import write_page
@@ -37,6 +37,7 @@ def federate(
     out: Path = Path("runs"),
     resume: bool = False,
     on_round: Callable[[RoundResult], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe in this process and leave a run folder.
 
@@ -47,6 +48,7 @@ def federate(
         resume: Go on with the newest run of this recipe's name, after its last finished round. If there is none, or it
             was killed before its first round was done, it starts from the beginning.
         on_round: Called after each round.
+        on_note: Told before the first round what the run does otherwise than the recipe says.
 
     Returns:
         The content of ``result.json``, with ``path`` of the folder.
@@ -58,6 +60,9 @@ def federate(
         RoundError: Too many rounds were abandoned.
     """
     state = None if initial is None else read_model(initial, recipe)
+    recipe, note = with_usable_engine(recipe)
+    if note and on_note is not None:
+        on_note(f"clients are trained by the torch engine. {note}")
     path = run_path(out, recipe.name, _run_number(recipe, out, resume))
     with _Writer(path, recipe) as writer:
 
@@ -67,7 +72,7 @@ def federate(
                 on_round(result)
 
         finished = run_federated(recipe, initial=state, on_round=on_each, journal=path / "journal")
-        return writer.finish(finished, "fresh weights" if initial is None else str(initial))
+        return writer.finish(finished, "fresh weights" if initial is None else str(initial), note)
 
 
 def read_model(folder: Path, recipe: FederatedRecipe) -> dict[str, torch.Tensor]:
@@ -109,7 +114,7 @@ class _Writer:
         self._clients.add(result.clients)
         self._log(result)
 
-    def finish(self, finished: FederatedResult, start: str) -> dict[str, Any]:
+    def finish(self, finished: FederatedResult, start: str, engine_note: str) -> dict[str, Any]:
         """Write what is left."""
         model = model_class(self._recipe.model.name).from_config(self._recipe.model.options)
         model.load_state_dict(finished.state)
@@ -119,6 +124,7 @@ class _Writer:
             "kind": "federated",
             **finished.to_dict(),
             "started_from": start,
+            "engine_note": engine_note,
             "peak_rss_bytes": peak_rss_bytes(),
         }
         result = self._folder.finish(figures)

@@ -27,7 +27,7 @@ from efftrain.federated.recipe import (
     RoundsConfig,
     UplinkConfig,
 )
-from efftrain.federated.rounds import state_sha256
+from efftrain.federated.rounds import state_sha256, with_usable_engine
 from efftrain.federated.server_app import app as server_app
 from efftrain.federated.server_app import recipe_from_run_config
 
@@ -53,6 +53,23 @@ def test_same_seed_same_bits_another_seed_others() -> None:
     assert first == again
     assert first["clients_trained"] == 3 * 2
     assert figures(replace(recipe, seed=4))["final_sha256"] != first["final_sha256"]
+
+
+def test_a_model_that_generated_code_does_not_cover_is_trained_by_torch() -> None:
+    torch_run = replace(
+        SMALL,
+        model=ModelConfig(name="ds-cnn"),  # depthwise layers
+        data=DataConfig(name="digits", partition="iid", clients=2, samples_per_client=10),
+        server=RoundsConfig(rounds=1, evaluate="server"),
+    )
+    device_run = replace(torch_run, client=replace(SMALL.client, engine="device"))
+    found = run_federated(device_run)
+    assert found.to_dict()["engine"] == "torch"
+    assert found.final_sha256 == run_federated(torch_run).final_sha256
+    assert "depthwise convolution" in with_usable_engine(device_run)[1]
+    mixed = replace(device_run, fleet=FleetConfig(devices={"stm32f746": 1.0}, schemes={"stm32f746": "last_k=1"}))
+    with pytest.raises(ConfigError, match=r"depthwise.*leave out fleet\.schemes"):
+        with_usable_engine(mixed)
 
 
 def test_the_callers_generators_are_left_alone() -> None:

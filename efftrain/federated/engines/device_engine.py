@@ -43,6 +43,18 @@ class DeviceEngine:
         """The same as the torch engine's."""
         return fresh_state(model, seed)
 
+    def why_not(self, model: ModelConfig, data: ArrayDataset, batch_size: int) -> str:
+        """Why the fp32 host profile cannot train a model on such data; empty if it can.
+
+        Raises:
+            ToolError: There is no C compiler.
+        """
+        try:
+            self._program(model, data, batch_size)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
     def train(
         self,
         model: ModelConfig,
