@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ JOBS: dict[str, tuple[ModelConfig, DataConfig, ClientConfig]] = {
     ),
 }
 MANY = 10_000
+STACK = 16
+"""Clients that the ``vmap`` engine trains at a time, each in a thread that mostly waits."""
 
 
 class Job:
@@ -103,6 +106,7 @@ def compare(name: str, num_clients: int, repeats: int) -> dict[str, Any]:
         "torch": lambda: job.engine("torch", job.config),
         "device, one thread": lambda: job.engine("device", job.config),
         "device, two threads": lambda: job.engine("device", job.config, 2),
+        f"vmap, stacks of {STACK}": lambda: job.engine("vmap", replace(job.config, engine="vmap", stack=STACK), STACK),
     }
     sparse = ClientConfig(engine="device", scheme="sparse", lr=0.02, epochs=1)
     runs["device, sparse int8, one thread"] = lambda: job.engine("device", sparse)
@@ -184,6 +188,8 @@ def render(report: dict[str, Any]) -> str:
         f"{MANY:,} clients of fashion-cnn through the `device` engine on two threads, their data made on the way: "
         f"{done['wall_s']:.1f} s, {done['cpu_s']:.1f} CPU seconds. The engine alone: no grid, no codec, no sum.",
         "",
+        f"`vmap` is for GPUs, and computed on this processor here: {STACK} threads fill a stack, one of them computes.",
+        "",
         "The int8 row trains what the scheme `sparse` names, one sample at a time, as the microcontroller does, and "
         "measures its loss in fp32 afterwards; the loop beside it trains every layer in batches.",
         "",
@@ -193,7 +199,7 @@ def render(report: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--clients", type=int, default=6 * STACK)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--report", type=Path, help="write PATH.md and PATH.json instead of the default")
     options = parser.parse_args()

@@ -32,6 +32,7 @@ from efftrain.federated.local import CONTROL
 from efftrain.federated.recipe import (
     ClientConfig,
     DataConfig,
+    DownlinkConfig,
     FedBuffConfig,
     GateConfig,
     ModelConfig,
@@ -245,9 +246,9 @@ def test_lost_and_refused_replies_leave_the_controls_balanced(codec: str, feedba
         return last[client]
 
     server = RoundsConfig(rounds=8, cohort=5, evaluate="server", evaluate_every=8)
-    recipe = with_strategy(
-        replace(SMALL, server=server, uplink=UplinkConfig(codec=codec, feedback=feedback)), "scaffold"
-    )
+    downlink = DownlinkConfig(codec="Identity()" if feedback else "Half()")
+    recipe = replace(SMALL, server=server, uplink=UplinkConfig(codec=codec, feedback=feedback), downlink=downlink)
+    recipe = with_strategy(recipe, "scaffold")
     strategy = build_strategy("scaffold", {}, seed=0, population=recipe.num_clients)
     assert isinstance(strategy, Scaffold)
     grid = InProcessGrid(app_with_fates(fate), recipe.num_clients)
