@@ -12,6 +12,7 @@ from efftrain.compression import Codec, Fp8, Half, Identity, Int8, IntN, Mx, par
 from efftrain.federated.local import SCAFFOLD, check_local_strategy
 from efftrain.models import MODELS
 
+DatasetName = Literal["watch", "fashion-mnist", "digits"]
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
 MAX_CLIENTS = 10_000_000
 _MODEL_CODECS = (Identity, Half, Fp8, Mx, Int8, IntN)
@@ -40,7 +41,7 @@ class ModelConfig:
 class DataConfig:
     """Whose data each client holds."""
 
-    name: Literal["watch", "fashion-mnist", "digits"] = "watch"
+    name: DatasetName = "watch"
     partition: Literal["natural", "iid", "dirichlet", "shards"] = "natural"
     """``natural`` (``watch`` only): client ``i`` is the person ``people[i]``. The others divide one data set over
     ``clients`` made-up clients; see ``efftrain.federated.data.Partition``."""

@@ -13,7 +13,7 @@ import torch
 
 from efftrain.data import ArrayDataset
 from efftrain.errors import ConfigError, NonFiniteError
-from efftrain.federated.data import client_data
+from efftrain.federated.data import client_data, client_train
 from efftrain.federated.engines import ENGINES, State, Trained, get_engine
 from efftrain.federated.recipe import ClientConfig, DataConfig, ModelConfig
 from efftrain.models import build_model
@@ -138,12 +138,22 @@ def test_what_does_not_fit_is_refused(started: State) -> None:
         device.train(WATCH, started, few, replace(SPARSE, scheme="spars"), 0)
     with pytest.raises(ConfigError, match="board 'zx81' is not known"):
         device.train(WATCH, started, few, replace(SPARSE, board="zx81"), 0)
-    resnet = ModelConfig(name="resnet8")
-    with pytest.raises(ConfigError, match=r"no samples to calibrate resnet8.*watch-cnn"):
-        device.train(resnet, torch_engine.initial_state(resnet, 0), few, SPARSE, 0)
+    with pytest.raises(ConfigError, match=r"no samples of data set 'strange' to calibrate.*known are watch, fashion"):
+        device.train(WATCH, started, replace(few, name="strange"), SPARSE, 0)
     with pytest.raises(ConfigError, match=r"engine 'devise' is unknown, expected one of torch, vmap, device, board"):
         get_engine("devise")
     assert ENGINES == ("torch", "vmap", "device", "board")
+
+
+def test_integers_of_any_model_are_calibrated_on_what_is_public_of_the_data() -> None:
+    model = ModelConfig(name="fashion-cnn", options={"size": 8, "channels": (2, 4), "hidden": 8})
+    digits = DataConfig(name="digits", partition="iid", clients=20, samples_per_client=50)
+    device = get_engine("device")
+    config = ClientConfig(engine="device", scheme="last_k=1", epochs=1, lr=0.02)
+    result = device.train(model, device.initial_state(model, 0), client_train(digits, 3, 0), config, 1)
+    assert result.trained is not None
+    assert set(result.trained) == {"fc2.weight", "fc2.bias"}
+    assert all(np.isfinite(tensor).all() for tensor in result.state.values())
 
 
 def test_sparse_integers_train_what_they_say_and_nothing_else(started: State) -> None:

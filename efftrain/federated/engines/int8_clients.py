@@ -11,17 +11,16 @@ Note [a program a round]
 
 Note [calibration]
     How large activations get is measured on samples that every client's program may know: a fixed, public part of the
-    data set that the model is made for (``early`` parts of the smartwatch recordings, the first training images of
-    Fashion-MNIST). A client's own data never go into its program.
+    data set that the client's are of (``early`` parts of the smartwatch recordings, the first training samples of the
+    others). A client's own data never go into its program.
 """
 
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ from efftrain.data import ArrayDataset, load_dataset, load_watch, standardize
 from efftrain.errors import BudgetError, CompileError, ConfigError
 from efftrain.federated.engines import Measured, State, Trained
 from efftrain.federated.engines.modules import loaded_module, torch_threads
-from efftrain.federated.recipe import ClientConfig, ModelConfig
+from efftrain.federated.recipe import ClientConfig, DatasetName, ModelConfig
 from efftrain.ondevice import Program, Scheme, compile
 from efftrain.ondevice.backends.board import BoardEngine
 from efftrain.ondevice.backends.engine import Engine
@@ -70,7 +69,7 @@ class Int8Clients:
         Raises:
             ConfigError: The model, scheme or board cannot be used, or the plan needs more memory than the board has.
         """
-        compiled = self._compiled(model, state, config)
+        compiled = self._compiled(model, state, config, data.name)
         engine, program = compiled.engine(self._back_end), compiled.program
         engine.load_state(program.initial_state)
         samples = program.quantize_input(data.inputs)
@@ -83,20 +82,20 @@ class Int8Clients:
 
     def evaluate(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig) -> Measured:
         """Accuracy of the integer program; loss of the weights in fp32."""
-        compiled = self._compiled(model, state, config)
+        compiled = self._compiled(model, state, config, data.name)
         engine, program = compiled.engine(self._back_end), compiled.program
         engine.load_state(program.initial_state)
         accuracy = engine.evaluate(program.quantize_input(data.inputs), data.targets)
         return Measured(accuracy, _loss(model, state, data), len(data))
 
-    def _compiled(self, model: ModelConfig, state: State, config: ClientConfig) -> "_Compiled":
+    def _compiled(self, model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> "_Compiled":
         """See Note [a program a round]. Whoever comes while it is compiled waits."""
-        key = _digest(model, state, config)
+        key = _digest(model, state, config, dataset)
         with self._compiling:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
-            compiled = self._programs[key] = _compile(model, state, config)
+            compiled = self._programs[key] = _compile(model, state, config, dataset)
             if len(self._programs) > _PROGRAMS_KEPT:
                 self._programs.popitem(last=False)
             return compiled
@@ -165,9 +164,9 @@ def _channels(tensor: npt.NDArray[_Element], layer: ConvConstants, count: int) -
     return tensor.reshape(shape.out_c, shape.in_c, shape.kernel_h, shape.kernel_w)[:, :count]
 
 
-def _compile(model: ModelConfig, state: State, config: ClientConfig) -> _Compiled:
+def _compile(model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> _Compiled:
     module = loaded_module(model, state)
-    samples = calibration_samples(model.name)
+    samples = calibration_samples(dataset)
     try:
         program = compile(
             module,
@@ -214,8 +213,9 @@ def _masks(program: Program, state: State) -> Masks:
     return masks
 
 
-def _digest(model: ModelConfig, state: State, config: ClientConfig) -> str:
-    digest = hashlib.sha256(repr((model, config.scheme, config.board, config.lr, config.momentum)).encode())
+def _digest(model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> str:
+    known = (model, dataset, config.scheme, config.board, config.lr, config.momentum)
+    digest = hashlib.sha256(repr(known).encode())
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(np.ascontiguousarray(tensor).tobytes())
@@ -237,31 +237,20 @@ def _loss(model: ModelConfig, state: State, data: ArrayDataset) -> float:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-def _watch() -> npt.NDArray[np.float32]:
-    data = load_watch()
-    early, _ = standardize(data.select(None, "early"))
-    return np.asarray(early.inputs)
-
-
-def _fashion() -> npt.NDArray[np.float32]:
-    return np.asarray(load_dataset("fashion-mnist", "train").batch(np.arange(_CALIBRATION_SAMPLES))[0])
-
-
-_CALIBRATION: Mapping[str, Callable[[], npt.NDArray[np.float32]]] = {"watch-cnn": _watch, "fashion-cnn": _fashion}
-
-
 @cache
-def calibration_samples(model: str) -> npt.NDArray[np.float32]:
+def calibration_samples(dataset: str) -> npt.NDArray[np.float32]:
     """See Note [calibration].
 
     Raises:
-        ConfigError: No public samples are known for this model.
+        ConfigError: No public samples are known of this data set.
         DataError: The data set is not installed.
     """
-    if model not in _CALIBRATION:
+    if dataset not in get_args(DatasetName):
         raise ConfigError(
-            f"there are no samples to calibrate {model} with, so it cannot be trained in integers; known are "
-            f'{", ".join(_CALIBRATION)}. Set client.scheme="fp32".'
+            f"there are no samples of data set {dataset!r} to calibrate a model with, so it cannot be trained in "
+            f'integers; known are {", ".join(get_args(DatasetName))}. Set client.scheme="fp32".'
         )
-    samples = _CALIBRATION[model]()
-    return samples[:: max(1, len(samples) // _CALIBRATION_SAMPLES)]
+    if dataset == "watch":
+        early, _ = standardize(load_watch().select(None, "early"))
+        return np.asarray(early.inputs[:: max(1, len(early) // _CALIBRATION_SAMPLES)])
+    return np.asarray(load_dataset(dataset, "train").batch(np.arange(_CALIBRATION_SAMPLES))[0])
