@@ -12,6 +12,7 @@ from functools import lru_cache
 from efftrain.errors import BudgetError, CompileError, ConfigError
 from efftrain.federated.data import client_train
 from efftrain.federated.devices import DeviceProfile
+from efftrain.federated.local import corrects_gradients
 from efftrain.federated.recipe import ClientConfig, FederatedRecipe, ModelConfig
 
 _MOST_BATTERY = 0.05
@@ -205,12 +206,14 @@ def _cost(recipe: FederatedRecipe, client: ClientConfig, device: str | None) -> 
 
 def _float_cost(recipe: FederatedRecipe, client: ClientConfig) -> Cost:
     samples = client_train(recipe.data, 0, recipe.seed)
-    return _model_cost(recipe.model, samples.input_shape, min(client.batch_size, len(samples)))
+    vectors = (client.momentum > 0) + corrects_gradients(recipe)
+    return _model_cost(recipe.model, samples.input_shape, min(client.batch_size, len(samples)), vectors)
 
 
 @lru_cache(maxsize=16)
-def _model_cost(model_config: ModelConfig, input_shape: tuple[int, ...], batch_size: int) -> Cost:
-    """Weights, gradients and what the backward pass needs of a batch, counted by running the model once."""
+def _model_cost(model_config: ModelConfig, input_shape: tuple[int, ...], batch_size: int, vectors: int) -> Cost:
+    """Weights, gradients and what the backward pass needs of a batch, counted by running the model once; and so many
+    vectors of the model's size besides: velocities, what a strategy adds to the gradients."""
     import torch
 
     from efftrain.models import build_model
@@ -220,7 +223,8 @@ def _model_cost(model_config: ModelConfig, input_shape: tuple[int, ...], batch_s
         model = build_model(model_config.name, **model_config.options)
     profile = profile_model(model, torch.zeros(batch_size, *input_shape))
     macs = (profile.macs + profile.backward_macs) / batch_size
-    return Cost(ram_bytes=profile.training_bytes, macs_per_sample=macs, number_format="fp32")
+    ram_bytes = profile.training_bytes + vectors * 4 * sum(parameter.numel() for parameter in model.parameters())
+    return Cost(ram_bytes=ram_bytes, macs_per_sample=macs, number_format="fp32")
 
 
 def _int8_cost(recipe: FederatedRecipe, client: ClientConfig) -> Cost:

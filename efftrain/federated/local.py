@@ -34,15 +34,19 @@ def num_steps(num_samples: int, batch_size: int, epochs: int) -> int:
     return epochs * math.ceil(num_samples / batch_size)
 
 
+def corrects_gradients(recipe: "FederatedRecipe") -> bool:
+    """Whether the strategy has clients add something to their gradients."""
+    return _rule(recipe) in (FEDPROX, SCAFFOLD)
+
+
 def check_local_strategy(recipe: "FederatedRecipe") -> None:
     """Refuse what a strategy that changes the clients' training cannot be combined with.
 
     Raises:
         ValueError: Names both, and says what to do.
     """
-    server, client = recipe.server, recipe.client
-    name = server.strategy_options.get("rule") if server.strategy == "bucketing" else server.strategy
-    if name not in (FEDPROX, SCAFFOLD):
+    client, name = recipe.client, _rule(recipe)
+    if not corrects_gradients(recipe):
         return
     if client.engine not in ENGINES_THAT_CORRECT:
         raise ValueError(
@@ -66,3 +70,9 @@ def check_local_strategy(recipe: "FederatedRecipe") -> None:
             f"attack.kind alie trains as other clients do, whose control variates nobody but they know under "
             f"server.strategy {SCAFFOLD}; choose another attack or strategy"
         )
+
+
+def _rule(recipe: "FederatedRecipe") -> object:
+    """Name of the strategy, or of the one inside it."""
+    server = recipe.server
+    return server.strategy_options.get("rule") if server.strategy == "bucketing" else server.strategy

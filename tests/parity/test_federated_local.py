@@ -16,6 +16,7 @@ from efftrain.federated import client_app as real
 from efftrain.federated.client_uplink import RESIDUAL, STAGED, Mod
 from efftrain.federated.data import client_train
 from efftrain.federated.engines import Correction, get_engine
+from efftrain.federated.fleet import Fleet
 from efftrain.federated.flower import (
     ClientApp,
     ConfigRecord,
@@ -284,6 +285,15 @@ def test_only_the_model_is_the_result_and_both_are_counted() -> None:
     assert 1.9 < result.total("uplink_bytes") / plain.total("uplink_bytes") < 2.1
     # The control variates go out with training messages only, and three of four messages of three rounds are such.
     assert 1.4 < result.total("downlink_bytes") / plain.total("downlink_bytes") < 2.0
+
+
+def test_what_is_added_to_gradients_needs_ram_on_the_device() -> None:
+    """One vector of the model's size, as momentum does."""
+    model_bytes = sum(tensor.nbytes for tensor in get_engine("torch").initial_state(SMALL.model, 0).values())
+    plain = Fleet(SMALL).cost(0).ram_bytes
+    heavy = replace(SMALL, client=replace(SMALL.client, momentum=0.9))
+    for recipe in (with_strategy(SMALL, "scaffold"), with_strategy(SMALL, "fedprox"), heavy):
+        assert Fleet(recipe).cost(0).ram_bytes == plain + model_bytes
 
 
 def test_scaffold_is_refused_where_nobody_says_what_was_taken() -> None:

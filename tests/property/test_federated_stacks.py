@@ -82,8 +82,7 @@ def test_company_does_not_change_a_bit(kind: str, order: list[int], threads: int
         assert all(np.array_equal(one.state[name], two.state[name]) for name in one.state)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(("momentum", "corrected"), [(0.0, False), (0.9, True)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_stacked_training_is_the_torch_engines(kind: str, momentum: float, corrected: bool) -> None:
     """Two epochs of up to four steps; values below 1, sums of at most some thousand terms in another order."""
