@@ -37,7 +37,9 @@ class DataParallel(Replicas):
         self._ring_bytes = ring_bytes(num_elements, self.world_size)
         device = next(model.parameters()).device
         device_ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=device_ids, bucket_cap_mb=self._bucket_mb)
+        wrapped = DistributedDataParallel(
+            model, device_ids=device_ids, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True
+        )
         self._model = weakref.ref(wrapped)
         return wrapped
 

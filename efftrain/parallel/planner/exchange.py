@@ -138,7 +138,9 @@ def replicated(
         running = [bucket for bucket in running if advance(bucket)]
     sent = sum(sum(bucket.wire_bytes) for bucket in buckets)
     exposed = max(clock - backward_s - codec_s, sent * stolen)
-    return Exchange(codec_s, max(0.0, exposed), sent, sum(bucket.buffer_bytes for bucket in buckets))
+    # DDP's buckets are the gradients; autograd makes each one elsewhere first.
+    single = 4 * max(parameter.size for parameter in parameters) if by_ddp else 0
+    return Exchange(codec_s, max(0.0, exposed), sent, single + sum(bucket.buffer_bytes for bucket in buckets))
 
 
 def sharded(
@@ -248,10 +250,11 @@ def _bucket(
 
     if codec.combine == "sum":
         before, after = encoding(num, len(group)), decoding(num, len(group))
-        if by_ddp:  # its gradients are views of the bucket
+        if by_ddp:  # gradients become views of the buckets
             copy_s = hardware.operator_us / 1e6 * len(group) + 8 * num / (hardware.memory_gb_s * 1e9)
             before = after = copy_s * slowdown
-        return _Bucket(at, [before, after], [ring_bytes(num, world_size)], [2.0 * (world_size - 1)], 4 * num)
+        kept = 0 if by_ddp else 4 * num
+        return _Bucket(at, [before, after], [ring_bytes(num, world_size)], [2.0 * (world_size - 1)], kept)
     sizes = [num] if sync.whole_buckets else [parameter.size for parameter in group]
     shapes = [(num,)] if sync.whole_buckets else [parameter.shape for parameter in group]
     nothing = np.broadcast_to(np.float32(0), 1)
