@@ -123,7 +123,7 @@ def calls() -> list[Call]:
             add(False, kernel, g, 14, shape, weights, constants, x_mask, gx, scratch, macs=macs)
         if trained_c:
             add(False, "eft_conv_update_master_s8", x, 0, gradient, shape, factors, SGD, weights.members[0],
-                int8(*filters[:-1], trained_c), trained_c, scratch, macs=macs * trained_c // in_c)  # fmt: skip
+                int8(*filters[:-1], trained_c), trained_c, macs=macs * trained_c // in_c)  # fmt: skip
         if trained:
             pixels = size_out * size_out
             add(False, "eft_bias_update_s32", gradient, pixels, out_c, factors, SGD, bias, macs=pixels * out_c)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from efftrain.ondevice.constants import AddConstants, ConvConstants, Layers
+from efftrain.ondevice.constants import AddConstants, ConvConstants, Layers, layer_of
 from efftrain.ondevice.ir import (
     AddForward,
     AverageForward,
@@ -34,9 +34,10 @@ from efftrain.ondevice.ir import (
 )
 from efftrain.ondevice.quantize import Quantized, fix
 from efftrain.ondevice.scheme import Trained
+from efftrain.ondevice.state import Rounding, moves_biases
 
 
-def differentiate(quantized: Quantized, trained: Mapping[str, Trained]) -> StepGraph:
+def differentiate(quantized: Quantized, trained: Mapping[str, Trained], rounding: Rounding = "master") -> StepGraph:
     """Add loss, gradients of every tensor, and the updates of what is trained, in textbook order.
 
     The textbook order is all gradients first, from the loss to the input, then all updates; a mask is kept for every
@@ -45,14 +46,16 @@ def differentiate(quantized: Quantized, trained: Mapping[str, Trained]) -> StepG
     Args:
         quantized: The prediction.
         trained: By layer name.
+        rounding: How weights move.
     """
-    return _Differentiation(quantized, trained).run()
+    return _Differentiation(quantized, trained, rounding).run()
 
 
 @dataclass
 class _Differentiation:
     quantized: Quantized
     trained: Mapping[str, Trained]
+    rounding: Rounding
     tensors: dict[str, TensorType] = field(default_factory=dict)
     backward: list[StepOp] = field(default_factory=list)
     updates: list[StepOp] = field(default_factory=list)
@@ -84,11 +87,17 @@ class _Differentiation:
         if isinstance(op, ConvForward | AddForward):
             layer = layers[op.layer]
             assert isinstance(layer, ConvConstants | AddConstants), f"{op.layer} has no activation"
+            if isinstance(op, ConvForward) and isinstance(layer, ConvConstants) and self._moves_biases(layer):
+                op = replace(op, bias=self._scratch(f"{op.name}.bias", layer.shape.out_c))
             if layer.masked:
                 mask = self.masks[op.y] = f"{op.y}.mask"
                 self.tensors[mask] = TensorType(self.tensors[op.y].shape, "bit", "mask")
                 return replace(op, mask=mask)
         return op
+
+    def _moves_biases(self, layer: ConvConstants) -> bool:
+        """Whether the state holds only how far the biases of a layer have moved."""
+        return self.trained.get(layer.name, Trained()).bias and moves_biases(layer, self.rounding)
 
     def _differentiate(self, op: StepOp) -> None:
         match op:
@@ -207,5 +216,6 @@ class _Differentiation:
         if learns.bias:
             self.updates.append(BiasUpdate(name=f"{name}.bias_update", layer=layer, g=g))
         if learns.channels:
-            scratch = self._scratch(f"{name}.weight_update", learns.channels)
+            constants = layer_of(self.quantized.layers, layer, ConvConstants)
+            scratch = self._scratch(f"{name}.weight_update", learns.channels) if constants.depthwise else None
             self.updates.append(WeightUpdate(name=f"{name}.weight_update", layer=layer, x=x, g=g, scratch=scratch))

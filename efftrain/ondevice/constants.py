@@ -156,6 +156,11 @@ class ConvConstants:
         return (self.master + 128) >> 8
 
     @property
+    def bias_unit(self) -> Ints:
+        """log2 of what the moves of biases count in, where the trained state holds moves."""
+        return np.clip(self.out.shift - 39, 0, 15)
+
+    @property
     def macs(self) -> int:
         """Products of one forward pass; those that fall on padding are counted."""
         return self.shape.pixels * self.master.size

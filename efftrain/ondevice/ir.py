@@ -199,10 +199,12 @@ class ConvForward(LayerOp):
     """``eft_conv_s8`` or ``eft_depthwise_s8``."""
 
     READS: ClassVar[tuple[str, ...]] = ("x",)
-    WRITES: ClassVar[tuple[str, ...]] = ("y", "mask")
+    WRITES: ClassVar[tuple[str, ...]] = ("y", "mask", "bias")
     x: str
     y: str
     mask: str | None = None
+    bias: str | None = None
+    """Where the biases are put together, if the state holds only how far they have moved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,11 +294,12 @@ class RowStream(Op):
     """
 
     READS: ClassVar[tuple[str, ...]] = ("x",)
-    WRITES: ClassVar[tuple[str, ...]] = ("y", "rings", "masks")
+    WRITES: ClassVar[tuple[str, ...]] = ("y", "rings", "masks", "biases")
     x: str
     y: str
     rings: tuple[str, ...]
     masks: tuple[str, ...]
+    biases: tuple[str, ...]
     ops: tuple[RowOp, ...]
     """In an order in which they could run whole."""
     schedule: tuple[int, ...]
@@ -420,7 +423,8 @@ class WeightUpdate(LayerOp):
     WRITES: ClassVar[tuple[str, ...]] = ("scratch",)
     x: str
     g: str
-    scratch: str
+    scratch: str | None
+    """Only a depthwise layer's needs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

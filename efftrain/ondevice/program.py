@@ -18,6 +18,7 @@ from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.calibrate import Method, as_maps, calibrate
 from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number, Optimizer
 from efftrain.ondevice.emit.c_source import CSource, emit_c
+from efftrain.ondevice.emit.code_size import code_bytes
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.project import write_project
 from efftrain.ondevice.frontend import read_module
@@ -40,9 +41,6 @@ from efftrain.ondevice.target import Board, CpuName
 
 STATIC_BYTES = 8
 """Seed and learning-rate shift in the context."""
-KERNEL_CODE_BYTES, CALL_CODE_BYTES = 20_480, 128
-"""Allowance in flash for the kernels with their tables, and for each op's call of one; the build checks that the linked
-firmware keeps to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,8 +226,8 @@ def compile(
         calibration: Samples of the data that the model was trained on, ``(N, C, L)`` or ``(N, C, H, W)``.
         learning_rate: Of plain SGD at batch 1 in real units: what would be used in fp32.
         seed: Of the stochastic rounding.
-        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each); ``stochastic`` keeps 8 and costs up
-            to a point of accuracy when every layer is trained.
+        rounding: ``master`` keeps 16 bits of every trained weight (2 bytes each) and 4 bytes of every trained bias;
+            ``stochastic`` keeps 8 bits and 2 bytes, and costs up to a point of accuracy when every layer is trained.
         name: Prefix of the C functions.
         switch_off: Passes to leave out, to see what they save.
         loss: Softmax cross-entropy, or ``squared_error`` for an autoencoder whose target is its input.
@@ -255,7 +253,7 @@ def compile(
     quantized = quantize(model_graph, ranges, learning_rate, loss, qas=qas)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
-    step = replace(differentiate(quantized, trained), copies_input=copy_input)
+    step = replace(differentiate(quantized, trained, rounding), copies_input=copy_input)
     graph = run_passes(step, quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding, optimizer)
     initial = initial_state(layout, quantized.layers)
@@ -264,9 +262,8 @@ def compile(
     else:
         graph, arena = plan_with_moves(graph, quantized.layers)
     code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss, optimizer)
-    num_calls = sum(len(op.ops) if isinstance(op, RowStream) else 1 for op in graph.ops)
-    code_bytes = KERNEL_CODE_BYTES + CALL_CODE_BYTES * num_calls
-    plan = _plan(graph, quantized.layers, layout, arena, target, code_bytes + code.constant_bytes)
+    flash_bytes = code_bytes(graph, code.source) + code.constant_bytes
+    plan = _plan(graph, quantized.layers, trained, layout, arena, target, flash_bytes)
     _check_budget(plan, target, code.constant_bytes)
     return Program(
         name=name,
@@ -289,7 +286,13 @@ def compile(
 
 
 def _plan(
-    graph: StepGraph, layers: Layers, layout: StateLayout, arena: Arena, board: Board, flash_bytes: int
+    graph: StepGraph,
+    layers: Layers,
+    trained: Mapping[str, Trained],
+    layout: StateLayout,
+    arena: Arena,
+    board: Board,
+    flash_bytes: int,
 ) -> MemoryPlan:
     forward = backward = 0
     ops = [inner for op in graph.ops for inner in (op.ops if isinstance(op, RowStream) else (op,))]
@@ -303,7 +306,7 @@ def _plan(
             case ConvInputGrad():
                 backward += layer.macs
             case WeightUpdate():
-                backward += layer.macs // layer.shape.in_c * graph.tensors[op.scratch].num_elements
+                backward += layer.macs // layer.shape.in_c * trained[op.layer].channels
             case _:
                 pass
     return MemoryPlan(
@@ -332,7 +335,7 @@ def _check_budget(plan: MemoryPlan, board: Board, constant_bytes: int) -> None:
             f"the plan needs {plan.total_ram_bytes} B of RAM (arena {plan.arena_bytes}, trained state "
             f"{plan.trained_state_bytes}, stack {plan.stack_bytes}, static {plan.static_bytes}); {board.name} has "
             f"{board.ram_bytes} B. Largest: {memory.largest(parts)}. Train fewer channels or layers (scheme sparse, "
-            "last_layer or bias_only), use rounding='stochastic' if it is 'master' (halves the trained weights), read "
+            "last_layer or bias_only), use rounding='stochastic' if it is 'master' (halves the trained state), read "
             "inputs in place (copy_input=False) if the input is among the largest, or choose a larger board."
         )
     if plan.flash_bytes > board.flash_bytes:

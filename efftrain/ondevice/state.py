@@ -1,7 +1,8 @@
 """The trained state: what learns, in one canonical byte layout that every back end shares.
 
 Layout, little-endian, without gaps: the step counter (uint32), then the biases of the layers whose biases are trained
-(int32), then, with momentum or accumulation, what is kept for each bias and then for each weight (int32), then the
+(int32), then, with momentum or accumulation, what is kept for each bias and then for each weight (int32), then, if
+weights are rounded stochastically, how far each bias but the head's has moved (int16, in place of the int32), then the
 trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels, O = 1 if it is
 depthwise), then, with
 16-bit master weights, their residuals in the same order and shape (int8). Layers are in forward order.
@@ -20,7 +21,7 @@ from efftrain.ondevice.scheme import Trained
 
 Rounding = Literal["master", "stochastic"]
 _SGD = Optimizer()
-Part = Literal["step", "bias", "kept_bias", "kept_weight", "weight", "residual"]
+Part = Literal["step", "bias", "kept_bias", "kept_weight", "moved_bias", "weight", "residual"]
 """``kept`` is what an optimizer keeps of earlier steps."""
 
 _DTYPES: Mapping[Part, str] = {
@@ -28,6 +29,7 @@ _DTYPES: Mapping[Part, str] = {
     "bias": "<i4",
     "kept_bias": "<i4",
     "kept_weight": "<i4",
+    "moved_bias": "<i2",
     "weight": "i1",
     "residual": "i1",
 }
@@ -95,18 +97,27 @@ class StateLayout:
         )
 
 
+def moves_biases(layer: ConvConstants, rounding: Rounding) -> bool:
+    """Whether the state holds how far the biases of a layer have moved, if they are trained, and not the biases."""
+    return rounding == "stochastic" and not layer.is_head
+
+
 def lay_out(
     layers: Layers, trained: Mapping[str, Trained], rounding: Rounding, optimizer: Optimizer = _SGD
 ) -> StateLayout:
     """The layout for a scheme."""
     wanted: list[tuple[Part, str, tuple[int, ...]]] = [("step", "", (1,))]
     convs = [layer for layer in layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
-    wanted += [("bias", c.name, (c.shape.out_c,)) for c in convs if trained[c.name].bias]
+    biases = [(c.name, (c.shape.out_c,)) for c in convs if trained[c.name].bias]
+    narrow = {c.name for c in convs if moves_biases(c, rounding)}
+    wanted += [("bias", name, shape) for name, shape in biases if name not in narrow]
     if optimizer.keeps:
-        wanted += [("kept_bias", name, shape) for part, name, shape in wanted if part == "bias"]
+        wanted += [("kept_bias", name, shape) for name, shape in biases]
     parts: tuple[Part, ...] = ("kept_weight",) if optimizer.keeps else ()
     parts += ("weight", "residual") if rounding == "master" else ("weight",)
     for part in parts:
+        if part == "weight":
+            wanted += [("moved_bias", name, shape) for name, shape in biases if name in narrow]
         for conv in convs:
             if channels := trained[conv.name].channels:
                 wanted.append((part, conv.name, (*conv.master.shape[:3], channels)))
@@ -128,7 +139,7 @@ def initial_state(layout: StateLayout, layers: Layers) -> bytes:
         if entry.part == "bias":
             arrays[entry.part, entry.layer] = conv.bias
             continue
-        if entry.part in ("kept_bias", "kept_weight"):
+        if entry.part in ("kept_bias", "kept_weight", "moved_bias"):
             arrays[entry.part, entry.layer] = np.zeros(entry.shape, np.int64)
             continue
         weight, master = (a[..., : entry.shape[-1]] for a in (conv.weight, conv.master))

@@ -159,6 +159,7 @@ def _stream(
         y=ops[-1].y,
         rings=tuple(rings),
         masks=tuple(op.mask for op in ops if isinstance(op, ConvForward | AddForward) and op.mask is not None),
+        biases=tuple(op.bias for op in ops if isinstance(op, ConvForward) and op.bias is not None),
         ops=tuple(ops),
         schedule=tuple(schedule),
     )

@@ -190,6 +190,7 @@ class Update:
             self.steps = rsh(sums * multiplier[:, None, None, None], shift[:, None, None, None])
         self.gradient = Struct(c.g, c.bits, exponent)
         self.scratch = np.full(c.trained_c + 1, -7, np.int32)
+        self.scratch_if_depthwise = (self.scratch,) if c.depthwise else ()
         self.arguments = (
             c.x, c.zero, self.gradient, c.s.struct, c.factors, plain_steps(lr_shift),
         )  # fmt: skip
@@ -201,7 +202,7 @@ def test_master_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) 
     trained, residual = c.trained.copy(), c.rng.integers(-128, 128, c.trained.shape).astype(np.int8)
     master = np.clip(256 * trained.astype(np.int64) + residual - ((update.steps + 128) >> 8), -32640, 32639)
     kernel = "eft_depthwise_update_master_s8" if c.depthwise else "eft_conv_update_master_s8"
-    m.call(kernel, *update.arguments, trained, residual, c.trained_c, update.scratch)
+    m.call(kernel, *update.arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
     assert (trained != -128).all()
     assert update.scratch[-1] == -7
@@ -221,7 +222,7 @@ def test_an_update_keeps_what_its_optimizer_needs(
     master = np.clip(256 * trained.astype(np.int64) - ((move + 128) >> 8), -32640, 32639)
     arguments = (*update.arguments[:5], Struct(0, kept, drop, decay, batch_shift, int(last)))
     kernel = "eft_depthwise_update_master_s8" if c.depthwise else "eft_conv_update_master_s8"
-    m.call(kernel, *arguments, trained, residual, c.trained_c, update.scratch)
+    m.call(kernel, *arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
     assert np.array_equal(kept, total if decay or not last else np.zeros_like(total))
 
@@ -235,7 +236,7 @@ def test_stochastic_update(m: KernelMachine, c: Case, exponent: int, lr_shift: i
     key &= 0xFFFFFFFF
     assert key == step_key(seed, step)
     kernel = "eft_depthwise_update_stochastic_s8" if c.depthwise else "eft_conv_update_stochastic_s8"
-    m.call(kernel, *update.arguments, key, first, trained, c.trained_c, update.scratch)
+    m.call(kernel, *update.arguments, key, first, trained, c.trained_c, *update.scratch_if_depthwise)
     index = (first + np.arange(c.w.size).reshape(c.w.shape)[..., : c.trained_c]) & 0xFFFFFFFF
     want = np.clip(before - ((update.steps + (hash32(key ^ index) >> 16)) >> 16), -127, 127)
     assert np.array_equal(trained, want)
@@ -263,6 +264,6 @@ def test_large_layers(depthwise: bool, sizes: tuple[int, ...]) -> None:
     update, trained = Update(c, -12, 0), c.trained.copy()
     residual = np.zeros_like(trained)
     kernel = "eft_depthwise_update_master_s8" if depthwise else "eft_conv_update_master_s8"
-    m.call(kernel, *update.arguments, trained, residual, c.trained_c, update.scratch)
+    m.call(kernel, *update.arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
     master = np.clip(256 * c.trained.astype(np.int64) - ((update.steps + 128) >> 8), -32640, 32639)
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)

@@ -217,6 +217,16 @@ def test_bias_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) ->
     )
     t = rsh(sums * c.multiplier, c.shift.astype(np.int64) - (exponent + cut) - 16 + lr_shift)
     assert np.array_equal(bias, np.clip(before - ((t + 32768) >> 16), -(2**30), 2**30))
+    # The same where only moves are kept.
+    base, moved = before.astype(np.int32), c.rng.integers(-(2**15), 2**15, c.s.out_c).astype(np.int16)
+    output_shift = c.rng.integers(1, 63, c.s.out_c).astype(np.int16)
+    unit = np.clip(output_shift.astype(np.int64) - 39, 0, 15)
+    m.call("eft_moved_bias_s32", base, moved, output_shift, c.s.out_c, bias)
+    assert np.array_equal(bias, np.clip(before + moved * (1 << unit), -(2**30), 2**30))
+    want = np.clip(moved - ((t + (1 << (15 + unit))) >> (16 + unit)), -(2**15), 2**15 - 1)
+    sizes = (c.s.out_h * c.s.out_w, c.s.out_c)
+    m.call("eft_moved_bias_update_s16", gradient, *sizes, c.factors, plain_steps(lr_shift), output_shift, moved)
+    assert np.array_equal(moved, want)
 
 
 @cases(ANY_CASE)

@@ -37,9 +37,9 @@ def test_every_preset_fits_64_kib_and_its_arena_is_proven_minimal(scheme: str) -
 
 def test_the_trained_state_holds_the_trained_slices_alone() -> None:
     program = build("sparse")
-    weights, biases = 32 * 7 + 32 * 5 * 16, 7 + 32 + 32
-    assert program.layout.num_bytes == 4 + 4 * biases + 2 * weights
-    assert build("sparse", rounding="stochastic").layout.num_bytes == 4 + 4 * biases + weights
+    weights, head, biases = 32 * 7 + 32 * 5 * 16, 7, 32 + 32
+    assert program.layout.num_bytes == 4 + 4 * (head + biases) + 2 * weights
+    assert build("sparse", rounding="stochastic").layout.num_bytes == 4 + 4 * head + 2 * biases + weights
     assert build("none").layout.num_bytes == 4
 
 

@@ -114,6 +114,8 @@ class Simulator(Engine):
         for (part, name), array in self._arrays.items():
             if part == "bias":
                 self._biases[name] = array
+            elif part == "moved_bias":
+                self._biases[name] = self._moved(layer_of(self._layers, name, ConvConstants), array)
             elif part == "weight":
                 weights = self._weights[name].copy()
                 weights[..., : array.shape[-1]] = array
@@ -221,6 +223,9 @@ class Simulator(Engine):
                 layer = layer_of(self._layers, op.layer, ConvConstants)
                 g, shift = self._cut(op.g, layer, layer.bias_rate)
                 step = self._optimized("kept_bias", op.layer, rsh(_fits(g.sum(0)) * layer.bias_rate.multiplier, shift))
+                if ("moved_bias", op.layer) in self._arrays:
+                    self._move_biases(layer, step)
+                    return
                 bias = np.clip(self._biases[op.layer] - ((step + 32768) >> 16), -BIAS_LIMIT, BIAS_LIMIT)
                 self._biases[op.layer] = self._arrays["bias", op.layer] = bias
             case RowStream():
@@ -328,6 +333,16 @@ class Simulator(Engine):
         weights = self._weights[op.layer].copy()
         weights[..., :channels] = new
         self._weights[op.layer] = weights
+
+    def _moved(self, layer: ConvConstants, moved: Ints) -> Ints:
+        """The biases of a layer, of which the state holds how far they have moved."""
+        return np.clip(layer.bias + (moved << layer.bias_unit), -BIAS_LIMIT, BIAS_LIMIT)
+
+    def _move_biases(self, layer: ConvConstants, step: Ints) -> None:
+        unit = 16 + layer.bias_unit
+        moved = self._arrays["moved_bias", layer.name] - ((step + (1 << (unit - 1))) >> unit)
+        moved = self._arrays["moved_bias", layer.name] = np.clip(moved, -32768, 32767)
+        self._biases[layer.name] = self._moved(layer, moved)
 
     def _optimized(self, part: Part, layer: str, step: Ints) -> Ints:
         """What the parameters move: the steps, or what the optimizer makes of them and of those before."""

@@ -331,12 +331,12 @@ uint32_t {n}_context_bytes(void)
             for entry in self.layout.entries
             if entry.part in ("bias", "weight", "residual")
         ]
-        kept = [entry for entry in self.layout.entries if entry.part in ("kept_bias", "kept_weight")]
-        if kept:
-            end = kept[-1].offset + kept[-1].num_bytes
+        zeros = [entry for entry in self.layout.entries if entry.part in ("kept_bias", "kept_weight", "moved_bias")]
+        if zeros:
+            end = zeros[-1].offset + zeros[-1].num_bytes
             lines += [
-                f"    for (uint32_t i = {kept[0].offset // 4}u; i < {end // 4}u; i++) {{",
-                "        context->state[i] = 0U;",
+                f"    for (uint32_t i = {zeros[0].offset}u; i < {end}u; i++) {{",
+                "        ((uint8_t *)context->state)[i] = 0U;",
                 "    }",
             ]
         return lines

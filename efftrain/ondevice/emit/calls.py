@@ -240,13 +240,7 @@ class Calls:
                 return [self._view("gradient", op.g), rule, self._weight_update(op)]
             case BiasUpdate():
                 layer = self._conv(op.layer)
-                entry = self._layout.find("bias", op.layer)
-                assert entry is not None, f"{op.layer} has no trained bias"
-                call = (
-                    f"eft_bias_update_s32(&gradient, {layer.shape.pixels}, {layer.shape.out_c}, "
-                    f"&{self._ids[op.layer]}_bias_rate, &optimizer, {self.state(entry.offset, 'int32_t')});"
-                )
-                return [self._view("gradient", op.g), self._rule("kept_bias", op.layer), call]
+                return [self._view("gradient", op.g), self._rule("kept_bias", op.layer), self._bias_update(op)]
             case _:
                 raise AssertionError(f"{op.name} has no C")
 
@@ -289,12 +283,13 @@ class Calls:
         if isinstance(op, MaxPoolForward):
             return [line, f"eft_max_pool_s8({x}, &{c_name}_shape, &rows, {y});"]
         layer = self._conv(op.layer)
+        moved = [] if rows.streamed else self._moved_bias(op)
         kernel = "eft_depthwise_s8" if layer.depthwise else "eft_conv_s8"
         call = (
-            f"{kernel}({x}, &{c_name}_shape, {layer.x_zero_point}, &weights, {self._bias(layer)}, "
+            f"{kernel}({x}, &{c_name}_shape, {layer.x_zero_point}, &weights, {self._bias(layer, op.bias)}, "
             f"&{c_name}_requantize, &rows, {y}, {mask});"
         )
-        return [self._weights(layer), line, call]
+        return [self._weights(layer), line, *moved, call]
 
     def _at(self, tensor: str, rows: Rows, *, read: bool = False, op: RowOp | None = None) -> str:
         variable = self._variables[tensor]
@@ -306,6 +301,7 @@ class Calls:
     def _stream(self, stream: RowStream) -> list[str]:
         schedule = f"stream{self._stream_numbers[stream.name]}_schedule"
         lines = [
+            *(line for op in stream.ops for line in self._moved_bias(op)),
             f"int32_t next[{len(stream.ops)}] = {{0}};",
             f"for (uint32_t i = 0u; i < {len(stream.schedule)}u; i++) {{",
             f"    const int32_t row = next[{schedule}[i]]++;",
@@ -338,7 +334,18 @@ class Calls:
         state = self.state(entry.offset, "const int8_t") if entry else "NULL"
         return f"const eft_weights weights = {{{state}, {frozen}, {trained}}};"
 
-    def _bias(self, layer: ConvConstants) -> str:
+    def _moved_bias(self, op: RowOp) -> list[str]:
+        """Put the biases of a layer together, if the state holds only how far they have moved."""
+        if not isinstance(op, ConvForward) or op.bias is None:
+            return []
+        entry, c_name = self._layout.find("moved_bias", op.layer), self._ids[op.layer]
+        assert entry is not None, f"{op.layer} has no moved bias"
+        constants = f"{c_name}_bias, {self.state(entry.offset, 'const int16_t')}, {c_name}_out_shift"
+        return [f"eft_moved_bias_s32({constants}, {entry.shape[0]}, {self._variables[op.bias]});"]
+
+    def _bias(self, layer: ConvConstants, moved: str | None = None) -> str:
+        if moved is not None:
+            return self._variables[moved]
         entry = self._layout.find("bias", layer.name)
         return self.state(entry.offset, "const int32_t") if entry else f"{self._ids[layer.name]}_bias"
 
@@ -350,13 +357,22 @@ class Calls:
         values = f"context->lr_shift, {kept}, {drop}, {rule.decay}, {rule.batch_shift}, {last}"
         return f"const eft_optimizer optimizer = {{{values}}};"
 
+    def _bias_update(self, op: BiasUpdate) -> str:
+        layer, c_name = self._conv(op.layer), self._ids[op.layer]
+        bias, moved = self._layout.find("bias", op.layer), self._layout.find("moved_bias", op.layer)
+        start = f"&gradient, {layer.shape.pixels}, {layer.shape.out_c}, &{c_name}_bias_rate, &optimizer"
+        if moved:
+            return f"eft_moved_bias_update_s16({start}, {c_name}_out_shift, {self.state(moved.offset, 'int16_t')});"
+        assert bias is not None, f"{op.layer} has no trained bias"
+        return f"eft_bias_update_s32({start}, {self.state(bias.offset, 'int32_t')});"
+
     def _weight_update(self, op: WeightUpdate) -> str:
         layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
         weight, residual = self._layout.find("weight", op.layer), self._layout.find("residual", op.layer)
         assert weight is not None, f"{op.layer} has no trained weights"
         kind = "depthwise" if layer.depthwise else "conv"
         start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, &{c_name}_shape, &{c_name}_weight_rate, &optimizer"
-        end = f"{weight.shape[-1]}, {v[op.scratch]}"
+        end = f"{weight.shape[-1]}, {v[op.scratch]}" if op.scratch else f"{weight.shape[-1]}"
         trained = self.state(weight.offset)
         if residual:
             return f"eft_{kind}_update_master_s8({start}, {trained}, {self.state(residual.offset)}, {end});"

@@ -38,7 +38,7 @@ from efftrain.ondevice.ir import (
 
 Reals = npt.NDArray[np.float32]
 
-MAX_TERMS = 33_156
+MAX_TERMS = 33_155
 """Most products one output may sum: with |bias| <= 2^30 the int32 accumulator then cannot overflow."""
 
 

@@ -21,7 +21,7 @@
 #define EFT_ERROR_LABEL (-3)    /**< The label is not in [0, classes) */
 #define EFT_ERROR_STATE (-4)    /**< A trained state holds a value outside the range that rules overflow out */
 
-/** Largest |bias|. With at most 33,156 terms a sum, an int32 accumulator cannot overflow. */
+/** Largest |bias|. With at most 33,155 terms a sum, an int32 accumulator cannot overflow. */
 #define EFT_BIAS_LIMIT 1073741824
 
 /**
@@ -78,7 +78,7 @@ typedef struct {
  *   y[p][o] = clamp(v, minimum, 127);  mask bit = pass_minimum <= v <= 127
  *
  * @param[in]  x             Input, rows of [in_w][in_c]
- * @param[in]  shape         kernel_h * kernel_w * in_c <= 33,156
+ * @param[in]  shape         kernel_h * kernel_w * in_c <= 33,155
  * @param[in]  x_zero_point  -128 or 0
  * @param[in]  bias          Per output channel, |bias| <= EFT_BIAS_LIMIT
  * @param[out] y             [rows.count * out_w][out_c]
@@ -308,11 +308,9 @@ typedef struct {
  * @param[in,out] trained   [out_c][kernel_h][kernel_w][trained_c]
  * @param[in,out] residual  Same shape
  * @param[in]     trained_c Input channels [0, trained_c) of in_c
- * @param         scratch   int32, [trained_c]
  */
 void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
-                               const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained, int8_t *residual, int32_t trained_c,
-                               int32_t *scratch);
+                               const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained, int8_t *residual, int32_t trained_c);
 
 /**
  * The same step on int8 weights alone, rounded stochastically: no residual, no more RAM than the weights.
@@ -322,13 +320,13 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
  */
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                    const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
-                                   uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
+                                   uint32_t first_index, int8_t *trained, int32_t trained_c);
 
 /** See eft_multiply_grad_s16. @param scratch int32, [channels] */
 int32_t eft_multiply_factor_grad_s16(const eft_gradient *g, const int8_t *x, int32_t x_zero_point, int32_t pixels,
                                      int32_t channels, const uint8_t *mask, int16_t *gz, int32_t *exponent, int32_t *scratch);
 
-/** The two kinds of step on a depthwise layer: [kernel_h][kernel_w][trained_c]. */
+/** The two kinds of step on a depthwise layer: [kernel_h][kernel_w][trained_c]. @param scratch int32, [trained_c] */
 void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                     const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained,
                                     int8_t *residual, int32_t trained_c, int32_t *scratch);
@@ -342,6 +340,19 @@ uint32_t eft_step_key(uint32_t seed, uint32_t step);
 /** One step on the biases of a convolution: bias[o] in [-EFT_BIAS_LIMIT, EFT_BIAS_LIMIT] before and after. */
 void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
                          const eft_optimizer *optimizer, int32_t *bias);
+
+/**
+ * Biases of which only the moves are kept: bias[o] = base[o] + moved[o] * 2^unit, held to EFT_BIAS_LIMIT.
+ *
+ * A move counts in 1/256 of an output's unit, or in units of the bias where those are larger: unit is shift - 39, in [0, 15].
+ *
+ * @param[in] shift  Of the factors with which the sums of a convolution become activations
+ */
+void eft_moved_bias_s32(const int32_t *base, const int16_t *moved, const int16_t *shift, int32_t channels, int32_t *bias);
+
+/** One step on such moves, held to int16. */
+void eft_moved_bias_update_s16(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
+                               const eft_optimizer *optimizer, const int16_t *shift, int16_t *moved);
 
 /** Words from one place to another that may overlap with it, both aligned to 4; num_bytes is rounded up to whole words. */
 void eft_move(void *to, const void *from, uint32_t num_bytes);

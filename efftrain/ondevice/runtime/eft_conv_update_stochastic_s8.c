@@ -19,15 +19,13 @@ static inline void move(const int32_t *sums, int32_t count, const eft_factors *r
 
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                    const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
-                                   uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch)
+                                   uint32_t first_index, int8_t *trained, int32_t trained_c)
 {
 #if EFT_AVX2
-    (void)scratch;
     eft_conv_update_avx2(x, x_zero_point, gradient, shape, rate, optimizer, key, first_index, trained, NULL, trained_c);
 #else
     const int32_t cut = eft_cut(gradient->bits, shape->out_h * shape->out_w);
     const eft_runs runs = eft_runs_of(shape, trained_c);
-    (void)scratch;
     for (int32_t o = 0; o < shape->out_c; o++) {
         for (int32_t ky = 0; ky < shape->kernel_h; ky++) {
             const int32_t row = o * shape->kernel_h + ky;

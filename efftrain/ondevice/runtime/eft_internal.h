@@ -151,6 +151,12 @@ static inline int64_t eft_optimized(const eft_optimizer *optimizer, int32_t inde
     return optimizer->last != 0 ? eft_rsh(kept * ((int64_t)1 << optimizer->drop), optimizer->batch_shift) : 0;
 }
 
+/** log2 of what a move of a bias counts in; shift is that of the factor from sums to activations. */
+static inline int32_t eft_bias_unit(int32_t shift)
+{
+    return eft_clamp(shift - 39, 0, 15);
+}
+
 /** A step of a master weight 256 * trained + residual. */
 static inline void eft_move_master(int8_t *trained, int8_t *residual, int64_t step)
 {
