@@ -139,19 +139,22 @@ def test_what_cannot_be_stacked_is_named() -> None:
 def test_what_is_wrong_with_one_client_is_its_own_problem() -> None:
     engine, data = get_engine("vmap"), clients("odd", 2)
     state = engine.initial_state(ODD, 0)
-    wrong: list[tuple[State, ArrayDataset, str]] = [
-        ({name: t for name, t in state.items() if name != "fc1.bias"}, data[1], "'fc1.bias' has shape nothing"),
+    strange = Correction(0.0, {"fc1.bias": np.zeros(3, np.float32)})
+    wrong: list[tuple[State, ArrayDataset, str, Correction | None]] = [
+        ({name: t for name, t in state.items() if name != "fc1.bias"}, data[1], "'fc1.bias' has shape nothing", None),
+        (state, data[1], r"correction of 'fc1.bias' has shape \(3,\), expected \(13,\)", strange),
         (
             state,
             clients("even", 1)[0],
             r"samples of shape \(1, 28, 28\), fashion-cnn takes some of shape \(1, 12, 12\)",
+            None,
         ),
-        (state, data[1].subset(np.arange(0)), "a client has 0 samples"),
+        (state, data[1].subset(np.arange(0)), "a client has 0 samples", None),
     ]
     with ThreadPoolExecutor(4) as pool:
         good = pool.submit(engine.train, ODD, state, data[0], CONFIG, 0)
-        bad = [pool.submit(engine.train, ODD, one, samples, CONFIG, 0) for one, samples, _ in wrong]
-        for future, (_, _, message) in zip(bad, wrong, strict=True):
+        bad = [pool.submit(engine.train, ODD, one, samples, CONFIG, 0, added) for one, samples, _, added in wrong]
+        for future, (_, _, message, _) in zip(bad, wrong, strict=True):
             with pytest.raises(ConfigError, match=message):
                 future.result(10)
         assert good.result(10).num_samples == 3

@@ -102,7 +102,7 @@ class VmapEngine:
             PeerError: The thread that trained this client's stack gave no result within ``config.timeout_s``.
         """
         check_scheme(config)
-        _check_fits(model, state, data)
+        _check_fits(model, state, data, correction)
         member = _Member(state, data, seed, correction or Correction())
         key = (model, data.input_shape, config, member.correction.mu, tuple(sorted(member.correction.offset)))
         end_s = time.monotonic() + config.timeout_s
@@ -115,7 +115,7 @@ class VmapEngine:
                         f"({config.timeout_s:g} s)"
                     )
                 limit_s = end_s if stack.started else min(end_s, stack.joined_s + _PATIENCE_S)
-                self._changed.wait(max(0.0, limit_s - time.monotonic()))
+                self._changed.wait(min(60.0, max(0.0, limit_s - time.monotonic())))
             leads = not stack.finished
             if leads:
                 stack.started = True
@@ -165,7 +165,7 @@ class VmapEngine:
             self._changed.notify_all()
 
 
-def _check_fits(model: ModelConfig, state: State, data: ArrayDataset) -> None:
+def _check_fits(model: ModelConfig, state: State, data: ArrayDataset, correction: Correction | None) -> None:
     """Before a stack is joined: what is wrong with one member must not be the others' problem."""
     module = blank_module(model)
     strange = [layer for layer in module.modules() if not isinstance(layer, _CHECKED) and _computes(layer)]
@@ -179,6 +179,9 @@ def _check_fits(model: ModelConfig, state: State, data: ArrayDataset) -> None:
         found, expected = (state[name].shape if name in state else "nothing"), own.get(name, "nothing")
         if found != expected:
             raise ConfigError(f"these tensors are no {model.name}: {name!r} has shape {found}, expected {expected}")
+    for name, tensor in ({} if correction is None else correction.offset).items():
+        if tensor.shape != own.get(name):
+            raise ConfigError(f"the correction of {name!r} has shape {tensor.shape}, expected {own.get(name)}")
     shape = getattr(module, "input_shape", data.input_shape)
     if data.input_shape != tuple(shape) or not len(data):
         raise ConfigError(
