@@ -93,7 +93,7 @@ Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion
 | file | is |
 |---|---|
 | `{name}.h`, `{name}.c` | the model; the header is the contract |
-| `eft.h`, `eft_internal.h`, `eft_*.c` | the kernels that it calls |
+| `eft.h`, `eft_*.h`, `eft_*.c` | the kernels that it calls |
 | `main.c` | an example; replace its `read_sensor` and `read_label` by what the product has |
 | `startup.c` | vector table and reset handler of a bare Cortex-M |
 | `board.ld` | a linker script that holds the program to the board's memory |
