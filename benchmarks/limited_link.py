@@ -1,4 +1,4 @@
-"""A training step on slow links: our codecs beside torch's own hooks, same model and batch, in the same run.
+"""A step on slow links: our codecs beside torch's own hooks and Horovod, same model and batch, in the same run.
 
 Every node is a network namespace; veth pairs join them to one bridge, and a token bucket limits what each node sends.
 Bytes are read from the interface counters, so framing and acknowledgements count too. Needs root on Linux (iproute2).
@@ -8,6 +8,7 @@ Bytes are read from the interface counters, so framing and acknowledgements coun
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,8 @@ from typing import Any
 HERE = Path(__file__).parent
 BRIDGE = "eftbr"
 SUBNET = "10.77.0"
+HOST = f"{SUBNET}.254"
+"""This end of the bridge: Horovod's ranks find each other through a server here."""
 WARM_UP = 3
 BATCH = 16
 MODES = {
@@ -31,6 +34,7 @@ MODES = {
     "fp32": "ddp:",
     "torch fp16 hook": "ddp:fp16",
     "torch PowerSGD rank 2, one bucket": "ddp:powersgd",
+    "Horovod fp16": "horovod:fp16",
     "Int8, two phases": "codec:two_phase:Int8(block=256)",
     "Int8, gathered": "codec:gather:Int8(block=256)",
     "TopK 1 %": "codec:auto:TopK(0.01)",
@@ -41,6 +45,54 @@ MODES = {
 
 def worker(mode: str, steps: int) -> None:
     """One rank: train ``mlp-10m`` on noise and print what a step took and sent."""
+    if mode.startswith("horovod"):
+        horovod_worker(steps)
+    else:
+        torch_worker(mode, steps)
+
+
+def horovod_worker(steps: int) -> None:
+    """Horovod's own optimizer with its fp16 compression; nothing of ours."""
+    import horovod.torch as hvd
+    import torch
+
+    from efftrain.models import build_model
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hvd.init()
+    model = build_model("mlp-10m")
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression=hvd.Compression.fp16)
+    inputs, targets = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    figures = measure(step, steps)
+    if hvd.rank() == 0:
+        print(json.dumps(figures), flush=True)
+    hvd.shutdown()
+
+
+def measure(step: Callable[[], None], steps: int) -> dict[str, Any]:
+    """Seconds of each step after the first few, CPU seconds and bytes sent a step."""
+    times, sent, cpu_s = [], 0, 0.0
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            sent, cpu_s = _tx_bytes(), time.process_time()
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    wire, cpu_s = (_tx_bytes() - sent) / steps, (time.process_time() - cpu_s) / steps
+    return {"step_s": times[WARM_UP:], "cpu_s": cpu_s, "wire_bytes": wire}
+
+
+def torch_worker(mode: str, steps: int) -> None:
+    """Plain training, torch's DDP with its hooks, or our exchange."""
     import torch
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -76,25 +128,22 @@ def worker(mode: str, steps: int) -> None:
                 state = powerSGD_hook.PowerSGDState(dist.group.WORLD, 2, start_powerSGD_iter=2)
                 wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        times, sent, cpu_s = [], 0, 0.0
-        for step in range(WARM_UP + steps):
-            if step == WARM_UP:
-                sent, cpu_s = _tx_bytes(), time.process_time()
-            started = time.perf_counter()
+
+        def step() -> None:
             if job is not None:
                 job.step(inputs, targets)
-            else:
-                assert wrapped is not None, f"mode {mode!r} has neither job nor DDP"
-                sgd.zero_grad()
-                loss = torch.nn.functional.cross_entropy(wrapped(inputs), targets)
-                loss.backward()  # type: ignore[no-untyped-call]
-                sgd.step()
-            times.append(time.perf_counter() - started)
-        wire, cpu_s = (_tx_bytes() - sent) / steps, (time.process_time() - cpu_s) / steps
+                return
+            assert wrapped is not None, f"mode {mode!r} has neither job nor DDP"
+            sgd.zero_grad()
+            loss = torch.nn.functional.cross_entropy(wrapped(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            sgd.step()
+
+        figures = measure(step, steps)
         if dist.get_rank() == 0:
             found = {name: value / (WARM_UP + steps) for name, value in job.exchange.stats().items()} if job else {}
             seconds = {name: value for name, value in found.items() if name.endswith("_s")}
-            print(json.dumps({"step_s": times[WARM_UP:], "cpu_s": cpu_s, "wire_bytes": wire, **seconds}), flush=True)
+            print(json.dumps({**figures, **seconds}), flush=True)
 
 
 def _tx_bytes() -> int:
@@ -106,7 +155,7 @@ def network(num_nodes: int, rate: str) -> Iterator[None]:
     """Namespaces joined by a bridge; each node's sending is limited to ``rate``. Gone afterwards, whatever happens."""
     _tear_down(num_nodes)
     try:
-        _ip(f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
+        _ip(f"link add {BRIDGE} type bridge", f"addr add {HOST}/24 dev {BRIDGE}", f"link set {BRIDGE} up")
         for node in range(num_nodes):
             name, inside = f"eft{node}", f"-n eft{node}"
             _ip(
@@ -119,6 +168,11 @@ def network(num_nodes: int, rate: str) -> Iterator[None]:
             )
             limit = f"tc qdisc add dev eth0 root tbf rate {rate} burst 128kb latency 200ms"
             subprocess.run(["ip", "netns", "exec", name, *limit.split()], check=True)
+            # ``ip netns exec`` lays this over /etc/hosts: Horovod asks for the host's own name where it forgets the
+            # interface that it was told.
+            _etc(node).mkdir(parents=True)
+            names = f"127.0.0.1 localhost\n{SUBNET}.{node + 1} {platform.node()}\n"
+            (_etc(node) / "hosts").write_text(names, encoding="ascii")
         yield
     finally:
         _tear_down(num_nodes)
@@ -127,7 +181,12 @@ def network(num_nodes: int, rate: str) -> Iterator[None]:
 def _tear_down(num_nodes: int) -> None:
     for node in range(num_nodes):
         subprocess.run(["ip", "netns", "delete", f"eft{node}"], stderr=subprocess.DEVNULL, check=False)
+        shutil.rmtree(_etc(node), ignore_errors=True)
     subprocess.run(["ip", "link", "delete", BRIDGE], stderr=subprocess.DEVNULL, check=False)
+
+
+def _etc(node: int) -> Path:
+    return Path(f"/etc/netns/eft{node}")
 
 
 def _ip(*commands: str) -> None:
@@ -135,8 +194,38 @@ def _ip(*commands: str) -> None:
         subprocess.run(["ip", *command.split()], check=True)
 
 
+@contextmanager
+def horovod_environments(num_nodes: int) -> Iterator[list[dict[str, str]]]:
+    """What ``horovodrun --gloo`` tells each rank, for one rank a namespace; it would want ssh between them."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+    from horovod.runner.http.http_server import RendezvousServer
+
+    hosts = ",".join(f"{SUBNET}.{node + 1}:1" for node in range(num_nodes))
+    slots = get_host_assignments(parse_hosts(hosts), num_nodes)
+    server = RendezvousServer()
+    port = server.start()
+    server.init(slots)
+    common = {name: str(value) for name, value in create_run_env_vars(HOST, ["eth0"], port).items()}
+    try:
+        yield [{**common, **create_slot_env_vars(slot)} for slot in slots]
+    finally:
+        server.stop()
+
+
 def run_mode(mode: str, num_nodes: int, steps: int, timeout_s: float) -> dict[str, Any]:
     """One mode on all nodes: median step and bytes that node 0 sent a step."""
+    if not mode.startswith("horovod"):
+        return run_workers(mode, [{}] * num_nodes, steps, timeout_s)
+    if importlib.util.find_spec("horovod") is None:
+        return {"skipped": "Horovod is not there; build it: bash launch/horovod.sh"}
+    with horovod_environments(num_nodes) as environments:
+        return run_workers(mode, environments, steps, timeout_s)
+
+
+def run_workers(mode: str, environments: list[dict[str, str]], steps: int, timeout_s: float) -> dict[str, Any]:
+    """A process in each namespace, with what its environment has beside torch's."""
+    num_nodes = len(environments)
     environment = {
         **os.environ,
         "WORLD_SIZE": str(num_nodes),
@@ -148,7 +237,7 @@ def run_mode(mode: str, num_nodes: int, steps: int, timeout_s: float) -> dict[st
     workers = [
         subprocess.Popen(
             ["ip", "netns", "exec", f"eft{rank}", sys.executable, __file__, "--worker", mode, "--steps", str(steps)],
-            env={**environment, "RANK": str(rank)},
+            env={**environment, "RANK": str(rank), **environments[rank]},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -176,6 +265,9 @@ def render(report: dict[str, Any]) -> str:
     plain = modes.get("fp32", {"failed": "not run"})
     rows = []
     for name, mode in modes.items():
+        if "skipped" in mode:
+            rows.append(f"| {name} | not run: {mode['skipped']} | | | | | |")
+            continue
         if "failed" in mode:
             rows.append(f"| {name} | failed: {mode['failed']} | | | | | |")
             continue
