@@ -93,7 +93,8 @@ def plans(name: str, ranks: int, rate: str) -> list[Plan]:
 def worker(name: str, rate: str) -> None:
     """One rank: what the planner needs to know, and every plan, in turns; rank 0 prints."""
     torch.set_num_threads(1)
-    go_first()
+    if name in SMALL:
+        go_first()
     with mesh.process_group(timeout_s=120) as device:
         if name in SMALL:
             times(name, rate, mesh.transport(device))
@@ -337,18 +338,18 @@ def render(report: dict[str, Any]) -> str:
             f"| {choice['model']} | {choice['ranks']} | {choice['rate']} | {choice['chosen']} | {choice['best']} | "
             f"{100 * choice['loss']:.0f} % |"
         )
-    environment = report["environment"]
+    steady = [row for row in timed if row["scatter"] <= 0.2]
     lines += [
         "",
-        "Not held out: the rules for memory of sharded weights and of pipelines, and for torch's own calls on the "
-        "sharded axis, were written after an earlier run of these cells.",
+        f"Rounds of {len(timed) - len(steady)} cells scatter by more than 20 %: other work on the machine waits while "
+        "ranks run, but takes caches and memory, and a twentieth of each core. Of the others "
+        f"{sum(abs(row['time_error']) <= 0.2 for row in steady)} of {len(steady)} are within 20 %.",
+        "",
+        "Not held out: the rules for memory of sharded weights, of pipelines and of DDP were written after an earlier "
+        "run of these cells, and so was the list of costs that the planner knows of. Their values are measured in each "
+        "run, on probes and on single processes.",
     ]
-    if any(row["load"] > environment["num_cpus"] + row["ranks"] for row in timed):
-        lines += [
-            "",
-            "The machine did other work than this, more than it has cores for: steps that compute were slowed by what "
-            "no prediction knows of. Repeat it on a quiet machine before the times are taken for the planner's error.",
-        ]
+    environment = report["environment"]
     lines += [
         "",
         f"Environment: `{json.dumps(environment['versions'])}`, {environment['cpu']}, {environment['num_cpus']} CPUs.",
@@ -388,16 +389,24 @@ def main() -> int:
                     lines = run_ranks(name, ranks, rate, args.timeout)
                 rows += judge(name, ranks, rate, lines)
                 machines |= {f"{name} {ranks} {rate}": line["hardware"] for line in lines if "hardware" in line}
+    path = args.out / f"planner_{args.hardware}_{args.date}"
+    command = f"python -m benchmarks.planner --ranks {' '.join(map(str, args.ranks))} --rates {' '.join(args.rates)}"
+    if set(args.models) != set(MODELS) and Path(f"{path}.json").exists():  # of the others, what was measured before
+        before = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+        rows = sorted(
+            [row for row in before["rows"] if row["model"] not in args.models] + rows,
+            key=lambda row: list(MODELS).index(row["model"]),
+        )
+        machines = before["hardware"] | machines
+        command = f"{before['command']}`, then `{command} --models {' '.join(args.models)}"
     report = {
-        "command": f"python -m benchmarks.planner --ranks {' '.join(map(str, args.ranks))} "
-        f"--rates {' '.join(args.rates)}",
+        "command": command,
         "date": args.date,
         "rows": rows,
         "choices": first_choices([row for row in rows if row["model"] in SMALL]),
         "hardware": machines,
         "environment": environment(),
     }
-    path = args.out / f"planner_{args.hardware}_{args.date}"
     Path(f"{path}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     Path(f"{path}.md").write_text(render(report), encoding="utf-8")
     print(f"{path}.md")
