@@ -56,7 +56,7 @@ class Calibration:
     """
 
     def __init__(self, base: Hardware, setting: Setting, transport: Transport | None = None) -> None:
-        self._base, self._setting = base, setting
+        self._base = base
         self._ranks = transport if transport is not None and transport.world_size > 1 else None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._found: dict[str, list[float]] = defaultdict(list)
@@ -225,8 +225,8 @@ class _Model:
         factor = (many - few) / (large - small) if large > 1.2 * small else most
         # A noisy moment must not turn into a negative time.
         factor = min(max(factor, 0.4 * most), most)
-        operator_us = max(0.0, (many - factor * large) / starts - hardware.operator_us)
-        fitted = replace(hardware, efficiency=factor, autograd_us=operator_us, step_overhead_ms=0.0)
+        autograd_us = max(0.0, (many - factor * large) / starts - hardware.operator_us)
+        fitted = replace(hardware, efficiency=factor, autograd_us=autograd_us, step_overhead_ms=0.0)
         setting = replace(self.setting, batch_size=self._sizes[1], micro_batches=1)
         update = Planner(setting, replace(fitted, memory_gib=1e9)).predict(Plan(), 1).time.update
         rest = found[f"{name} update_s"] - many - update
