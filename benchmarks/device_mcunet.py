@@ -430,8 +430,8 @@ def render_speed(part: dict[str, Any], load: list[float]) -> list[str]:
     )
     if max(load) > 1:
         note += (
-            " Other work ran on the machine at the same time: it slows both halves of a round, so that ratios can be "
-            "compared, microseconds cannot."
+            " Other work ran on the machine at the same time: it slows both halves of a round, but at a load "
+            "far above the cores not evenly: then trust the range, not the median."
         )
     return [*lines, "", note]
 
