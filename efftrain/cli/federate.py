@@ -1,5 +1,6 @@
 """``efftrain federate RECIPE``: federated rounds in one process, watched live."""
 
+import gc
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,10 @@ def federate_command(
     assert VERSION is not None, "the adapter refuses a missing Flower"
     from efftrain.federated.run import federate
 
+    # A round makes millions of small objects and hardly a cycle, and a collection walks all that torch has imported: an
+    # eighth of the time of 10,000 clients.
+    gc.freeze()
+    gc.set_threshold(100_000)
     with _dashboard(settings) as on_round:
         result = federate(settings, initial=initial, out=out, resume=resume, on_round=on_round, on_note=say)
     if as_json:
