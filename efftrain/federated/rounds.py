@@ -134,8 +134,9 @@ def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:
         ConfigError: Some devices have an update scheme in integers, which the ``torch`` engine cannot train.
         ToolError: There is no C compiler.
     """
-    client = recipe.client
-    if client.engine != "device" or client.scheme != "fp32":
+    client, fleet = recipe.client, recipe.fleet
+    schemes = {fleet.schemes.get(device, client.scheme) for device in fleet.devices} or {client.scheme}
+    if client.engine != "device" or "fp32" not in schemes:
         return recipe, ""
     from efftrain.federated.engines.device_engine import DeviceEngine
 
@@ -144,7 +145,7 @@ def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:
     reason = engine.why_not(recipe.model, client_train(recipe.data, 0, recipe.seed), client.batch_size)
     if not reason:
         return recipe, ""
-    if recipe.fleet.schemes:
+    if schemes != {"fp32"}:
         raise ConfigError(f"{reason} And leave out fleet.schemes: the torch engine trains in fp32 only.")
     return replace(recipe, client=replace(client, engine="torch")), reason
 

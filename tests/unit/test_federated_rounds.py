@@ -67,7 +67,10 @@ def test_a_model_that_generated_code_does_not_cover_is_trained_by_torch() -> Non
     assert found.to_dict()["engine"] == "torch"
     assert found.final_sha256 == run_federated(torch_run).final_sha256
     assert "depthwise convolution" in with_usable_engine(device_run)[1]
-    mixed = replace(device_run, fleet=FleetConfig(devices={"stm32f746": 1.0}, schemes={"stm32f746": "last_k=1"}))
+    integers = FleetConfig(devices={"stm32f746": 1.0}, schemes={"stm32f746": "last_k=1"})
+    in_integers = replace(device_run, fleet=integers)
+    assert with_usable_engine(in_integers) == (in_integers, ""), "nobody trains in fp32"
+    mixed = replace(device_run, fleet=replace(integers, devices={"stm32f746": 1.0, "phone_high": 1.0}))
     with pytest.raises(ConfigError, match=r"depthwise.*leave out fleet\.schemes"):
         with_usable_engine(mixed)
 
