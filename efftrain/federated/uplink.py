@@ -262,10 +262,9 @@ class UplinkGrid(Grid):
             self._num_tickets += 1
             tickets.append(self._num_tickets)
             if id(original) not in contents:
-                contents[id(original)] = self._encoder.encode(original, self._round_of(message))
+                message.content = self._encoder.encode(original, self._round_of(message))
+                contents[id(original)], sizes[id(original)] = message.content, content_bytes(message)
             message.content = contents[id(original)]
-            if id(original) not in sizes:
-                sizes[id(original)] = content_bytes(message)
             self._traffic.downlink_bytes += sizes[id(original)]
             if category(message) == MessageType.TRAIN:
                 if id(original) not in models:
