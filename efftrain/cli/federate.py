@@ -48,8 +48,8 @@ def federate_command(
     assert VERSION is not None, "the adapter refuses a missing Flower"
     from efftrain.federated.run import federate
 
-    # A round makes millions of small objects and hardly a cycle, and a collection walks all that torch has imported: an
-    # eighth of the time of 10,000 clients.
+    # A round makes millions of small objects and hardly a cycle, and a collection walks all that torch has imported: a
+    # few per cent of the time of 10,000 clients.
     gc.freeze()
     gc.set_threshold(100_000)
     with _dashboard(settings) as on_round:
