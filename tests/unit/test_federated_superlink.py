@@ -1,4 +1,5 @@
-"""The same apps over Flower's own SuperLink and SuperNodes, on loopback: the same bits as in one process."""
+"""The same apps over Flower's own SuperLink and SuperNodes, on loopback, and in its own simulation (Ray): the same bits
+as in one process."""
 
 import contextlib
 import json
@@ -65,6 +66,7 @@ def home_of(folder: Path, connection: str) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONWARNINGS": "ignore",
     }
@@ -91,7 +93,6 @@ def wait_for_result(folder: Path, output: Path, limit_s: float = 150) -> dict[st
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Path) -> None:
-    expected = run_federated(RECIPE)
     port, output = free_port(), tmp_path / "result.json"
     address = f"127.0.0.1:{port}"
     environment = home_of(tmp_path, f'address = "{address}"\ninsecure = true')
@@ -106,6 +107,30 @@ def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Pat
             stack.enter_context(process(tmp_path / f"supernode{partition}.log", environment, *supernode))
         flwr(environment, "run", ROOT / "federated", "here", "--run-config", f'output="{output}" {CONFIG}')
         result = wait_for_result(tmp_path, output)
+    assert_same_as_in_one_process(result)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_flowers_own_simulation_gives_the_bits_of_one_process(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    port = free_port()
+    environment = home_of(tmp_path, f'address = "127.0.0.1:{port}"\ninsecure = true')
+    with contextlib.ExitStack() as stack:
+        superlink = [BIN / "flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", port]
+        superlink.append("--disable-runtime-dependency-installation")
+        stack.enter_context(process(tmp_path / "superlink.log", environment, *superlink))
+        wait_for(port)
+        flwr(
+            environment, "run", ROOT / "federated", "here", "--federation-config", "num-supernodes=2",
+            "--run-config", f'output="{output}" {CONFIG}',
+        )  # fmt: skip
+        result = wait_for_result(tmp_path, output)
+    assert_same_as_in_one_process(result)
+
+
+def assert_same_as_in_one_process(result: dict[str, Any]) -> None:
+    expected = run_federated(RECIPE)
     assert result["final_sha256"] == expected.final_sha256
     assert result["accuracy_per_round"] == expected.accuracy_per_round
     assert result["uplink_bytes"] == expected.total("uplink_bytes")
