@@ -146,21 +146,11 @@ def worker(case: str, pairs: int) -> None:
                     times[name].append(time.perf_counter() - started)
                     cpu[name].append(time.process_time() - cpu_started)
         if dist.get_rank() == 0:
-            print(json.dumps({"times": times, "cpu": cpu, "first": first}))
+            print(json.dumps({"times": times, "cpu": cpu}))
 
     torch.set_num_threads(1)
-    first = go_first()
     with mesh.process_group():
         compare()
-
-
-def go_first() -> bool:
-    """Other work on the machine gives way: a rank that wakes up runs at once. Whether the system allows it."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    except (AttributeError, PermissionError):
-        return False
-    return True
 
 
 def measure(case: str, pairs: int) -> dict[str, Any]:
@@ -188,7 +178,6 @@ def measure(case: str, pairs: int) -> dict[str, Any]:
         "ratio": median(ratios),
         "quartiles": [low, high],
         "cpu_ratio": median(cpu),
-        "first": found["first"],
     }
 
 
@@ -221,8 +210,7 @@ def main() -> None:
         "# A Plan beside the same plan by hand",
         "",
         f"`{report['command']}`, torch {torch.__version__}, {os.cpu_count()} cores, two gloo processes of one thread, "
-        f"character transformer {MODEL}, batch {BATCH}. Goal: a ratio of at most {GOAL}."
-        + (" The processes go before other work on the machine (SCHED_RR)." if found["data"]["first"] else ""),
+        f"character transformer {MODEL}, batch {BATCH}. Goal: a ratio of at most {GOAL}.",
         "",
         "| plan | by hand, ms a step | Plan, ms a step | ratio, median of the pairs | quartiles | ratio of CPU time |",
         "|---|---|---|---|---|---|",
@@ -233,7 +221,7 @@ def main() -> None:
         lines.append(f"| {case} | {times} | {one['ratio']:.3f} | {low:.3f} to {high:.3f} | {one['cpu_ratio']:.3f} |")
     lines += [
         "",
-        "A Plan also asks all ranks in every step whether loss and gradient are finite, and returns their norm. Its "
+        "A Plan also asks all ranks once a step whether loss and gradient are finite, and returns their norm. Its "
         "gradients of the data axis are views of DDP's buckets, which saves the copy back (`gradient_as_bucket_view`).",
     ]
     (arguments.out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

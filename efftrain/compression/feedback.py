@@ -148,6 +148,15 @@ class Feedback:
         else:
             self.rollback()
 
+    def restore(self, name: str, part: slice | None = None) -> None:
+        """``rollback`` of one parameter, or of a part of it that has no factor."""
+        for key in (f"{kind}/{name}" for kind in ("residual", "velocity", "factor")):
+            if part is None:
+                self._unstage(key)
+            elif key in self._staged:
+                old = self._state.get(key)
+                self._staged[key][part] = 0 if old is None else old[part]
+
     def norm(self) -> float:
         """Euclidean norm over all residuals: how much is still waiting to be sent.
 

@@ -21,6 +21,7 @@ from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
 from efftrain.parallel.local import local
 from efftrain.parallel.replicas import TransportLine
 from efftrain.training import Exchange
+from efftrain.training.exchange import Agreement
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,8 @@ class ManyAxes(TransportLine):
         self._axes, self._inner = axes, inner
         self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None
-        self._weights = torch.empty(0)
+        self._shares: list[tuple[Tensor, float]] = []
+        """Parameters, and one over the number of ranks of a stage that hold the same piece."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Let the data axis set its hooks on what this rank holds, behind those that lay gradients out."""
@@ -94,7 +96,9 @@ class ManyAxes(TransportLine):
         for parameter in model.parameters():
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_settle_layout)  # type: ignore[no-untyped-call]
-        return self._inner.wrap(model)
+        wrapped = self._inner.wrap(model)
+        self._shares = [(p, 1 / self._copies(p)) for p in model.parameters()]
+        return wrapped
 
     def local_only(self) -> AbstractContextManager[None]:
         """See ``Exchange``."""
@@ -108,6 +112,15 @@ class ManyAxes(TransportLine):
         """Over the data axis."""
         self._inner.check_replicas(model)
 
+    @property
+    def lacks_gradients(self) -> bool:
+        """See ``Exchange``."""
+        return self._inner.lacks_gradients
+
+    def leave_out(self) -> None:
+        """Over the data axis."""
+        self._inner.leave_out()
+
     def finish(self) -> bool:
         """See ``Exchange``."""
         assert self._model is not None, "finish() before wrap()"
@@ -115,14 +128,26 @@ class ManyAxes(TransportLine):
             _settle_layout(parameter)  # of schedules whose weight gradients come past the hooks
         return self._inner.finish()
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        """Squares of all pieces, each counted once, added up over all ranks in their order."""
-        trained = [p for p in model.parameters() if p.grad is not None]
-        norms = torch._foreach_norm([local(p.grad) for p in trained if p.grad is not None])
-        if len(self._weights) != len(trained):  # layouts do not change from step to step
-            self._weights = torch.tensor([1 / self._copies(p) for p in trained], dtype=torch.float64)
-        own = (torch.stack(norms).cpu().double() ** 2 * self._weights).sum() if norms else torch.zeros(())
-        return torch.tensor(self.sum([float(own)])[0]).sqrt()
+    def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
+        """See ``Exchange``; the norm's parts travel with the rest."""
+        own, squares = float(loss), self._squares()
+        healthy = took_part and math.isfinite(own) and math.isfinite(squares)
+        known = [own, squares] if healthy else [0.0, 0.0]
+        num_healthy, total, squares, lacking = self.sum([healthy, *known, self.lacks_gradients])
+        healthy = num_healthy == self.world_size
+        if lacking and healthy:
+            self.leave_out()
+            [squares] = self.sum([self._squares()])
+        norm = torch.tensor(squares).sqrt()
+        return Agreement(healthy and bool(torch.isfinite(norm)), total / self.num_replicas, norm)
+
+    def _squares(self) -> float:
+        """Of the gradients that this rank holds; all ranks together count each piece once."""
+        grads = [(local(p.grad), share) for p, share in self._shares if p.grad is not None]
+        if not grads:
+            return 0.0
+        norms = torch.stack(torch._foreach_norm([grad for grad, _ in grads])).tolist()
+        return sum((norm**2 * share for norm, (_, share) in zip(norms, grads, strict=True)), 0.0)
 
     def settle(self, ok: bool) -> None:
         """See ``Exchange``."""

@@ -1,8 +1,10 @@
 """What keeps replicas equal, over any transport: one start, and a look from time to time whether they still are."""
 
 import hashlib
+import math
 import zlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch.distributed import ProcessGroup
 from efftrain.errors import ConfigError, ReplicaError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.local import local
+from efftrain.training.exchange import Agreement, local_grad_norm
 
 
 def broadcast(transport: Transport, value: Tensor) -> None:
@@ -28,6 +31,12 @@ def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
     message = torch.from_numpy(np.array(values, np.float64).view(np.uint8)).to(transport.device)
     rows = transport.all_gather(message).wait().cpu().numpy()
     return [float(total) for total in rows.view(np.float64).sum(axis=0)]
+
+
+def count_ranks(transport: Transport, names: Sequence[str], absent: Iterable[str]) -> list[int]:
+    """On how many ranks each of ``names``, equal on all of them, is not ``absent``."""
+    absent = set(absent)
+    return [int(count) for count in sum_numbers(transport, [name not in absent for name in names])]
 
 
 def start_equal(transport: Transport, model: nn.Module) -> None:
@@ -58,7 +67,7 @@ class TransportLine:
         return None if found is None else (TransportLine(found[0]), found[1])
 
 
-class Replicas(TransportLine):
+class Replicas(TransportLine, ABC):
     """The data axis: what its exchanges have in common, whatever they do with gradients.
 
     Args:
@@ -68,6 +77,26 @@ class Replicas(TransportLine):
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport)
         self.replica, self.num_replicas = transport.rank, transport.world_size
+
+    def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
+        """See ``Exchange``. All ranks hold the whole average, so that its norm needs no question."""
+        own = float(loss)
+        healthy = took_part and math.isfinite(own)
+        num_healthy, total, lacking = self.sum([healthy, own if healthy else 0.0, self.lacks_gradients])
+        healthy = num_healthy == self.world_size
+        if lacking and healthy:
+            self.leave_out()
+        norm = local_grad_norm(model)
+        return Agreement(healthy and bool(torch.isfinite(norm)), total / self.num_replicas, norm)
+
+    @property
+    @abstractmethod
+    def lacks_gradients(self) -> bool:
+        """See ``Exchange``."""
+
+    @abstractmethod
+    def leave_out(self) -> None:
+        """See ``Exchange``."""
 
     def sync_buffers(self, model: nn.Module) -> None:
         """One broadcast a buffer, as DDP does before each forward pass."""

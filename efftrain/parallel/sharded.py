@@ -9,11 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from efftrain.compression import Codec, Identity
-from efftrain.errors import CheckpointError
+from efftrain.errors import CheckpointError, ConfigError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.hooks import CompressedReduceScatter, compress_fsdp
-from efftrain.parallel.replicas import Replicas, start_equal
-from efftrain.training.exchange import local_grad_norm
+from efftrain.parallel.replicas import Replicas, count_ranks, start_equal
 
 _LARGE = 1 << 20
 """A layer of a ``Sequential`` with so many parameters is gathered on its own."""
@@ -21,6 +20,9 @@ _LARGE = 1 << 20
 
 class Sharded(Replicas):
     """Divides weights, gradients and optimizer state over the data axis; an ``Exchange`` of the training step.
+
+    ``ManyAxes`` asks for it. A parameter without a gradient on any rank has none; one without on some ranks only is
+    refused: torch packs the gradients of a layer that there are, and would add up those of different parameters.
 
     Args:
         transport: The data axis.
@@ -54,6 +56,8 @@ class Sharded(Replicas):
         self._codecs: list[CompressedReduceScatter] = []
         self._num_parameters = 0
         self._num_steps = 0
+        self._trained: dict[str, Tensor] = {}
+        self._absent: list[str] = []
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Give all ranks the weights of rank 0, then divide them. Returns the model itself."""
@@ -66,6 +70,7 @@ class Sharded(Replicas):
             self._roots.append(fully_shard(part, mesh=self._mesh, reshard_after_forward=self._free_weights))
             if not isinstance(self._codec, Identity):
                 self._codecs.append(compress_fsdp(part, self._codec, seed=self._seed))
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return model
 
     @contextmanager
@@ -85,11 +90,27 @@ class Sharded(Replicas):
     def finish(self) -> bool:
         """The backward pass has reduced already; inf and NaN are in the sum."""
         self._num_steps += 1
+        self._absent = [name for name, parameter in self._trained.items() if parameter.grad is None]
         return True
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        """Of this rank's pieces; ``ManyAxes`` adds up."""
-        return local_grad_norm(model)
+    @property
+    def lacks_gradients(self) -> bool:
+        """See ``Exchange``."""
+        return bool(self._absent)
+
+    def leave_out(self) -> None:
+        """torch has left them out.
+
+        Raises:
+            ConfigError: A parameter has a gradient on some ranks only; on all ranks.
+        """
+        names = list(self._trained)
+        for name, count in zip(names, count_ranks(self._transport, names, self._absent), strict=True):
+            if 0 < count < self.world_size:
+                raise ConfigError(
+                    f"{name} has a gradient on {count} of {self.world_size} ranks of the data axis; divided weights "
+                    "need the same layers in use on all ranks: take shard=none"
+                )
 
     def settle(self, ok: bool) -> None:
         """Keep or forget what the codec left unsent in this step."""

@@ -17,6 +17,7 @@ Note [no Python on gloo threads]
     end waits for its threads.
 """
 
+import itertools
 import math
 import weakref
 import zlib
@@ -49,8 +50,7 @@ from efftrain.parallel.collectives import (
 )
 from efftrain.parallel.feedback import AXES, of_replicas
 from efftrain.parallel.local import local, local_grad
-from efftrain.parallel.replicas import Replicas, start_equal
-from efftrain.training.exchange import local_grad_norm
+from efftrain.parallel.replicas import Replicas, count_ranks, start_equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,9 @@ class SyncConfig:
 class GradSync(Replicas):
     """Averages gradients over a group of ranks; an ``Exchange`` of the training step.
 
-    The model stays as it is: hooks on its parameters start the exchanges. A parameter without a gradient on this rank
-    counts as zero. Running statistics stay each rank's own until ``sync_buffers``.
+    The model stays as it is: hooks on its parameters start the exchanges. A parameter without a gradient on some ranks
+    counts as zero there; one without any on all ranks has none (``leave_out``). Running statistics stay each rank's own
+    until ``sync_buffers``.
 
     Args:
         codec: Encodes the gradients. One whose payloads combine by ``sum`` (``Identity``) is a plain fp32 all-reduce.
@@ -131,6 +132,8 @@ class GradSync(Replicas):
         self._num_started = 0
         self._num_steps = 0
         self._suspended = False
+        self._absent: set[str] = set()
+        """Parameters that autograd gave no gradient on this rank in this step."""
 
     # Exchange -----------------------------------------------------------------------------------------------------
 
@@ -179,13 +182,24 @@ class GradSync(Replicas):
         self._num_started = 0
         return self._link.healthy
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        """All ranks hold the whole average."""
-        return local_grad_norm(model)
+    @property
+    def lacks_gradients(self) -> bool:
+        """See ``Exchange``."""
+        return bool(self._absent)
+
+    def leave_out(self) -> None:
+        """See ``Exchange``. What was sent of them were zeros and what they owed."""
+        buckets = {name: bucket for bucket in self._buckets for name in bucket.parameters}
+        counts = count_ranks(self._transport, list(buckets), self._absent)
+        for (name, bucket), count in zip(buckets.items(), counts, strict=True):
+            if not count:
+                bucket.parameters[name].grad = None
+                self._feedback.restore(*bucket.place(name))
 
     def settle(self, ok: bool) -> None:
         """Keep the residuals of this step, or go back to those before it."""
         self._feedback.settle(ok)
+        self._absent.clear()
         self._link.healthy = True
         self._num_steps += 1
 
@@ -255,6 +269,7 @@ class GradSync(Replicas):
         """Start the exchange of the next bucket. See Note [one order]."""
         bucket = self._buckets[self._num_started]
         self._num_started += 1
+        self._absent.update(name for name, parameter in bucket.parameters.items() if parameter.grad is None)
         self._link.seed = zlib.crc32(f"{self.config.seed}:{self._num_steps}".encode())
         steps, collectives = self._exchange(bucket)
         self._running.append(_Running(steps, next(steps), collectives))
@@ -356,6 +371,13 @@ class _Bucket:
             source, grad = torch.from_numpy(mean), local_grad(self.parameters[name])
             if source.data_ptr() != grad.data_ptr():
                 grad.copy_(source.view_as(grad))
+
+    def place(self, name: str) -> tuple[str, slice | None]:
+        """Where the feedback keeps a parameter: under which name, and which part of that."""
+        if not self._whole:
+            return name, None
+        first = sum(size for _, size in itertools.takewhile(lambda item: item[0] != name, self.sizes.items()))
+        return self._first, slice(first, first + self.sizes[name])
 
     def by_parameter(self, state: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
         """What a feedback keeps of this bucket as a whole, cut into its parameters."""

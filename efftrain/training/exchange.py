@@ -1,7 +1,9 @@
 """What a training step needs from the other ranks, whoever provides it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +19,18 @@ class Line(Protocol):
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value added up over all ranks. Every rank calls it with as many values; also a barrier."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step once they have asked each other; equal on all of them."""
+
+    healthy: bool
+    """Gradient and loss of every rank are finite."""
+    loss: float
+    """Mean over the replicas; meant for healthy steps."""
+    grad_norm: Tensor
+    """Euclidean norm of the whole averaged gradient, a scalar."""
 
 
 class Exchange(Line, Protocol):
@@ -62,8 +76,29 @@ class Exchange(Line, Protocol):
             that held inf or NaN.
         """
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        """Euclidean norm of the whole averaged gradient, equal on all ranks; a scalar. Every rank calls it."""
+    def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
+        """Ask all ranks once how the step was. Every rank calls it, in every step.
+
+        A step that one rank alone skips, or clips otherwise, drives replicas apart for good, and loss and norm are not
+        known to be finite anywhere but where they were computed; so the question is asked also where nothing is clipped
+        or logged.
+
+        Args:
+            model: What this rank trains.
+            loss: Of this rank, a scalar; 0 on the ranks of a replica but one.
+            took_part: What ``finish`` returned.
+        """
+
+    @property
+    def lacks_gradients(self) -> bool:
+        """After ``finish``: some parameter got no gradient on this rank; beside those of others it is zero."""
+
+    def leave_out(self) -> None:
+        """Parameters that have a gradient on no rank get none, and owe what they owed before the step.
+
+        So the optimizer leaves them alone, as on one process. All ranks call it, before ``settle``, if any of them
+        ``lacks_gradients``.
+        """
 
     def settle(self, ok: bool) -> None:
         """The step counts (``ok``) or all ranks skip it: keep or forget what feedback staged."""
@@ -91,7 +126,7 @@ class SingleProcess:
 
     rank = replica = 0
     world_size = num_replicas = 1
-    is_divided = False
+    is_divided = lacks_gradients = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself."""
@@ -119,9 +154,13 @@ class SingleProcess:
         """Nothing to wait for."""
         return True
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        """See ``local_grad_norm``."""
-        return local_grad_norm(model)
+    def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
+        """There is nobody to ask."""
+        norm, mean = local_grad_norm(model), float(loss)
+        return Agreement(took_part and math.isfinite(mean) and bool(torch.isfinite(norm)), mean, norm)
+
+    def leave_out(self) -> None:
+        """Autograd has left them out."""
 
     def settle(self, ok: bool) -> None:
         """Nothing is staged."""

@@ -143,15 +143,10 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # the forward pass changes running statistics
         local_loss = self.compute.backward(inputs, targets)
-        took_part = self.exchange.finish()
-        norm = self.exchange.grad_norm(self.model)
-        healthy = took_part and bool(torch.isfinite(norm)) and bool(torch.isfinite(local_loss))
-        # One collective answers both: was every rank healthy, and what is the mean loss.
-        num_healthy, total = self.exchange.sum([float(healthy), float(local_loss) if healthy else 0.0])
-        skipped = num_healthy < self.exchange.world_size
-        self.exchange.settle(ok=not skipped)
+        agreed = self.exchange.agree(self.model, local_loss, took_part=self.exchange.finish())
+        self.exchange.settle(ok=agreed.healthy)
         self.num_steps += 1
-        if skipped:
+        if not agreed.healthy:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             self._count_skip()
@@ -161,14 +156,14 @@ class Job:
             # Some of a divided model's gradients are DTensors, some are not: torch cannot scale both in one kernel.
             one_by_one = False if self.exchange.is_divided else None
             limit = self.step_config.clip_norm
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm, foreach=one_by_one)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, agreed.grad_norm, foreach=one_by_one)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         every = self.step_config.check_replicas_every
         if every and self.num_steps % every == 0:
             self.exchange.check_replicas(self.model)
-        return StepResult(total / self.exchange.num_replicas, float(norm), lr, skipped=False)
+        return StepResult(agreed.loss, float(agreed.grad_norm), lr, skipped=False)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Model and optimizer: tensors by name, and numbers that JSON can hold.

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from efftrain.compression import Feedback, parse_codec
 from efftrain.errors import EfftrainError
@@ -12,7 +12,7 @@ from efftrain.parallel import Plan, mesh
 from efftrain.parallel.collectives import ALGORITHMS, Link, Piece, hierarchical, low_rank
 from efftrain.parallel.hooks import run as drive
 from efftrain.parallel.sync import GradSync, SyncConfig
-from efftrain.training import OptimizerConfig
+from efftrain.training import Job, OptimizerConfig, StepConfig
 from tests.distributed.jobs import NUMBERS, batch, in_group, model_of, run
 
 Facts = dict[str, Any]
@@ -152,6 +152,8 @@ def unused_parameter() -> Facts:
     y = model["a"](x)
     (model["b"](y) if mesh.rank() == 0 else y).sum().backward()
     assert sync.finish()
+    assert sync.lacks_gradients
+    sync.leave_out()
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -174,3 +176,107 @@ def state_loaded(states: list[dict[str, Any]], node_size: int, whole: bool) -> d
     job = Plan(codec=parse_codec("TopK(0.1)"), sync=sync).apply(model, optimizer=OptimizerConfig())
     job.exchange.load_state_dicts([{k: torch.from_numpy(np.asarray(v)) for k, v in s.items()} for s in states])
     return {k: v.numpy().copy() for k, v in job.exchange.state_dict().items() if k not in NUMBERS}
+
+
+class Branches(nn.Module):
+    """A way that all samples go, one that those of a marked batch go, and one that none goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.some, self.never, self.last = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 4),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).tanh()
+        if inputs[0, 0] > 0:
+            hidden = hidden + self.some(hidden)
+        result: Tensor = self.last(hidden.tanh())
+        return result
+
+
+MARKED = ((1, 0), (0, 1), (0, 0), (1, 1), (0, 0), (0, 1))
+"""Of each step: which halves of the batch are marked."""
+
+
+def marked_batch(step: int, micro_batches: int) -> tuple[Tensor, Tensor]:
+    """Both halves. Of several micro-batches of a half, the first is marked and the others are not."""
+    generator = torch.Generator().manual_seed(step)
+    inputs, targets = torch.randn(16, 6, generator=generator), torch.randint(4, (16,), generator=generator)
+    inputs[:, 0] = -1
+    for half, marked in enumerate(MARKED[step]):
+        inputs[8 * half : 8 * half + 8 // micro_batches, 0] = 2.0 * marked - 1
+    return inputs, targets
+
+
+def train_branches(job: Job, micro_batches: int) -> Facts:
+    """Weights, losses and norms, and after each step whether the branches have gradients."""
+    facts: Facts = {"losses": [], "norms": [], "some": [], "never": [], "owed": []}
+    model = job.model
+    assert isinstance(model, Branches)
+    for step in range(len(MARKED)):
+        result = job.step(*job.share(*marked_batch(step, micro_batches)))
+        facts["losses"].append(result.loss)
+        facts["norms"].append(result.grad_norm)
+        facts["some"].append(model.some.weight.grad is not None)
+        facts["never"].append(model.never.weight.grad is not None or model.never.bias.grad is not None)
+        state = {name: value.numpy().copy() for name, value in job.exchange.state_dict().items() if ".weight" in name}
+        facts["owed"].append({name: value for name, value in state.items() if "some" in name or "never" in name})
+    facts["weights"] = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+    return facts
+
+
+@in_group
+def branches(optimizer: OptimizerConfig) -> dict[str, Facts]:
+    """Parameters without a gradient on one rank or on all, under every exchange, beside one process."""
+    facts = {}
+    for pieces in (1, 2):
+        # A piece of one process is what a rank has in one of its own, so that both branch alike.
+        alone = StepConfig(micro_batches=2 * pieces)
+        facts[f"one process, {pieces}"] = train_branches(Job(Branches(), optimizer=optimizer, step=alone), pieces)
+        for name, plan in {
+            "ddp": Plan(),
+            "ddp, small buckets": Plan(sync=SyncConfig(bucket_mb=1e-4)),
+            "gradsync": Plan(exchange="gradsync"),
+            "all entries": Plan(codec=parse_codec("TopK(1.0)"), sync=SyncConfig(bucket_mb=1e-4)),
+            "all entries, whole": Plan(codec=parse_codec("TopK(1.0)"), sync=SyncConfig(whole_buckets=True)),
+            "sparse": Plan(codec=parse_codec("TopK(0.1)")),
+            "sparse, whole": Plan(codec=parse_codec("TopK(0.1)"), sync=SyncConfig(whole_buckets=True)),
+            "sparse, two phases": Plan(codec=parse_codec("TopK(0.1)"), sync=SyncConfig(algorithm="two_phase")),
+            "low rank": Plan(codec=parse_codec("LowRank(2)")),
+        }.items():
+            job = plan.apply(Branches(), optimizer=optimizer, step=StepConfig(micro_batches=pieces))
+            facts[f"{name}, {pieces}"] = train_branches(job, pieces)
+    return facts
+
+
+class Either(Branches):
+    """Two layers of one shape, one for marked batches and one for others."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).tanh()
+        hidden = hidden + (self.some if inputs[0, 0] > 0 else self.never)(hidden)
+        result: Tensor = self.last(hidden.tanh())
+        return result
+
+
+@in_group
+def divided_branches() -> str:
+    """With divided weights: torch itself would add the gradients of one layer to those of another."""
+    job = Plan(shard="full").apply(Either(), optimizer=OptimizerConfig())
+    found = [name for step in (3, 2) for name in _trained_by(job, step)]
+    assert found == ["some", "never"], found
+    try:
+        _trained_by(job, 0)
+    except EfftrainError as error:
+        return f"{type(error).__name__}: {error}"
+    return "unseen"
+
+
+def _trained_by(job: Job, step: int) -> list[str]:
+    job.step(*job.share(*marked_batch(step, 1)))
+    return [name for name in ("some", "never") if job.model.get_submodule(name).weight.grad is not None]

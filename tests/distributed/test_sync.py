@@ -1,10 +1,11 @@
 """The exchange itself: every codec on 2 to 8 ranks, nothing lost between them, and forms that must agree."""
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pytest
 
+from efftrain.training import OptimizerConfig
 from tests.distributed import sync_jobs
 from tests.distributed.conftest import StartRanks
 
@@ -134,13 +135,51 @@ def test_a_replica_that_went_astray_is_found(start_ranks: StartRanks) -> None:
         assert message.startswith("ReplicaError: the weights of rank 1 differ from those of the other 2")
 
 
-def test_a_parameter_without_gradient_counts_as_zero(start_ranks: StartRanks) -> None:
+def test_a_parameter_without_gradient_on_a_rank_counts_as_zero(start_ranks: StartRanks) -> None:
     first, second = start_ranks(sync_jobs.unused_parameter, 2).results()
     assert first.keys() == second.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
     np.testing.assert_array_equal(first["b.bias"], np.full(4, 1.0))  # 2 samples on one of 2 ranks
-    np.testing.assert_array_equal(first["c.weight"], np.zeros((4, 4)))
+    assert first.keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}, "that of c is on no rank"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_parameters_without_gradients_are_those_of_one_process(
+    start_ranks: StartRanks, optimizer: Literal["adamw", "sgd"]
+) -> None:
+    """Weight decay and momentum move what has a gradient of zeros, and leave alone what has none."""
+    config = OptimizerConfig(name=optimizer, lr=0.1, weight_decay=0.1, schedule="constant")
+    first, second = start_ranks(sync_jobs.branches, 2, config).results()
+    for name, facts in first.items():
+        pieces = name[-1]
+        expected = first[f"one process, {pieces}"]
+        assert facts["some"] == expected["some"] == [True, True, False, True, False, True], name
+        assert not any(facts["never"]), name
+        lossless = name.startswith(("ddp", "gradsync", "all entries"))
+        for parameter, value in facts["weights"].items():
+            np.testing.assert_array_equal(value, second[name]["weights"][parameter])
+            if lossless or parameter.startswith("never"):
+                np.testing.assert_allclose(value, expected["weights"][parameter], atol=2e-6, err_msg=name)
+        if lossless:
+            np.testing.assert_allclose(facts["losses"], expected["losses"], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(facts["norms"], expected["norms"], rtol=1e-5, err_msg=name)
+        if name.startswith(("sparse", "low rank")):
+            owed = facts["owed"]
+            assert not any(value.any() for state in owed for key, value in state.items() if "never" in key), name
+            assert any(value.any() for value in owed[1].values()), name
+            for before, after in ((1, 2), (3, 4)):  # no rank has a gradient in steps 2 and 4: nothing is sent or lost
+                assert owed[before].keys() == owed[after].keys()
+                for key, value in owed[before].items():
+                    np.testing.assert_array_equal(value, owed[after][key], err_msg=f"{name}: {key}")
+
+
+def test_divided_weights_refuse_a_gradient_on_some_ranks_only(start_ranks: StartRanks) -> None:
+    for message in start_ranks(sync_jobs.divided_branches, 2).results():
+        assert message == (
+            "ConfigError: some.weight has a gradient on 1 of 2 ranks of the data axis; divided weights need the same "
+            "layers in use on all ranks: take shard=none"
+        )
 
 
 Layout: TypeAlias = tuple[int, int, bool]

@@ -26,6 +26,8 @@ from efftrain.parallel.planner.work import Work, measure_work, ready_times, seco
 _GIB = 1 << 30
 _LARGE = 1 << 20
 """As in sharded.py."""
+_ASKED_BYTES = 32
+"""Of a rank's message in ``Exchange.agree``."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,9 @@ class Planner:
         divisor = self._shard_size(plan)
         update = max(self._update_s(plan, work, divisor) for work in works) * slowdown
         update += hardware.step_overhead_ms / 1e3 * slowdown
-        if world_size > 1:  # every step asks all ranks whether they are well; of a divided model, for the norm, too
-            asked = 2 if plan.is_divided else 1
-            waits = hardware.link(world_size).seconds(16, world_size - 1)
-            update += asked * (waits + hardware.collective_us / 1e6 * slowdown)
+        if world_size > 1:  # every step asks all ranks whether they are well
+            waits = hardware.link(world_size).seconds(_ASKED_BYTES, world_size - 1)
+            update += waits + hardware.collective_us / 1e6 * slowdown
         return TimeParts(
             compute=pieces * (forward + backward),
             bubble=idle,
