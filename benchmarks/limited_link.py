@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -152,8 +153,9 @@ def _tx_bytes() -> int:
 
 @contextmanager
 def network(num_nodes: int, rate: str) -> Iterator[None]:
-    """Namespaces joined by a bridge; each node's sending is limited to ``rate``. Gone afterwards, whatever happens."""
+    """Namespaces joined by a bridge; each node's sending is limited to ``rate``. Gone afterwards, also on SIGTERM."""
     _tear_down(num_nodes)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _ip(f"link add {BRIDGE} type bridge", f"addr add {HOST}/24 dev {BRIDGE}", f"link set {BRIDGE} up")
         for node in range(num_nodes):
@@ -176,6 +178,7 @@ def network(num_nodes: int, rate: str) -> Iterator[None]:
         yield
     finally:
         _tear_down(num_nodes)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tear_down(num_nodes: int) -> None:

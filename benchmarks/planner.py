@@ -18,8 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -93,30 +91,11 @@ def plans(name: str, ranks: int, rate: str) -> list[Plan]:
 def worker(name: str, rate: str) -> None:
     """One rank: what the planner needs to know, and every plan, in turns; rank 0 prints."""
     torch.set_num_threads(1)
-    if name in SMALL:
-        go_first()
     with mesh.process_group(timeout_s=120) as device:
         if name in SMALL:
             times(name, rate, mesh.transport(device))
         else:
             memory(name, rate, mesh.transport(device))
-
-
-def go_first() -> None:
-    """Other work on the machine gives way: a rank that wakes up runs at once, as on a machine of its own."""
-    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-
-
-@contextmanager
-def short_turns() -> Iterator[None]:
-    """Ranks that share a core take turns as short as those of other processes, 3 ms."""
-    setting = Path("/proc/sys/kernel/sched_rr_timeslice_ms")
-    before = setting.read_text(encoding="ascii")
-    setting.write_text("3", encoding="ascii")
-    try:
-        yield
-    finally:
-        setting.write_text(before, encoding="ascii")
 
 
 def times(name: str, rate: str, transport: Transport) -> None:
@@ -309,9 +288,8 @@ def render(report: dict[str, Any]) -> str:
         f"| peak memory of a rank within 10 % | {memory} of {len(large)} |",
         "",
         f"Measured: the middle step of {BLOCK_S:g} s, of that the median of {ROUNDS} rounds, in turns with what the "
-        "planner is told; memory is the growth of the resident set at its peak, of the rank with the largest. The "
-        "ranks go before other work on the machine (SCHED_RR, turns of 3 ms). Times are judged of the small models, "
-        "memory of the large ones. "
+        "planner is told; memory is the growth of the resident set at its peak, of the rank with the largest. Times "
+        "are judged of the small models, memory of the large ones. "
         "The planner is told what `efftrain plan --calibrate` finds between the ranks of a network: this machine, its "
         "codecs on random gradients, the model on one process, the link, and steps of small probes under each axis. "
         "Plans, codecs and exchanges of the models are held out. One thread a process. Scatter: between the slowest "
@@ -341,8 +319,7 @@ def render(report: dict[str, Any]) -> str:
     steady = [row for row in timed if row["scatter"] <= 0.2]
     lines += [
         "",
-        f"Rounds of {len(timed) - len(steady)} cells scatter by more than 20 %: other work on the machine waits while "
-        "ranks run, but takes caches and memory, and a twentieth of each core. Of the others "
+        f"Rounds of {len(timed) - len(steady)} cells scatter by more than 20 %; of the others "
         f"{sum(abs(row['time_error']) <= 0.2 for row in steady)} of {len(steady)} are within 20 %.",
         "",
         "Not held out: the rules for memory of sharded weights, of pipelines and of DDP were written after an earlier "
@@ -384,7 +361,7 @@ def main() -> int:
         rates = args.rates if name in SMALL else args.rates[-1:]
         for ranks in args.ranks if name in SMALL else args.ranks[:1]:
             for rate in rates:
-                with network(ranks, rate), short_turns():
+                with network(ranks, rate):
                     shorten_bucket(ranks, rate)
                     lines = run_ranks(name, ranks, rate, args.timeout)
                 rows += judge(name, ranks, rate, lines)
