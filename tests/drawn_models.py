@@ -93,6 +93,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         "conv",
         "conv",
         "depthwise",
+        "grouped",
         "norm",
         "function",
         "function",
@@ -106,12 +107,13 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     for kind in draw(st.lists(st.sampled_from((*kinds, "pad")), min_size=1, max_size=9)):
         channels, height, width = shapes[-1]
         smallest = min(height, width) if two_d else width
-        if kind in ("conv", "depthwise", "pad"):
+        if kind in ("conv", "depthwise", "grouped", "pad"):
             kernel = draw(st.integers(1, min(4, smallest + 2)))
             least = max(0, kernel - smallest + 1) // 2
             stride, padding, bias = draw(st.integers(1, 2)), draw(st.integers(least, kernel)), draw(st.booleans())
-            groups = channels if kind == "depthwise" else 1
-            out = channels if kind == "depthwise" else draw(st.integers(1, 5))
+            divisors = [count for count in range(1, channels + 1) if channels % count == 0]
+            groups = {"depthwise": channels, "grouped": draw(st.sampled_from(divisors))}.get(kind, 1)
+            out = channels if kind == "depthwise" else groups * draw(st.integers(1, 3 if groups > 1 else 5))
             layer = conv(channels, out, kernel, stride, padding, groups=groups, bias=bias)
             border = nn.ZeroPad2d((1, 1, 2, 2)) if two_d else nn.ConstantPad1d(2, 0.0)
             add_module(nn.Sequential(border, layer) if kind == "pad" else layer)

@@ -93,6 +93,29 @@ class Pools(nn.Module):
         return logits
 
 
+class Groups(nn.Module):
+    """Convolutions in groups: a block of a ResNeXt, two filters a channel, a 1x1 in groups as in a ShuffleNet."""
+
+    shape = (3, 10, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.reduce = nn.Sequential(nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.groups = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.expand = nn.Sequential(nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12))
+        self.widen = nn.Sequential(nn.Conv2d(12, 24, 3, 2, 1, groups=12, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
+        self.last = nn.Conv2d(24, 9, 1, groups=3)
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.expand(self.groups(self.reduce(x))))
+        x = F.relu(self.last(self.widen(x)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 class Autoencoder(nn.Module):
     """Linear layers with batch norms; what goes in should come out."""
 
@@ -110,7 +133,7 @@ class Autoencoder(nn.Module):
         return outputs
 
 
-CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools)
+CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools, Groups)
 
 
 def build(model: type[nn.Module], seed: int = 0) -> nn.Module:

@@ -117,12 +117,14 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvConstants:
-    """One layer with weights. O output channels, H x W kernel, I input channels; a depthwise layer has O = 1 in the
-    shape of its weights, and I channels in and out."""
+    """One layer with weights. O output channels, H x W kernel, I input channels that an output sees; a depthwise layer
+    has O = 1 in the shape of its weights, and I channels in and out."""
 
     name: str
     shape: ConvShape
     depthwise: bool
+    groups: int
+    """Of a layer in groups; 1 if it is dense or depthwise."""
     is_head: bool
     has_bias: bool
     trainable: bool
@@ -149,6 +151,11 @@ class ConvConstants:
     weight_scale: Reals
     sigma: float
     """Real value of one unit of the gradient of this layer's output at exponent 0."""
+
+    @property
+    def kind(self) -> Literal["conv", "grouped", "depthwise"]:
+        """Which of the kernels."""
+        return "depthwise" if self.depthwise else "grouped" if self.groups > 1 else "conv"
 
     @property
     def weight(self) -> Ints:

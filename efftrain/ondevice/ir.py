@@ -92,7 +92,7 @@ class FloatOp(Op):
 class Conv(FloatOp):
     """Convolution; the weight constant is ``(out, kernel_h, kernel_w, in / groups)``.
 
-    In a canonical graph ``groups`` is 1, or the number of input and of output channels: a depthwise convolution.
+    Where ``groups`` is the number of input and of output channels, it is a depthwise convolution.
     """
 
     weight: str
@@ -196,7 +196,7 @@ class LayerOp(Op):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvForward(LayerOp):
-    """``eft_conv_s8`` or ``eft_depthwise_s8``."""
+    """``eft_conv_s8``, ``eft_grouped_s8`` or ``eft_depthwise_s8``."""
 
     READS: ClassVar[tuple[str, ...]] = ("x",)
     WRITES: ClassVar[tuple[str, ...]] = ("y", "mask", "bias")
@@ -340,7 +340,7 @@ class AverageGrad(LayerOp):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvInputGrad(LayerOp):
-    """``eft_conv_input_grad_s16`` or ``eft_depthwise_input_grad_s16``."""
+    """``eft_conv_input_grad_s16`` and its like."""
 
     READS: ClassVar[tuple[str, ...]] = ("g", "mask")
     WRITES: ClassVar[tuple[str, ...]] = ("gx", "scratch")

@@ -252,7 +252,7 @@ def compile(
     ranges = calibrate(model_graph, calibration, calibration_method)
     quantized = quantize(model_graph, ranges, learning_rate, loss, qas=qas)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
-    trained = resolve(scheme, [Layer(c.name, c.shape.in_c, c.has_bias) for c in convs])
+    trained = resolve(scheme, [Layer(c.name, c.master.shape[3], c.has_bias, c.groups) for c in convs])
     step = replace(differentiate(quantized, trained, rounding), copies_input=copy_input)
     graph = run_passes(step, quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding, optimizer)
@@ -306,7 +306,7 @@ def _plan(
             case ConvInputGrad():
                 backward += layer.macs
             case WeightUpdate():
-                backward += layer.macs // layer.shape.in_c * trained[op.layer].channels
+                backward += layer.macs // layer.master.shape[3] * trained[op.layer].channels
             case _:
                 pass
     return MemoryPlan(

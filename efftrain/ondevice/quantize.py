@@ -276,7 +276,8 @@ def _conv(
         sigma,
         learning_rate,
         first_index,
-        depthwise=op.groups > 1,
+        depthwise=1 < op.groups == graph.tensors[op.x].shape[2] == len(weight),
+        groups=op.groups,
         has_bias=op.bias is not None,
         masked=op.activation != "none",
         qas=qas,
@@ -305,13 +306,15 @@ def _layer(
     first_index: int,
     *,
     depthwise: bool,
+    groups: int = 1,
     has_bias: bool,
     masked: bool = False,
     qas: bool = True,
 ) -> ConvConstants:
     is_head = op.y == graph.output
+    groups = 1 if depthwise else groups
     shape = _shape(graph, op, (weight.shape[1], weight.shape[2]), stride, padding)
-    terms = shape.taps * (1 if depthwise else shape.out_c)
+    terms = shape.taps * (1 if depthwise else shape.out_c // groups)
     if shape.pixels > _MAX_PIXELS or terms > _MAX_GRADIENT_TERMS:
         raise CompileError(
             f"layer {op.name} at {op.source} has {shape.pixels} output positions and {terms} gradient terms an input; "
@@ -325,13 +328,15 @@ def _layer(
     bias_scale = x.scale * scale
     channel_scale = _round(32767 * scale / scale.max())
     initial = np.abs((master + 128) >> 8) * (channel_scale / 32767)[:, None, None, None]
-    bound = initial.sum((1, 2, 3)).max() if depthwise else initial.sum((0, 1, 2)).max()
+    # Of the products that meet in one input channel.
+    bound = initial.sum((1, 2, 3)) if depthwise else initial.reshape(groups, -1, initial.shape[3]).sum(1)
     operand_bits = min(15, 24 - ceil_log2(terms))
     ratio = bias_scale / y.scale
     return ConvConstants(
         name=op.name,
         shape=shape,
         depthwise=depthwise,
+        groups=groups,
         is_head=is_head,
         has_bias=has_bias,
         trainable=isinstance(op, Conv),
@@ -344,7 +349,7 @@ def _layer(
         masked=masked,
         channel_scale=channel_scale,
         operand_bits=operand_bits,
-        grad_shift=math.ceil(math.log2(max(float(bound), 1.0))) + operand_bits - 15,
+        grad_shift=math.ceil(math.log2(max(float(bound.max()), 1.0))) + operand_bits - 15,
         # A gradient with respect to an integer carries its scale; QAS divides by the scale's square.
         weight_rate=fix(learning_rate * sigma * x.scale * (1 / scale if qas else scale)),
         bias_rate=fix(learning_rate * sigma * (1 / bias_scale if qas else bias_scale)),

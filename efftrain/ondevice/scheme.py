@@ -21,7 +21,8 @@ _MOST_NAMES = 12
 class LayerShare:
     """Train the weights of one layer for the first ``share`` of its input channels.
 
-    A depthwise convolution has one channel in for each channel out: its share counts them.
+    A depthwise convolution has one channel in for each channel out: its share counts them. Of a convolution in groups
+    it is that of the channels of each group; a group of one channel has none.
     """
 
     layer: str
@@ -143,8 +144,10 @@ class Layer:
 
     name: str
     in_channels: int
-    """Of a depthwise convolution, its channels."""
+    """That an output sees; of a depthwise convolution, its channels."""
     has_bias: bool
+    groups: int = 1
+    """Of a convolution in groups; 1 if it is dense or depthwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     """Apply a scheme to the layers of a model, in forward order, the head last.
 
     Raises:
-        ConfigError: The scheme names a layer that the model does not have, or one twice.
+        ConfigError: The scheme names a layer that the model does not have, or one twice, or a share of one channel.
     """
     convs, head = layers[:-1], layers[-1]
     if scheme.last_k > len(layers):
@@ -173,6 +176,12 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
         for layer in _matches(entry.layer, layers, scheme.name):
             if layer.name in named:
                 raise ConfigError(f"scheme {scheme.name!r} names layer {layer.name!r} twice")
+            if entry.share < 1 and layer.groups > 1 and layer.in_channels == 1:
+                raise ConfigError(
+                    f"scheme {scheme.name!r} trains a share of {entry.share} of layer {layer.name!r}, whose "
+                    f"{layer.groups} groups have one input channel each, of which there is no share. Use share = 1, or "
+                    "leave the layer out."
+                )
             named.add(layer.name)
             channels[layer.name] = max(1, round(entry.share * layer.in_channels))
     count = len(convs) if scheme.last_biases == -1 else scheme.last_biases

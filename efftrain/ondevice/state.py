@@ -3,9 +3,9 @@
 Layout, little-endian, without gaps: the step counter (uint32), then the biases of the layers whose biases are trained
 (int32), then, with momentum or accumulation, what is kept for each bias and then for each weight (int32), then, if
 weights are rounded stochastically, how far each bias but the head's has moved (int16, in place of the int32), then the
-trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels, O = 1 if it is
-depthwise), then, with
-16-bit master weights, their residuals in the same order and shape (int8). Layers are in forward order.
+trained weights of each layer (int8, ``(O, H, W, k)`` for its first k input channels, or those of each group, O = 1 if
+it is depthwise), then, with 16-bit master weights, their residuals in the same order and shape (int8). Layers are in
+forward order.
 """
 
 import math

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efftrain.ondevice.backends.kernels import BoardKernels, HostKernels, KernelMachine, Struct
+from efftrain.ondevice.backends.kernels import BoardKernels, HostKernels, KernelMachine, Struct, Value
 from efftrain.ondevice.backends.toolchain import host_instructions
 
 Array = npt.NDArray[np.int64]
@@ -99,28 +99,32 @@ class Product:
 
 
 class Case:
-    """One convolution, dense or depthwise, with random contents; extremes are drawn often."""
+    """One convolution with random contents; extremes are drawn often.
 
-    def __init__(
-        self, depthwise: bool, sizes: tuple[int, ...], trained: float, zero: int, extreme: int, seed: int
-    ) -> None:
+    ``groups`` is 1 for a dense one and 0 for a depthwise one; channels are drawn for each group.
+    """
+
+    def __init__(self, groups: int, sizes: tuple[int, ...], trained: float, zero: int, extreme: int, seed: int) -> None:
         out_h, out_w, in_c, out_c, kh, kw, sh, sw, ph, pw, more_h, more_w = sizes
         ph, pw = min(ph, kh - 1), min(pw, kw - 1)
         in_h = max(1, kh - 2 * ph, (out_h - 1) * sh + kh - 2 * ph + min(more_h, sh - 1))
         in_w = max(1, kw - 2 * pw, (out_w - 1) * sw + kw - 2 * pw + min(more_w, sw - 1))
         out_h, out_w = (in_h + 2 * ph - kh) // sh + 1, (in_w + 2 * pw - kw) // sw + 1
-        out_c = in_c if depthwise else out_c
-        self.depthwise = depthwise
+        self.depthwise = groups == 0
+        self.kind = "depthwise" if groups == 0 else "conv" if groups == 1 else "grouped"
+        self.groups = groups or in_c
+        self.group_c = 1 if self.depthwise else in_c
+        in_c, out_c = (in_c, in_c) if self.depthwise else (groups * in_c, groups * out_c)
         self.s = Shape(in_h, in_w, in_c, out_h, out_w, out_c, kh, kw, sh, sw, ph, pw)
         self.rng = rng = np.random.default_rng(seed)
         self.zero = zero
         self.x = self.fill((in_h, in_w, in_c), -128, 127, extreme).astype(np.int8)
-        filters = (kh, kw, in_c) if depthwise else (out_c, kh, kw, in_c)
+        filters = (kh, kw, in_c) if self.depthwise else (out_c, kh, kw, self.group_c)
         self.w = self.fill(filters, -127, 127, extreme).astype(np.int8)
         self.g = self.fill((out_h, out_w, out_c), -32767, 32767, extreme).astype(np.int16)
         self.g >>= rng.integers(0, 15) if extreme != 1 else 0
         self.bits = int(np.abs(self.g.astype(np.int64)).max()).bit_length()
-        self.trained_c = round(trained * in_c)
+        self.trained_c = round(trained * self.w.shape[-1])
         self.trained = np.ascontiguousarray(self.w[..., : self.trained_c])
         self.frozen = np.ascontiguousarray(self.w[..., self.trained_c :])
         self.multiplier = rng.integers(1 << 30, 1 << 31, out_c).astype(np.int32)
@@ -133,6 +137,27 @@ class Case:
         if extreme == 1:
             return self.rng.choice(np.array([low, high]), shape)
         return self.rng.integers(low, high + 1, shape)
+
+    @property
+    def shape(self) -> tuple[Value, ...]:
+        """What says it in a call: eft_conv_shape, and the groups."""
+        return (self.s.struct, self.groups) if self.kind == "grouped" else (self.s.struct,)
+
+    @property
+    def num_places(self) -> int:
+        """Of the kernel."""
+        return self.s.kernel_h * self.s.kernel_w
+
+    @property
+    def gradient_terms(self) -> int:
+        """Most products that meet in one input."""
+        return self.num_places * (1 if self.depthwise else self.s.out_c // self.groups)
+
+    def filters(self, ky: int, kx: int) -> Array:
+        """Weights of one place of the kernel, (groups, outputs, inputs)."""
+        w = self.w.astype(np.int64)
+        at = w[ky, kx] if self.depthwise else w[:, ky, kx]
+        return at.reshape(self.groups, self.s.out_c // self.groups, self.group_c)
 
     def whole(self) -> Struct:
         """eft_rows of a call for everything."""
@@ -152,24 +177,17 @@ class Case:
 
     def sums(self) -> Array:
         """Of the forward pass, without bias."""
-        s, q, w = self.s, self.x.astype(np.int64) - self.zero, self.w.astype(np.int64)
+        s, q = self.s, self.x.astype(np.int64) - self.zero
         sums = np.zeros((s.out_h, s.out_w, s.out_c), np.int64)
         for p in self.products():
-            if self.depthwise:
-                sums[p.oy, p.ox] += w[p.ky, p.kx] * q[p.iy, p.ix]
-            else:
-                sums[p.oy, p.ox] += w[:, p.ky, p.kx] @ q[p.iy, p.ix]
+            sums[p.oy, p.ox] += (self.filters(p.ky, p.kx) @ q[p.iy, p.ix].reshape(self.groups, -1, 1)).ravel()
         return sums
 
     def input_sums(self, h: Array) -> Array:
         """Of the gradient with respect to the input, from scaled gradients of the output."""
-        w = self.w.astype(np.int64)
         sums = np.zeros(self.x.shape, np.int64)
         for p in self.products():
-            if self.depthwise:
-                sums[p.iy, p.ix] += h[p.oy, p.ox] * w[p.ky, p.kx]
-            else:
-                sums[p.iy, p.ix] += h[p.oy, p.ox] @ w[:, p.ky, p.kx]
+            sums[p.iy, p.ix] += (h[p.oy, p.ox].reshape(self.groups, 1, -1) @ self.filters(p.ky, p.kx)).ravel()
         assert np.abs(sums).max() < 1 << 31
         return sums
 
@@ -183,7 +201,8 @@ class Case:
             if self.depthwise:
                 sums[p.ky, p.kx] += g[p.oy, p.ox] * q[p.iy, p.ix]
             else:
-                sums[:, p.ky, p.kx] += np.outer(g[p.oy, p.ox], q[p.iy, p.ix])
+                outer = g[p.oy, p.ox].reshape(self.groups, -1, 1) * q[p.iy, p.ix].reshape(self.groups, 1, -1)
+                sums[:, p.ky, p.kx] += outer.reshape(s.out_c, -1)
         assert np.abs(sums).max() < 1 << 31
         return sums[..., : self.trained_c], g.sum((0, 1)), cut
 
@@ -238,9 +257,14 @@ _WIDE = st.tuples(
 _POINTWISE = st.tuples(*(st.integers(1, high) for high in (3, 6, 140, 140)), *(st.just(v) for v in [1] * 4 + [0] * 4))
 _SHARES = st.sampled_from([0.0, 0.3, 0.5, 1.0])
 _REST = (_SHARES, st.sampled_from([-128, 0]), st.integers(0, 3), st.integers(0, 2**32 - 1))
-DENSE = st.builds(Case, st.just(False), st.one_of(_SMALL, _WIDE, _POINTWISE), *_REST)
-DEPTHWISE = st.builds(Case, st.just(True), st.one_of(_SMALL, _WIDE), *_REST)
-ANY_CASE = st.one_of(DENSE, DEPTHWISE)
+# Groups of any size, also of one input or output.
+_GROUP = st.tuples(
+    *(st.integers(1, high) for high in (3, 5, 10, 30, 3, 3, 2, 2)), *(st.integers(0, high) for high in (2, 2, 1, 1))
+)
+DENSE = st.builds(Case, st.just(1), st.one_of(_SMALL, _WIDE, _POINTWISE), *_REST)
+DEPTHWISE = st.builds(Case, st.just(0), st.one_of(_SMALL, _WIDE), *_REST)
+GROUPED = st.builds(Case, st.integers(2, 5), st.one_of(_SMALL, _GROUP), *_REST)
+ANY_CASE = st.one_of(DENSE, DEPTHWISE, GROUPED)
 
 
 # Cortex-M0+ has no SIMD instructions and no unaligned access.

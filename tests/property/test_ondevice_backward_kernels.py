@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from efftrain.ondevice.backends.kernels import KernelMachine, Struct
+from efftrain.ondevice.backends.kernels import KernelMachine, Struct, Value
 from tests.property.kernel_cases import (
     ANY_CASE,
     DEPTHWISE,
@@ -35,8 +35,7 @@ class InputGradient:
         self.case = c
         self.scale = rng.integers(1, 32768, s.out_c).astype(np.int16)
         self.scale[rng.integers(0, s.out_c)] = 32767  # always there
-        terms = s.kernel_h * s.kernel_w * (1 if c.depthwise else s.out_c)
-        operand_bits = min(15, 24 - ceil_log2(terms))
+        operand_bits = min(15, 24 - ceil_log2(c.gradient_terms))
         self.shift = int(rng.integers(-3, 14))
         self.constants = Struct(self.scale, operand_bits, self.shift)
         self.use_mask = bool(rng.integers(0, 2))
@@ -49,8 +48,8 @@ class InputGradient:
         c = self.case
         scratch = np.full(c.s.in_c + 2, -7, np.int32)
         bits = m.call(
-            "eft_depthwise_input_grad_s16" if c.depthwise else "eft_conv_input_grad_s16",
-            g, c.bits, c.s.struct, c.weights, self.constants,
+            f"eft_{c.kind}_input_grad_s16",
+            g, c.bits, *c.shape, c.weights, self.constants,
             c.mask if self.use_mask else None, gx, scratch[1:],
         )  # fmt: skip
         assert scratch[0] == -7, "more scratch was used than the contract says"
@@ -191,8 +190,8 @@ class Update:
         self.gradient = Struct(c.g, c.bits, exponent)
         self.scratch = np.full(c.trained_c + 1, -7, np.int32)
         self.scratch_if_depthwise = (self.scratch,) if c.depthwise else ()
-        self.arguments = (
-            c.x, c.zero, self.gradient, c.s.struct, c.factors, plain_steps(lr_shift),
+        self.arguments: tuple[Value, ...] = (
+            c.x, c.zero, self.gradient, *c.shape, c.factors, plain_steps(lr_shift),
         )  # fmt: skip
 
 
@@ -201,8 +200,14 @@ def test_master_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) 
     update = Update(c, exponent, lr_shift)
     trained, residual = c.trained.copy(), c.rng.integers(-128, 128, c.trained.shape).astype(np.int8)
     master = np.clip(256 * trained.astype(np.int64) + residual - ((update.steps + 128) >> 8), -32640, 32639)
-    kernel = "eft_depthwise_update_master_s8" if c.depthwise else "eft_conv_update_master_s8"
-    m.call(kernel, *update.arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
+    m.call(
+        f"eft_{c.kind}_update_master_s8",
+        *update.arguments,
+        trained,
+        residual,
+        c.trained_c,
+        *update.scratch_if_depthwise,
+    )
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
     assert (trained != -128).all()
     assert update.scratch[-1] == -7
@@ -220,9 +225,8 @@ def test_an_update_keeps_what_its_optimizer_needs(
     total = np.clip(old + np.clip(rsh(update.steps, drop), -limit, limit), -limit, limit)
     move = total << drop if decay else rsh(total << drop, batch_shift) if last else np.zeros_like(total)
     master = np.clip(256 * trained.astype(np.int64) - ((move + 128) >> 8), -32640, 32639)
-    arguments = (*update.arguments[:5], Struct(0, kept, drop, decay, batch_shift, int(last)))
-    kernel = "eft_depthwise_update_master_s8" if c.depthwise else "eft_conv_update_master_s8"
-    m.call(kernel, *arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
+    arguments = (*update.arguments[:-1], Struct(0, kept, drop, decay, batch_shift, int(last)))
+    m.call(f"eft_{c.kind}_update_master_s8", *arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)
     assert np.array_equal(kept, total if decay or not last else np.zeros_like(total))
 
@@ -235,8 +239,15 @@ def test_stochastic_update(m: KernelMachine, c: Case, exponent: int, lr_shift: i
     key = m.call("eft_step_key", seed, step)
     key &= 0xFFFFFFFF
     assert key == step_key(seed, step)
-    kernel = "eft_depthwise_update_stochastic_s8" if c.depthwise else "eft_conv_update_stochastic_s8"
-    m.call(kernel, *update.arguments, key, first, trained, c.trained_c, *update.scratch_if_depthwise)
+    m.call(
+        f"eft_{c.kind}_update_stochastic_s8",
+        *update.arguments,
+        key,
+        first,
+        trained,
+        c.trained_c,
+        *update.scratch_if_depthwise,
+    )
     index = (first + np.arange(c.w.size).reshape(c.w.shape)[..., : c.trained_c]) & 0xFFFFFFFF
     want = np.clip(before - ((update.steps + (hash32(key ^ index) >> 16)) >> 16), -127, 127)
     assert np.array_equal(trained, want)
@@ -244,17 +255,18 @@ def test_stochastic_update(m: KernelMachine, c: Case, exponent: int, lr_shift: i
 
 
 @pytest.mark.parametrize(
-    ("depthwise", "sizes"),
+    ("groups", "sizes"),
     [
-        pytest.param(False, (37, 34, 19, 50, 3, 3, 1, 1, 1, 1, 0, 0), id="more pixels than are kept at once"),
-        pytest.param(False, (9, 7, 150, 70, 3, 3, 2, 1, 1, 1, 0, 0), id="more weights than are kept at once"),
-        pytest.param(True, (40, 36, 33, 33, 7, 7, 1, 2, 3, 3, 0, 0), id="a large kernel"),
-        pytest.param(True, (5, 300, 40, 40, 3, 5, 1, 1, 1, 2, 0, 0), id="lines that are too long"),
+        pytest.param(1, (37, 34, 19, 50, 3, 3, 1, 1, 1, 1, 0, 0), id="more pixels than are kept at once"),
+        pytest.param(1, (9, 7, 150, 70, 3, 3, 2, 1, 1, 1, 0, 0), id="more weights than are kept at once"),
+        pytest.param(2, (9, 7, 100, 70, 5, 3, 2, 1, 1, 1, 0, 0), id="groups of more than a patch holds"),
+        pytest.param(0, (40, 36, 33, 33, 7, 7, 1, 2, 3, 3, 0, 0), id="a large kernel"),
+        pytest.param(0, (5, 300, 40, 40, 3, 5, 1, 1, 1, 2, 0, 0), id="lines that are too long"),
     ],
 )
-def test_large_layers(depthwise: bool, sizes: tuple[int, ...]) -> None:
+def test_large_layers(groups: int, sizes: tuple[int, ...]) -> None:
     """What the host prepares on its stack has an end: beyond it is other code, with the same bits."""
-    m, c = machine_of("host"), Case(depthwise, sizes, 0.5, -128, 0, 7)
+    m, c = machine_of("host"), Case(groups, sizes, 0.5, -128, 0, 7)
     forward, y = Forward(c), np.zeros((c.s.out_h, c.s.out_w, c.s.out_c), np.int8)
     forward.compute(m, c, c.x, c.whole(), y)
     assert np.array_equal(y, forward.want)
@@ -263,7 +275,13 @@ def test_large_layers(depthwise: bool, sizes: tuple[int, ...]) -> None:
     assert np.array_equal(gx, gradient.want)
     update, trained = Update(c, -12, 0), c.trained.copy()
     residual = np.zeros_like(trained)
-    kernel = "eft_depthwise_update_master_s8" if depthwise else "eft_conv_update_master_s8"
-    m.call(kernel, *update.arguments, trained, residual, c.trained_c, *update.scratch_if_depthwise)
+    m.call(
+        f"eft_{c.kind}_update_master_s8",
+        *update.arguments,
+        trained,
+        residual,
+        c.trained_c,
+        *update.scratch_if_depthwise,
+    )
     master = np.clip(256 * c.trained.astype(np.int64) - ((update.steps + 128) >> 8), -32640, 32639)
     assert np.array_equal(256 * trained.astype(np.int64) + residual, master)

@@ -50,8 +50,8 @@ class Forward:
         self, m: KernelMachine, c: Case, x: np.ndarray, rows: Struct, y: np.ndarray, mask: np.ndarray | None = None
     ) -> None:
         m.call(
-            "eft_depthwise_s8" if c.depthwise else "eft_conv_s8",
-            x, c.s.struct, c.zero, c.weights, self.bias, self.out,
+            f"eft_{c.kind}_s8",
+            x, *c.shape, c.zero, c.weights, self.bias, self.out,
             rows, y, mask,
         )  # fmt: skip
 

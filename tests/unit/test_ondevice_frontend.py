@@ -88,6 +88,13 @@ class Mean(nn.Module):
         return logits
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(6, 2), (3, 3), (12, 6), (6, 6)])
+def test_convolutions_in_groups(channels: int, groups: int) -> None:
+    graph = assert_same_function(Tail(F.relu, channels=channels, groups=groups), EXAMPLE_1D)
+    assert isinstance(graph.ops[0], Conv)
+    assert graph.ops[0].groups == groups
+
+
 @pytest.mark.parametrize("model", [Spatial(), Mean()])
 def test_other_forms_give_the_same_function(model: nn.Module) -> None:
     assert_same_function(model, EXAMPLE_2D)
@@ -280,8 +287,10 @@ def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
         (Tail(nn.LeakyReLU()), ["aten.leaky_relu", "module between", "Use ReLU"]),
         (Tail(nn.GroupNorm(2, 4)), ["aten.group_norm", "Use BatchNorm"]),
         (Tail(nn.BatchNorm1d(4, track_running_stats=False)), ["aten.batch_norm", "without running statistics"]),
-        (Tail(F.relu, channels=6, groups=2), ["groups=2", "module conv", "Use groups=1, or a depthwise"]),
-        (Tail(F.relu, channels=12, groups=6), ["groups=6 (6 channels in, 12 out)", "depthwise"]),
+        (
+            nn.Sequential(nn.Conv1d(6, 4, 128, groups=2), nn.Flatten()),
+            ["must end in a linear layer", "ends in 2 groups at"],
+        ),
         (Tail(F.relu, dilation=2), ["conv1d", "with dilation", "module conv", "dilation=1"]),
         (Tail(F.relu, padding_mode="circular", padding=1), ["aten.pad", "mode 'circular'", "Pad with zeros"]),
         (

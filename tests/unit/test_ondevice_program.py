@@ -3,17 +3,23 @@
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from efftrain.errors import BudgetError, CompileError, ConfigError
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, LayerShare, Program, Scheme, compile
+from efftrain.ondevice.emit.f32_plan import plan_host
+from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.scheme import PRESETS
+from tests.ondevice_models import Groups
+from tests.ondevice_models import build as build_groups
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION = np.random.default_rng(0).normal(size=(32, 6, 128)).astype(np.float32)
@@ -142,6 +148,38 @@ def test_schemes_by_layer_name() -> None:
     program = build(Scheme(name="mine", weights=(LayerShare(layer="conv2", share=0.01),)))
     assert program.trained["conv2"].channels == 1
     assert program.layout.num_bytes == 4 + 2 * 32 * 5
+
+
+def test_convolutions_in_groups_are_counted_and_shared_by_group() -> None:
+    """Of 3 groups of 8 channels half is 4 each; a group of one channel has no half."""
+    model, example = build_groups(Groups), torch.zeros(1, *Groups.shape)
+    data = np.random.default_rng(0).normal(size=(8, *Groups.shape)).astype(np.float32)
+
+    def program(layer: str) -> Program:
+        scheme = Scheme(name="mine", weights=(LayerShare(layer=layer, share=0.5),))
+        return compile(model, example, scheme=scheme, board="stm32f746", calibration=data, learning_rate=0.04)
+
+    half = program("last")
+    assert half.layout.num_bytes == 4 + 2 * 9 * 4
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    places = [5 * 5] * 4 + [3 * 3] * 2
+    macs = [n * m.weight.numel() for n, m in zip(places, convolutions, strict=True)]
+    assert half.plan.macs_forward == sum(macs) + 9 * 4
+    assert half.plan.macs_backward == 9 * 4 + macs[-1] // 2
+    with pytest.raises(
+        ConfigError, match=r"a share of 0\.5 of layer 'widen\.0', whose 12 groups have one input channel"
+    ):
+        program("widen.0")
+    with pytest.raises(
+        CompileError, match=r"operator convolution with groups=2 \(conv at .* is not supported: the fp32"
+    ):
+        plan_host(
+            read_module(
+                nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 6, 3, groups=2), flat=nn.Flatten(), head=nn.Linear(24, 2))),
+                torch.zeros(1, 4, 4, 4),
+            ),
+            1,
+        )
 
 
 def test_unknown_names_are_refused() -> None:

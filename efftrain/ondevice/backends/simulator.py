@@ -243,7 +243,8 @@ class Simulator(Engine):
         weights, bias = self._weights[layer.name], self._biases[layer.name]
         if layer.depthwise:
             return _fits((columns * weights.reshape(layer.shape.taps, -1)).sum(1) + bias)
-        return _fits(_exact_matmul(columns.reshape(len(columns), -1), weights.reshape(len(weights), -1).T) + bias)
+        sums = _exact_matmul(_by_group(columns, layer.groups), _filters(weights, layer.groups).transpose(0, 2, 1))
+        return _fits(sums.transpose(1, 0, 2).reshape(len(columns), -1) + bias)
 
     def _columns(self, layer: ConvConstants, x: Ints) -> Ints:
         """``(pixels, taps, in_c)``; what lies beyond the input is zero."""
@@ -261,7 +262,8 @@ class Simulator(Engine):
         if layer.depthwise:
             back = operand[:, None, :] * weights.reshape(1, s.taps, s.in_c)
         else:
-            back = _exact_matmul(operand, weights.reshape(s.out_c, -1)).reshape(s.pixels, s.taps, s.in_c)
+            back = _exact_matmul(_by_group(operand[:, None], layer.groups), _filters(weights, layer.groups))
+            back = back.reshape(layer.groups, s.pixels, s.taps, -1).transpose(1, 2, 0, 3).reshape(-1, s.taps, s.in_c)
         sums = self._scatter(op.layer, s, back)
         g = np.clip(rsh(sums, np.int64(layer.grad_shift)), -32767, 32767)
         self._set_gradient(op.gx, g, self.exponents[op.g] - headroom + layer.grad_shift, op.mask)
@@ -312,12 +314,13 @@ class Simulator(Engine):
         g, shift = self._cut(op.g, layer, layer.weight_rate)
         old = self._arrays["weight", op.layer]
         channels = old.shape[-1]
-        columns = self._columns(layer, self.values[op.x])[:, :, :channels]
+        columns = self._columns(layer, self.values[op.x])
         if layer.depthwise:
-            sums = _fits((columns * g[:, None, :channels]).sum(0)).reshape(old.shape)
+            sums = _fits((columns[:, :, :channels] * g[:, None, :channels]).sum(0)).reshape(old.shape)
             multiplier, shift = layer.weight_rate.multiplier[:channels], shift[:channels]
         else:
-            sums = _fits(_exact_matmul(g.T, columns.reshape(len(columns), -1))).reshape(old.shape)
+            seen = _by_group(columns, layer.groups, channels)
+            sums = _fits(_exact_matmul(_by_group(g[:, None], layer.groups).transpose(0, 2, 1), seen)).reshape(old.shape)
             multiplier, shift = (layer.per_channel(a) for a in (layer.weight_rate.multiplier, shift))
         step = self._optimized("kept_weight", op.layer, rsh(sums * multiplier, shift))
         if self._rounding == "master":
@@ -404,6 +407,18 @@ def _gather_index(s: ConvShape) -> npt.NDArray[np.int64]:
     iy, ix = oy * s.stride_h - s.pad_h + ky, ox * s.stride_w - s.pad_w + kx
     inside = (iy >= 0) & (iy < s.in_h) & (ix >= 0) & (ix < s.in_w)
     return np.where(inside, iy * s.in_w + ix, s.in_h * s.in_w).reshape(s.pixels, s.taps)
+
+
+def _by_group(columns: Ints, groups: int, channels: int | None = None) -> Ints:
+    """``(pixels, taps, channels)`` as ``(groups, pixels, taps * channels)``, of each group the first so many."""
+    pixels, taps, _ = columns.shape
+    parts = columns.reshape(pixels, taps, groups, -1)[..., :channels]
+    return parts.transpose(2, 0, 1, 3).reshape(groups, pixels, -1)
+
+
+def _filters(weights: Ints, groups: int) -> Ints:
+    """One row an output channel, by group."""
+    return weights.reshape(groups, len(weights) // groups, -1)
 
 
 def _exact_matmul(a: Ints, b: Ints) -> Ints:

@@ -187,9 +187,9 @@ class Calls:
                 return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
             case ConvInputGrad():
                 layer, c_name = self._conv(op.layer), self._ids[op.layer]
-                kernel = "eft_depthwise_input_grad_s16" if layer.depthwise else "eft_conv_input_grad_s16"
                 call = (
-                    f"{kernel}({v[op.g]}, {v[op.g]}_bits, &{c_name}_shape, &weights, &{c_name}_input_grad, "
+                    f"eft_{layer.kind}_input_grad_s16({v[op.g]}, {v[op.g]}_bits, {self._shape(layer)}, &weights, "
+                    f"&{c_name}_input_grad, "
                     f"{self._mask(op.mask)}, {v[op.gx]}, {v[op.scratch]})"
                 )
                 exponent = f"{v[op.g]}_exponent - ({layer.operand_bits} - {v[op.g]}_bits) + ({layer.grad_shift})"
@@ -284,9 +284,9 @@ class Calls:
             return [line, f"eft_max_pool_s8({x}, &{c_name}_shape, &rows, {y});"]
         layer = self._conv(op.layer)
         moved = [] if rows.streamed else self._moved_bias(op)
-        kernel = "eft_depthwise_s8" if layer.depthwise else "eft_conv_s8"
         call = (
-            f"{kernel}({x}, &{c_name}_shape, {layer.x_zero_point}, &weights, {self._bias(layer, op.bias)}, "
+            f"eft_{layer.kind}_s8({x}, {self._shape(layer)}, {layer.x_zero_point}, &weights, "
+            f"{self._bias(layer, op.bias)}, "
             f"&{c_name}_requantize, &rows, {y}, {mask});"
         )
         return [self._weights(layer), line, *moved, call]
@@ -326,6 +326,10 @@ class Calls:
     def _view(self, name: str, gradient: str) -> str:
         g = self._variables[gradient]
         return f"const eft_gradient {name} = {{{g}, {g}_bits, {g}_exponent}};"
+
+    def _shape(self, layer: ConvConstants) -> str:
+        groups = f", {layer.groups}" if layer.kind == "grouped" else ""
+        return f"&{self._ids[layer.name]}_shape{groups}"
 
     def _weights(self, layer: ConvConstants) -> str:
         entry = self._layout.find("weight", layer.name)
@@ -370,14 +374,14 @@ class Calls:
         layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
         weight, residual = self._layout.find("weight", op.layer), self._layout.find("residual", op.layer)
         assert weight is not None, f"{op.layer} has no trained weights"
-        kind = "depthwise" if layer.depthwise else "conv"
-        start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, &{c_name}_shape, &{c_name}_weight_rate, &optimizer"
+        shape = self._shape(layer)
+        start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, {shape}, &{c_name}_weight_rate, &optimizer"
         end = f"{weight.shape[-1]}, {v[op.scratch]}" if op.scratch else f"{weight.shape[-1]}"
         trained = self.state(weight.offset)
         if residual:
-            return f"eft_{kind}_update_master_s8({start}, {trained}, {self.state(residual.offset)}, {end});"
+            return f"eft_{layer.kind}_update_master_s8({start}, {trained}, {self.state(residual.offset)}, {end});"
         key = "eft_step_key(context->seed, context->state[0])"
-        return f"eft_{kind}_update_stochastic_s8({start}, {key}, {layer.first_index}u, {trained}, {end});"
+        return f"eft_{layer.kind}_update_stochastic_s8({start}, {key}, {layer.first_index}u, {trained}, {end});"
 
     def _conv(self, name: str) -> ConvConstants:
         return layer_of(self._layers, name, ConvConstants)

@@ -360,7 +360,9 @@ def _check(op: FloatOp, graph: FloatGraph) -> None:
         what = op.function if isinstance(op, Apply) else type(op).__name__.lower()
         raise CompileError(f"operator {what} ({op.name} at {op.source}) is not supported: {_remedy()}")
     if isinstance(op, Conv) and op.groups != 1:
-        raise CompileError(f"operator depthwise convolution ({op.name} at {op.source}) is not supported: {_remedy()}")
+        depthwise = op.groups == graph.tensors[op.y].shape[2]
+        what = "depthwise convolution" if depthwise else f"convolution with groups={op.groups}"
+        raise CompileError(f"operator {what} ({op.name} at {op.source}) is not supported: {_remedy()}")
 
 
 def _remedy() -> str:

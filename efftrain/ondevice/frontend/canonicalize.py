@@ -357,5 +357,6 @@ def _described(op: FloatOp, shape: Shape) -> str:
     if isinstance(op, Conv | Add) and op.activation != "none":
         return f"{kind} with {op.activation}"
     if isinstance(op, Conv) and op.groups != 1:
-        return "a value a channel (depthwise convolution or batch norm)"
+        per_channel = op.groups == shape[2]
+        return "a value a channel (depthwise convolution or batch norm)" if per_channel else f"{op.groups} groups"
     return f"{kind} of {' x '.join(map(str, shape))}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from efftrain.ondevice.frontend.reader import Reader
 
 SUPPORTED = (
-    "conv1d and conv2d (dense or depthwise, dilation 1), linear, batch norm, relu, relu6, sigmoid, hard-sigmoid, "
+    "conv1d and conv2d (any groups, dilation 1), linear, batch norm, relu, relu6, sigmoid, hard-sigmoid, "
     "hard-swish, add and mul of two tensors, cat over channels, average and max pooling, adaptive pooling, mean and "
     "amax over all positions, zero padding before a convolution, flatten, dropout"
 )
@@ -149,13 +149,6 @@ def _conv(reader: "Reader", call: Call) -> FloatOp:
             call, "with dilation", "Use dilation=1 and a larger kernel, a stride or one more layer to see as far"
         )
     groups = int(call.arguments.get("groups", 1))
-    channels = call.before[1]
-    if groups not in (1, channels) or (groups != 1 and len(value) != channels):
-        raise unsupported(
-            call,
-            f"with groups={groups} ({channels} channels in, {len(value)} out)",
-            "Use groups=1, or a depthwise convolution: groups, channels in and channels out all equal",
-        )
     padding = call.arguments.get("padding", 0)
     kernel = _pair(value.shape[2:], dims, 1)
     if isinstance(padding, str):

@@ -25,8 +25,8 @@
 #define EFT_BIAS_LIMIT 1073741824
 
 /**
- * A convolution: dense, or depthwise with in_c = out_c and one filter a channel. A linear layer is a dense one whose kernel covers
- * its whole input.
+ * A convolution: dense, in groups, or depthwise with in_c = out_c and one filter a channel. A linear layer is a dense one whose
+ * kernel covers its whole input.
  */
 typedef struct {
     int32_t in_h, in_w, in_c;
@@ -91,6 +91,15 @@ void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_po
 /** The same with one filter a channel: sum w[k][c] * (x[..][c] - x_zero_point). in_c = out_c. */
 void eft_depthwise_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_point, const eft_weights *weights,
                       const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask);
+
+/**
+ * The same in groups: output channels [j * out_c / groups, ...) see input channels [j * in_c / groups, ...). Weights are
+ * [out_c][kernel_h][kernel_w][in_c / groups], and trained_c counts the channels of a group; so for all eft_grouped kernels.
+ *
+ * @param[in] groups  A divisor of in_c and of out_c
+ */
+void eft_grouped_s8(const int8_t *x, const eft_conv_shape *shape, int32_t groups, int32_t x_zero_point, const eft_weights *weights,
+                    const int32_t *bias, const eft_requantize *out, const eft_rows *rows, int8_t *y, uint8_t *mask);
 
 /** Constants of eft_add_s8. */
 typedef struct {
@@ -232,6 +241,11 @@ int32_t eft_conv_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv
 int32_t eft_depthwise_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
                                      const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx, int32_t *scratch);
 
+/** The same in groups; operand_bits is min(15, 24 - ceil(log2(out_c / groups * kernel_h * kernel_w))). */
+int32_t eft_grouped_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, int32_t groups,
+                                   const eft_weights *weights, const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx,
+                                   int32_t *scratch);
+
 /**
  * Gradient of eft_max_pool_s8: each g goes to the first position of its window (rows, then columns) that holds the largest value.
  * Overlap of gx with g as at eft_conv_input_grad_s16.
@@ -321,6 +335,15 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                    const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
                                    uint32_t first_index, int8_t *trained, int32_t trained_c);
+
+/** The two kinds of step in groups: [out_c][kernel_h][kernel_w][trained_c], the first trained_c channels of each group. */
+void eft_grouped_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
+                                  int32_t groups, const eft_factors *rate, const eft_optimizer *optimizer, int8_t *trained,
+                                  int8_t *residual, int32_t trained_c);
+void eft_grouped_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                      const eft_conv_shape *shape, int32_t groups, const eft_factors *rate,
+                                      const eft_optimizer *optimizer, uint32_t key, uint32_t first_index, int8_t *trained,
+                                      int32_t trained_c);
 
 /** See eft_multiply_grad_s16. @param scratch int32, [channels] */
 int32_t eft_multiply_factor_grad_s16(const eft_gradient *g, const int8_t *x, int32_t x_zero_point, int32_t pixels,

@@ -2,19 +2,6 @@
 
 #if !EFT_AVX2
 #include "eft_conv_weight_sums.h"
-
-/** Move some weights of output channel o, the first of which is weight number index. */
-static inline void move(const int32_t *sums, int32_t count, const eft_factors *rate, int32_t o, int32_t exponent,
-                        const eft_optimizer *optimizer, int32_t index, int8_t *trained, int8_t *residual)
-{
-    const int32_t multiplier = rate->multiplier[o];
-    const int32_t shift = rate->shift[o] - exponent - 16 + optimizer->lr_shift;
-    for (int32_t i = 0; i < count; i++) {
-        const int64_t step = eft_optimized(optimizer, index + i, eft_rsh((int64_t)sums[i] * multiplier, shift));
-        eft_move_master(trained + i, residual + i, step);
-    }
-}
-
 #endif
 
 void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient, const eft_conv_shape *shape,
@@ -35,7 +22,7 @@ void eft_conv_update_master_s8(const int8_t *x, int32_t x_zero_point, const eft_
                     const int32_t index = row * shape->kernel_w * trained_c + run * trained_c + first;
                     int32_t sums[EFT_SUMS];
                     eft_conv_weight_sums(&seen, x_zero_point, cut, o, count, sums);
-                    move(sums, count, rate, o, gradient->exponent + cut, optimizer, index, trained + index, residual + index);
+                    eft_move_masters(sums, count, rate, o, gradient->exponent + cut, optimizer, index, trained + index, residual + index);
                     seen.x += count;
                 }
             }

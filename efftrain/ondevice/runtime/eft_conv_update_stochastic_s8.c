@@ -2,19 +2,6 @@
 
 #if !EFT_AVX2
 #include "eft_conv_weight_sums.h"
-
-/** Move some weights of output channel o, the first of which is weight number index. */
-static inline void move(const int32_t *sums, int32_t count, const eft_factors *rate, int32_t o, int32_t exponent,
-                        const eft_optimizer *optimizer, int32_t index, int8_t *trained, uint32_t key, uint32_t first_index)
-{
-    const int32_t multiplier = rate->multiplier[o];
-    const int32_t shift = rate->shift[o] - exponent - 16 + optimizer->lr_shift;
-    for (int32_t i = 0; i < count; i++) {
-        const int64_t step = eft_optimized(optimizer, index + i, eft_rsh((int64_t)sums[i] * multiplier, shift));
-        eft_move_stochastic(trained + i, step, key, first_index + (uint32_t)i);
-    }
-}
-
 #endif
 
 void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
@@ -36,8 +23,8 @@ void eft_conv_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const 
                     const int32_t index = row * shape->kernel_w * trained_c + run * trained_c + first;
                     int32_t sums[EFT_SUMS];
                     eft_conv_weight_sums(&seen, x_zero_point, cut, o, count, sums);
-                    move(sums, count, rate, o, gradient->exponent + cut, optimizer, index, trained + index, key,
-                         first_index + (uint32_t)(row * shape->kernel_w * shape->in_c + run * shape->in_c + first));
+                    eft_move_stochastics(sums, count, rate, o, gradient->exponent + cut, optimizer, index, trained + index, key,
+                                         first_index + (uint32_t)(row * shape->kernel_w * shape->in_c + run * shape->in_c + first));
                     seen.x += count;
                 }
             }

@@ -1,4 +1,4 @@
-/** Gradients with respect to the weights of a dense layer. Not part of the contract. */
+/** Gradients with respect to the weights of a dense layer, or of a group of one, and their steps. Not part of the contract. */
 #ifndef EFT_CONV_WEIGHT_SUMS_H
 #define EFT_CONV_WEIGHT_SUMS_H
 
@@ -89,6 +89,31 @@ static EFT_OUT_OF_LINE void eft_conv_weight_sums(const eft_seen *seen, int32_t x
 #endif
     if (done < count) {
         eft_rest_weight_sums(seen, x_zero_point, cut, o, done, count, sums);
+    }
+}
+
+/** Move some weights of output channel o, the first of which is weight number index. */
+static inline void eft_move_masters(const int32_t *sums, int32_t count, const eft_factors *rate, int32_t o, int32_t exponent,
+                                    const eft_optimizer *optimizer, int32_t index, int8_t *trained, int8_t *residual)
+{
+    const int32_t multiplier = rate->multiplier[o];
+    const int32_t shift = rate->shift[o] - exponent - 16 + optimizer->lr_shift;
+    for (int32_t i = 0; i < count; i++) {
+        const int64_t step = eft_optimized(optimizer, index + i, eft_rsh((int64_t)sums[i] * multiplier, shift));
+        eft_move_master(trained + i, residual + i, step);
+    }
+}
+
+/** The same without residuals; the first is weight number first_index of the model. */
+static inline void eft_move_stochastics(const int32_t *sums, int32_t count, const eft_factors *rate, int32_t o, int32_t exponent,
+                                        const eft_optimizer *optimizer, int32_t index, int8_t *trained, uint32_t key,
+                                        uint32_t first_index)
+{
+    const int32_t multiplier = rate->multiplier[o];
+    const int32_t shift = rate->shift[o] - exponent - 16 + optimizer->lr_shift;
+    for (int32_t i = 0; i < count; i++) {
+        const int64_t step = eft_optimized(optimizer, index + i, eft_rsh((int64_t)sums[i] * multiplier, shift));
+        eft_move_stochastic(trained + i, step, key, first_index + (uint32_t)i);
     }
 }
 

@@ -25,16 +25,17 @@ typedef union {
 
 /** A call of a convolution, as much as inputs and weights depend on. */
 typedef struct {
-    const int8_t *x;
+    const int8_t *x; /**< From the first of the channels on that its outputs see */
     const eft_conv_shape *shape;
     const eft_weights *weights;
     int32_t ring, zero_point;
+    int32_t channels; /**< So many: in_c, or those of a group */
 } eft_layer;
 
 /** Input channels whose weights lie together: part 0 are those that learn, part 1 the others. */
 static inline int32_t eft_part_channels(const eft_layer *layer, int32_t part)
 {
-    return part == 0 ? layer->weights->trained_c : layer->shape->in_c - layer->weights->trained_c;
+    return part == 0 ? layer->weights->trained_c : layer->channels - layer->weights->trained_c;
 }
 
 /** Where input k of a pixel is: with DSP four inputs of both pixels are x0 x2 z0 z2 x1 x3 z1 z3, as sxtb16 takes weights apart. */
