@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -127,7 +128,11 @@ def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig, stages: Sequence[
         mesh = axes.mesh["shard"] if axes.shard == axes.data else axes.mesh["replicate", "shard"]
         free_weights = plan.shard == "full"
         return Sharded(transport, mesh, codec=plan.codec, free_weights=free_weights, stages=stages, seed=sync.seed)
-    return SingleProcess() if axes.data == 1 else GradSync(plan.codec, transport, sync)
+    if axes.data == 1:
+        return SingleProcess()
+    # Ranks of the tensor axis are neighbors, so a node has so many fewer of the data axis.
+    sync = replace(sync, node_size=max(1, sync.node_size // axes.tensor))
+    return GradSync(plan.codec, transport, sync)
 
 
 class _Given(nn.Module):

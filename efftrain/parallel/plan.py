@@ -190,6 +190,12 @@ class Plan:
             raise ConfigError(
                 f"parallel.shard_size is {self.shard_size}, expected a divisor of the data axis, {replicas} ranks"
             )
+        node = self.sync.node_size
+        if node > 1 and self.is_divided and (node % self.tensor or replicas * self.tensor % node):
+            raise ConfigError(
+                f"nodes of {node} ranks cannot hold whole tensor axes of {self.tensor} and divide the "
+                f"{replicas * self.tensor} ranks of a stage; choose a node_size that does, or leave it out"
+            )
 
     def _share(self, world_size: int, example: Tensor | None, step: StepConfig) -> Tensor:
         """What one replica gets of the example."""
@@ -329,10 +335,10 @@ class Plan:
                 f"schedule {self.schedule} goes through a graph twice, which recomputed activations have only once; "
                 "take schedule=interleaved_1f1b, or checkpointing=none"
             )
-        if self.shard != "none" and self.schedule in SPLIT_BACKWARD:
+        if self.shard == "full" and self.schedule in SPLIT_BACKWARD:
             raise ConfigError(
-                f"schedule {self.schedule} computes weight gradients apart from fully_shard's hooks, which then leave "
-                "weights without gradients; take schedule=interleaved_1f1b, or shard=none"
+                f"schedule {self.schedule} goes back to the gathered weights of the forward pass, and shard=full gives "
+                "those away: they would be left without gradients. Take shard=grads, or schedule=interleaved_1f1b"
             )
 
     def _check_data_axis(self) -> None:
@@ -361,8 +367,4 @@ class Plan:
             raise ConfigError(
                 "momentum correction, warm-up, local clipping, nodes and algorithms belong to gradsync; leave them out "
                 "or set shard=none"
-            )
-        if self.sync.node_size > 1 and (self.tensor > 1 or self.pipeline > 1):
-            raise ConfigError(
-                "node_size counts ranks of a data axis alone; with a tensor or pipeline axis leave it out"
             )

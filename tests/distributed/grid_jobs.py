@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from efftrain.compression import parse_codec
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
-from efftrain.parallel import Plan, mesh
+from efftrain.parallel import Plan, SyncConfig, mesh
 from efftrain.training import Job, OptimizerConfig, StepConfig
 from efftrain.training.checkpoint import Saver, load_checkpoint
 from tests.distributed.jobs import in_group
@@ -37,8 +37,9 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def plan_of(settings: Settings) -> Plan:
-    settings = {name: value for name, value in settings.items() if name != "precision"}
-    return Plan(**{**settings, "codec": parse_codec(settings.get("codec", "Identity()"))})
+    sync = SyncConfig(node_size=settings.get("node_size", 1))
+    settings = {name: value for name, value in settings.items() if name not in ("precision", "node_size")}
+    return Plan(**{**settings, "codec": parse_codec(settings.get("codec", "Identity()")), "sync": sync})
 
 
 def job_of(settings: Settings) -> Job:

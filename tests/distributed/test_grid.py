@@ -35,8 +35,8 @@ def why_refused(cell: Settings) -> str | None:
             return "DDP carries no codec"
         if cell["tensor"] > 1 or cell["pipeline"] > 1:
             return "take exchange=gradsync"
-    if "shard" in cell and cell["pipeline"] > 1 and cell["schedule"] in SPLIT_BACKWARD:
-        return "leave weights without gradients"
+    if cell.get("shard") == "full" and cell["pipeline"] > 1 and cell["schedule"] in SPLIT_BACKWARD:
+        return "left without gradients"
     return None
 
 
@@ -102,6 +102,27 @@ def test_eight_ranks(start_ranks: StartRanks) -> None:
         [
             {**axes, "schedule": "zbv", "exchange": "gradsync", "codec": "TopK(0.1)"},
             {**axes, "schedule": "1f1b", "shard": "full", "codec": "Identity()"},
+        ],
+    )
+
+
+def test_gathered_weights_under_a_split_backward_pass(start_ranks: StartRanks) -> None:
+    cell: Settings = {"tensor": 1, "pipeline": 2, "shard": "grads", "codec": "Identity()"}
+    plans: list[Settings] = [{**cell, "schedule": schedule} for schedule in SPLIT_BACKWARD]
+    run(start_ranks, 4, [*plans, {**cell, "schedule": "zbv", "codec": "TopK(0.1)"}])
+
+
+def test_nodes_beside_other_axes(start_ranks: StartRanks) -> None:
+    """Two replicas of a tensor axis of two in a node of four ranks, or two replicas of one stage in a node of two."""
+    coded: Settings = {"tensor": 1, "pipeline": 1, "exchange": "gradsync", "codec": "TopK(0.1)"}
+    run(
+        start_ranks,
+        8,
+        [
+            {**coded, "tensor": 2, "node_size": 4},
+            {**coded, "tensor": 2, "node_size": 2},  # a node has one replica: nothing is summed up inside
+            {**coded, "pipeline": 2, "schedule": "1f1b", "microbatches": 2, "node_size": 2},
+            {**coded, "tensor": 2, "pipeline": 2, "schedule": "zbv", "node_size": 4},
         ],
     )
 

@@ -50,7 +50,7 @@ def example(name: str) -> Tensor:
         ({"pipeline": 2, "schedule": "dualpipev", "microbatches": 3}, "microbatches=3; take 4"),
         ({"pipeline": 4, "schedule": "interleaved_1f1b", "microbatches": 10, "data": 1}, None),
         ({"pipeline": 4, "schedule": "interleaved_1f1b", "microbatches": 13}, "take 12"),
-        ({"pipeline": 2, "schedule": "zbv", "shard": "full"}, r"take schedule=interleaved_1f1b, or shard=none"),
+        ({"pipeline": 2, "schedule": "zbv", "shard": "full"}, r"Take shard=grads, or schedule=interleaved_1f1b"),
         ({"exchange": "ddp", "codec": Int8()}, r"DDP carries no codec .* take exchange=gradsync"),
         ({"exchange": "ddp", "pipeline": 2, "schedule": "zbv"}, r"DDP's hooks .* schedule zbv; take exchange=gradsync"),
         ({"exchange": "ddp", "tensor": 2}, r"DDP's hooks do not see"),
@@ -60,7 +60,6 @@ def example(name: str) -> Tensor:
         ({"shard_size": 2}, "set shard=full or shard=grads"),
         ({"backend": "horovod", "tensor": 2}, r"Horovod has the data axis only; set parallel\.backend=torch"),
         ({"sequence": True}, "about the tensor axis"),
-        ({"tensor": 2, "codec": Int8(), "sync": SyncConfig(node_size=2)}, "leave it out"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str | None) -> None:
@@ -82,6 +81,12 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
         ),
         ({"data": 2, "tensor": 2}, 8, r"start with torchrun --nproc-per-node 4 or set parallel\.data=4"),
         ({"shard": "full", "shard_size": 3}, 4, r"shard_size is 3, expected a divisor of the data axis, 4 ranks"),
+        (
+            {"tensor": 2, "codec": Int8(), "sync": SyncConfig(node_size=3)},
+            6,
+            "nodes of 3 ranks cannot hold whole tensor",
+        ),
+        ({"pipeline": 2, "codec": Int8(), "sync": SyncConfig(node_size=4)}, 4, "divide the 2 ranks of a stage; choose"),
     ],
 )
 def test_another_number_of_processes(settings: dict[str, Any], world_size: int, message: str) -> None:

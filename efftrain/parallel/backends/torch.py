@@ -69,13 +69,15 @@ class TorchTransport:
         return _Pending([dist.broadcast(values, group=self._group, group_src=0, async_op=True)], values)
 
     def split(self, node_size: int) -> "tuple[TorchTransport, TorchTransport]":
-        """See ``Transport``. Every rank of all processes calls it."""
+        """See ``Transport``. Every rank of the group calls it."""
         if node_size < 1 or self.world_size % node_size:
             raise ConfigError(f"nodes of {node_size} ranks do not divide {self.world_size} ranks; choose a divisor")
-        ranks = torch.arange(self.world_size).view(-1, node_size)
-        enumerate_groups: Any = dist.new_subgroups_by_enumeration
-        inside, _ = enumerate_groups(ranks.tolist())
-        between, _ = enumerate_groups(ranks.T.tolist())
+        ranks = torch.tensor(dist.get_process_group_ranks(self._group or dist.group.WORLD)).view(-1, node_size)
+        node, place = divmod(self.rank, node_size)
+        make: Any = dist.new_group
+        # Other groups of this axis make their own: only members are asked.
+        inside = make(ranks[node].tolist(), use_local_synchronization=True)
+        between = make(ranks[:, place].tolist(), use_local_synchronization=True)
         return TorchTransport(self.device, inside), TorchTransport(self.device, between)
 
     def second(self) -> "tuple[TorchTransport, dist.ProcessGroup]":
