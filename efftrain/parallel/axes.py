@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
-from efftrain.parallel.local import local
-from efftrain.parallel.replicas import TransportLine
+from efftrain.parallel.local import local, local_grad
+from efftrain.parallel.replicas import TransportLine, broadcast
 from efftrain.training import Exchange
 from efftrain.training.exchange import Agreement
 
@@ -77,18 +77,22 @@ class ManyAxes(TransportLine):
         axes: The mesh.
         inner: The exchange of the data axis.
         world: All ranks.
+        shared: Parameters of this rank that other stages use, too, and the ranks of the pipeline that hold them. Their
+            gradients are added up when the data axis is through, so that all copies move alike to the bit.
     """
 
     is_divided = True
 
-    def __init__(self, axes: Axes, inner: Exchange, world: Transport) -> None:
+    def __init__(
+        self, axes: Axes, inner: Exchange, world: Transport, shared: Sequence[tuple[Tensor, Transport]] = ()
+    ) -> None:
         super().__init__(world)
         self.replica, self.num_replicas = inner.replica, inner.num_replicas
-        self._axes, self._inner = axes, inner
+        self._axes, self._inner, self._shared = axes, inner, shared
         self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None
         self._shares: list[tuple[Tensor, float]] = []
-        """Parameters, and one over the number of ranks of a stage that hold the same piece."""
+        """Parameters, and one over the number of ranks that hold the same piece."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Let the data axis set its hooks on what this rank holds, behind those that lay gradients out."""
@@ -97,6 +101,8 @@ class ManyAxes(TransportLine):
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_settle_layout)  # type: ignore[no-untyped-call]
         wrapped = self._inner.wrap(model)
+        for shared, ranks in self._shared:
+            broadcast(ranks, shared)
         self._shares = [(p, 1 / self._copies(p)) for p in model.parameters()]
         return wrapped
 
@@ -126,7 +132,10 @@ class ManyAxes(TransportLine):
         assert self._model is not None, "finish() before wrap()"
         for parameter in self._model.parameters():
             _settle_layout(parameter)  # of schedules whose weight gradients come past the hooks
-        return self._inner.finish()
+        took_part = self._inner.finish()
+        for shared, ranks in self._shared:
+            ranks.all_reduce(local_grad(shared)).wait()
+        return took_part
 
     def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
         """See ``Exchange``; the norm's parts travel with the rest."""
@@ -184,12 +193,13 @@ class ManyAxes(TransportLine):
             )
 
     def _copies(self, parameter: Tensor) -> float:
-        """Ranks of one stage that hold the same piece of a parameter."""
+        """Ranks that hold the same piece of a parameter."""
         divided = 1
+        stages = next((ranks.world_size for shared, ranks in self._shared if shared is parameter), 1)
         if isinstance(parameter, DTensor):
             sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
             divided = math.prod(size for placement, size in sizes if not placement.is_replicate())
-        return self._axes.data * self._axes.tensor / divided
+        return stages * self._axes.data * self._axes.tensor / divided
 
 
 def _settle_layout(parameter: Tensor) -> None:

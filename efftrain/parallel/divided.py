@@ -13,13 +13,14 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from efftrain.errors import ConfigError
 from efftrain.parallel.axes import Axes, ManyAxes
+from efftrain.parallel.backends import Transport
 from efftrain.parallel.graph import part_of
 from efftrain.parallel.layout import Layout
-from efftrain.parallel.pipeline import Pipeline, stages_of
+from efftrain.parallel.pipeline import Pipeline, holders, stages_of
 from efftrain.parallel.recompute import blocks, compile_blocks, recompute
 from efftrain.parallel.replicas import refuse_other_models
 from efftrain.parallel.sharded import Sharded
-from efftrain.parallel.stages import StageCut
+from efftrain.parallel.stages import StageCut, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import TensorPlan, divide
 from efftrain.training import Exchange, Objective, SingleProcess, StepConfig
@@ -83,7 +84,8 @@ def divided(
         divide(part, tensor_plan, axes.mesh["tensor"])
         for stage in stages.values():
             stage.register_forward_hook(_copy_views)
-    exchange = ManyAxes(axes, _data_exchange(plan, axes, sync, list(stages.values())), world)
+    inner = _data_exchange(plan, axes, sync, list(stages.values()))
+    exchange = ManyAxes(axes, inner, world, _shared(plan, axes, model, cuts))
     exchange.wrap(part)
     given = classes.objective(objective) if classes is not None else objective
     pipeline = Pipeline(
@@ -120,6 +122,17 @@ def _change_blocks(plan: "Plan", model: nn.Module, cuts: Sequence[StageCut]) -> 
     recompute(model, plan.checkpointing)
     if plan.compile:
         compile_blocks(model)
+
+
+def _shared(plan: "Plan", axes: Axes, model: nn.Module, cuts: Sequence[StageCut]) -> list[tuple[Tensor, Transport]]:
+    """This rank's parameters that other ranks of its pipeline hold, too, and all that do."""
+    pipeline = axes.transport("pipeline")
+    found: list[tuple[Tensor, Transport]] = []
+    for name, numbers in shared_parameters(model, cuts).items():
+        ranks = holders(numbers, plan.pipeline, plan.schedule)
+        if len(ranks) > 1 and pipeline.rank in ranks:
+            found.append((model.get_parameter(name), pipeline.some(ranks)))
+    return found
 
 
 def _data_exchange(plan: "Plan", axes: Axes, sync: SyncConfig, stages: Sequence[nn.Module] = ()) -> Exchange:

@@ -7,7 +7,7 @@ it is right with every schedule, also those that compute the gradients of inputs
 # P ranks of the pipeline axis, S stages, M micro-batches
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias
 
@@ -59,6 +59,11 @@ def stages_of(rank: int, size: int, schedule: str) -> tuple[int, ...]:
     if stages_a_rank(schedule) == 1:
         return (rank,)
     return (rank, 2 * size - 1 - rank) if schedule in ("zbv", "dualpipev") else (rank, rank + size)
+
+
+def holders(stages: Collection[int], size: int, schedule: str) -> list[int]:
+    """The ranks of the pipeline axis that hold any of some stages."""
+    return [rank for rank in range(size) if not set(stages).isdisjoint(stages_of(rank, size, schedule))]
 
 
 def check_micro_batches(schedule: str, size: int, num: int) -> None:
@@ -128,7 +133,13 @@ class Pipeline:
         made = [self._torch_stage(number, module) for number, module in self._stages.items()]
         kind = _SCHEDULES[schedule]
         only = made[0] if stages_a_rank(schedule) == 1 else made
-        self._schedule = kind(only, n_microbatches=num_micro_batches, loss_fn=objective)
+        # torch would scale gradients stage by stage, and twice those of a parameter that two stages of a rank use.
+        self._schedule = kind(
+            only,
+            n_microbatches=num_micro_batches,
+            loss_fn=lambda output, targets: objective(output, targets) / num_micro_batches,
+            scale_grads=False,
+        )
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See ``Compute``."""
@@ -146,7 +157,7 @@ class Pipeline:
             self._schedule.step(*given, target=wanted, losses=losses, return_outputs=False)
         if not self._last or not self._counts:
             return torch.zeros((), device=self._device)
-        return torch.stack([loss.detach() for loss in losses]).mean()
+        return torch.stack([loss.detach() for loss in losses]).sum()
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor | None:

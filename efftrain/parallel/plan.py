@@ -1,6 +1,6 @@
 """The plan: how one training run is spread over processes. Valid by construction, or refused with the remedy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,10 +20,11 @@ from efftrain.parallel.pipeline import (
     SPLIT_BACKWARD,
     Schedule,
     check_micro_batches,
+    holders,
     stages_a_rank,
 )
 from efftrain.parallel.recompute import Checkpointing, check_blocks, compile_blocks, recompute
-from efftrain.parallel.stages import cut_model
+from efftrain.parallel.stages import StageCut, cut_model, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
@@ -182,7 +183,25 @@ class Plan:
             micro_batch = share[: len(share) // self.num_micro_batches]
             together = () if tensor is None else tensor.together
             cuts = cut_model(model, micro_batch, self.num_stages, together=together, bf16=bf16)
+            self._check_shared(model, cuts)
         return Layout(tensor, tuple(cuts))
+
+    def _check_shared(self, model: nn.Module, cuts: Sequence[StageCut]) -> None:
+        for name, stages in shared_parameters(model, cuts).items():
+            remedy = None
+            if self.tensor > 1 or self.shard != "none":
+                remedy = "a plan that divides it cannot hold it there: set parallel.tensor=1 and parallel.shard=none"
+            elif len(holders(stages, self.pipeline, self.schedule)) > 1 and self.codec.combine != "sum":
+                remedy = (
+                    f"on ranks that would each owe a part of it under {self.codec}: take schedule=zbv, which has the "
+                    "first and the last stage on one rank, or no codec"
+                )
+            if remedy is not None:
+                numbers = " and ".join(map(str, stages))
+                raise ConfigError(
+                    f"parameter {name!r} is used in pipeline stages {numbers}; {remedy}, or untie it "
+                    "(char-transformer: tied = false)"
+                )
 
     def _check_processes(self, world_size: int) -> None:
         replicas = self.replicas(world_size)

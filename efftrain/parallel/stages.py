@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from efftrain.errors import ConfigError
-from efftrain.parallel.graph import NodeFacts, facts, trace, uses
+from efftrain.parallel.graph import NodeFacts, facts, part_of, trace, uses
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def cut_model(
 
     Raises:
         ConfigError: The model cannot be traced, has fewer than ``S`` parts with one tensor between them, or uses a
-            parameter in two stages.
+            buffer in two stages.
     """
     opened: set[str] = set()
     while True:
@@ -89,6 +89,16 @@ def cut_model(
         model, graph, {node: i for i, (a, b) in enumerate(itertools.pairwise([0, *chosen])) for node in nodes[a:b]}
     )
     return cuts
+
+
+def shared_parameters(model: nn.Module, cuts: Sequence[StageCut]) -> dict[str, tuple[int, ...]]:
+    """The stages of each parameter that more than one of them uses, by its first name."""
+    used = [{id(parameter) for parameter in part_of(model, cut.names).parameters()} for cut in cuts]
+    found = {
+        name: tuple(number for number, ids in enumerate(used) if id(parameter) in ids)
+        for name, parameter in model.named_parameters()
+    }
+    return {name: stages for name, stages in found.items() if len(stages) > 1}
 
 
 def balance(costs: Sequence[float], num_parts: int) -> list[int]:
@@ -194,13 +204,16 @@ def _stage(
 
 
 def _refuse_shared(model: nn.Module, graph: fx.Graph, stage_of: dict[fx.Node, int]) -> None:
-    """One parameter in two stages would get two different gradients and drift apart."""
+    """One buffer in two stages would be two, each with a history of its own."""
     first: dict[str, int] = {}
+    buffers = {name for name, _ in model.named_buffers()}
     for node, name in uses(graph, model):
+        if name not in buffers:
+            continue
         places = {stage_of[user] for user in node.users} if node.op == "get_attr" else {stage_of[node]}
         for stage in sorted(places):
             if first.setdefault(name, stage) != stage:
                 raise ConfigError(
-                    f"tensor {name!r} is used in pipeline stages {first[name]} and {stage}, each would train a copy of "
-                    "its own. Untie it (char-transformer: tied = false) or set parallel.pipeline=1"
+                    f"buffer {name!r} is used in pipeline stages {first[name]} and {stage}, each would keep a copy of "
+                    "its own. Give each stage a module of its own, or set parallel.pipeline=1"
                 )

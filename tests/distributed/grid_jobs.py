@@ -25,9 +25,9 @@ SAMPLES = 8
 OPTIMIZER = OptimizerConfig(lr=0.1)
 
 
-def model() -> torch.nn.Module:
+def model(tied: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_model("char-transformer", vocab=32, context=8, width=16, depth=4, heads=2)
+    return build_model("char-transformer", vocab=32, context=8, width=16, depth=4, heads=2, tied=tied)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -38,22 +38,23 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def plan_of(settings: Settings) -> Plan:
     sync = SyncConfig(node_size=settings.get("node_size", 1))
-    settings = {name: value for name, value in settings.items() if name not in ("precision", "node_size")}
+    settings = {name: value for name, value in settings.items() if name not in ("precision", "node_size", "tied")}
     return Plan(**{**settings, "codec": parse_codec(settings.get("codec", "Identity()")), "sync": sync})
 
 
 def job_of(settings: Settings) -> Job:
     step = StepConfig(check_replicas_every=1, precision=settings.get("precision", "fp32"))
-    return plan_of(settings).apply(model(), batch(0)[0], optimizer=OPTIMIZER, step=step)
+    whole = model(settings.get("tied", False))
+    return plan_of(settings).apply(whole, batch(0)[0], optimizer=OPTIMIZER, step=step)
 
 
 def step_of(job: Job, step: int) -> Any:
     return job.step(*job.share(*batch(step)))
 
 
-def one_process(num_steps: int) -> Facts:
+def one_process(num_steps: int, tied: bool = False) -> Facts:
     """Gradients of the first step by name, losses and norms."""
-    job = Job(model(), optimizer=OPTIMIZER)
+    job = Job(model(tied), optimizer=OPTIMIZER)
     results = []
     grads = {}
     for step in range(num_steps):
@@ -66,9 +67,10 @@ def one_process(num_steps: int) -> Facts:
 @in_group
 def cells(plans: Sequence[Settings], num_steps: int = 3) -> list[Facts]:
     """Of each plan: largest error of a gradient relative to the largest entry of all, losses and norms; or why not."""
-    expected = one_process(num_steps)
+    references = {tied: one_process(num_steps, tied) for tied in {plan.get("tied", False) for plan in plans}}
     found = []
     for settings in plans:
+        expected = references[settings.get("tied", False)]
         try:
             found.append(_cell(settings, expected, num_steps))
         except Exception as error:

@@ -22,22 +22,28 @@ ROUTES: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "tensor to pipeline": [(2, {"tensor": 2}), (2, {"pipeline": 2, "schedule": "zbv"})],
     "pipeline to one process": [(4, {"pipeline": 2, "shard": "full"}), (1, {})],
     "one process to three axes": [(1, {}), (8, {"tensor": 2, "pipeline": 2})],
+    "a parameter in two stages": [
+        (2, {"pipeline": 2, "tied": True}),
+        (1, {"tied": True}),
+        (4, {"pipeline": 2, "tied": True}),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_any_plan_goes_on_where_another_stopped(name: str, start_ranks: StartRanks, tmp_path: Path) -> None:
     route = ROUTES[name]
-    expected = grid_jobs.one_process(STEPS * len(route))
+    tied = route[0][1].get("tied", False)
+    expected = grid_jobs.one_process(STEPS * len(route), tied)
     found: list[float] = []
     for world_size, settings in route:
         ranks = start_ranks(grid_jobs.train_and_save, world_size, settings, str(tmp_path), STEPS).results()
         assert {facts["first"] for facts in ranks} == {len(found)}
         found += ranks[0]["losses"]
     assert found == pytest.approx(expected["losses"], abs=2e-6)
-    whole = grid_jobs.model()
+    whole = grid_jobs.model(tied)
     load_model(complete_checkpoints(tmp_path)[-1], whole)
-    reference = Job(grid_jobs.model(), optimizer=grid_jobs.OPTIMIZER)
+    reference = Job(grid_jobs.model(tied), optimizer=grid_jobs.OPTIMIZER)
     for step in range(STEPS * len(route)):
         reference.step(*grid_jobs.batch(step))
     for (key, value), wanted in zip(whole.state_dict().items(), reference.model.state_dict().values(), strict=True):

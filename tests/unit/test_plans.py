@@ -104,8 +104,12 @@ def test_a_model_that_does_not_fit_is_refused_without_processes() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.tensor must divide the heads"):
         Plan(tensor=4).check(4, model, inputs)
     tied = build_model("char-transformer", width=32, depth=2, heads=2, context=32, tied=True)
-    with pytest.raises(ConfigError, match=r"'embedding\.weight' is used in pipeline stages 0 and 1, .* Untie it"):
-        Plan(pipeline=2).check(2, tied, inputs)
+    Plan(pipeline=2).check(2, tied, inputs)
+    Plan(pipeline=2, schedule="zbv", microbatches=2, codec=Int8()).check(4, tied, inputs)
+    with pytest.raises(ConfigError, match=r"'embedding\.weight' is used in pipeline stages 0 and 1; .* or untie it"):
+        Plan(pipeline=2, microbatches=2, codec=Int8()).check(4, tied, inputs)
+    with pytest.raises(ConfigError, match=r"cannot hold it there: set parallel\.tensor=1 and parallel\.shard=none"):
+        Plan(pipeline=2, microbatches=2, shard="grads").check(4, tied, inputs)
 
 
 @pytest.mark.parametrize(

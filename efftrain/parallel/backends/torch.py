@@ -72,13 +72,16 @@ class TorchTransport:
         """See ``Transport``. Every rank of the group calls it."""
         if node_size < 1 or self.world_size % node_size:
             raise ConfigError(f"nodes of {node_size} ranks do not divide {self.world_size} ranks; choose a divisor")
-        ranks = torch.tensor(dist.get_process_group_ranks(self._group or dist.group.WORLD)).view(-1, node_size)
+        ranks = torch.arange(self.world_size).view(-1, node_size)
         node, place = divmod(self.rank, node_size)
+        return self.some(ranks[node].tolist()), self.some(ranks[:, place].tolist())
+
+    def some(self, ranks: Sequence[int]) -> "TorchTransport":
+        """Some ranks of the group as one of their own; they call it, in the same order if they belong to several."""
+        own = dist.get_process_group_ranks(self._group or dist.group.WORLD)
         make: Any = dist.new_group
-        # Other groups of this axis make their own: only members are asked.
-        inside = make(ranks[node].tolist(), use_local_synchronization=True)
-        between = make(ranks[:, place].tolist(), use_local_synchronization=True)
-        return TorchTransport(self.device, inside), TorchTransport(self.device, between)
+        # Other ranks, and other groups of the same axis, take no part.
+        return TorchTransport(self.device, make([own[rank] for rank in ranks], use_local_synchronization=True))
 
     def second(self) -> "tuple[TorchTransport, dist.ProcessGroup]":
         """See ``Transport``."""
