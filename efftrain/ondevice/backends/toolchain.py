@@ -1,9 +1,11 @@
 """Compilers: the system's or zig's for the host, arm-none-eabi-gcc or zig's for Cortex-M.
 
 Objects and libraries are cached under the hash of everything that goes into them. Each is built in a folder of its
-own and moved into place whole, so two processes may build the same thing at once.
+own and moved into place whole, so two processes may build the same thing at once. What nobody asked for in a month is
+deleted: federated rounds in integers build a program for every model that the server sends.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +27,8 @@ from efftrain.ondevice.target import Cpu
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Wvla", "-Werror")
 _COMMON = ("-std=c99", *WARNINGS, "-fno-strict-aliasing")
 Kind = Literal["auto", "gcc", "zig"]
+_DAY_S = 24 * 3600.0
+_KEPT_S = 30 * _DAY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +184,11 @@ def _includes(text: str, header: str, headers: Mapping[str, str]) -> bool:
 def _cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     target = cache_folder() / "ondevice" / kind / key
     if target.is_dir():
+        with contextlib.suppress(OSError):  # a cache that this user may only read
+            os.utime(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    forget_unused(cache_folder() / "ondevice")
     folder = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=target.parent))
     try:
         make(folder)
@@ -192,6 +200,19 @@ def _cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def forget_unused(folder: Path) -> None:
+    """Delete what lies in the folders of a folder and was not used for a month. Looks once a day."""
+    looked, now = folder / ".looked", time.time()
+    with contextlib.suppress(FileNotFoundError):
+        if now - looked.stat().st_mtime < _DAY_S:
+            return
+    looked.touch()
+    for entry in folder.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):  # another process looks as well
+            if now - entry.stat().st_mtime > _KEPT_S:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _key(toolchain: Toolchain, *parts: object) -> str:
