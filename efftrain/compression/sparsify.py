@@ -98,7 +98,7 @@ class Sparse(Codec):
     def _finish(self, indices_K: Indices, values_K: Floats, n: int, key: int, left: Floats | None) -> Payload:
         """The payload; ``left`` has the whole sum and loses what is sent of it."""
         payload, left_K = self.values.encode_with_residual(values_K, None, key=key)
-        if left is not None:
+        if left is not None and kernels.scatter(indices_K, left_K, left) is kernels.MISSING:
             left[indices_K] = left_K
         body = self.values.body_of(payload)
         return pack(self.codec_id, self.params, n, [*self._write_places(indices_K, n, key), body])

@@ -330,6 +330,15 @@ def decode_places(coded: Bytes, num_low_bytes: int, k: int, n: int, low: int) ->
     return places
 
 
+def scatter(places: Places, values: Floats, out: Floats) -> Missing | None:
+    """``out[places] = values``; places are below ``N`` and none is there twice."""
+    efc = library()
+    if efc is None or not out.flags.c_contiguous:
+        return MISSING
+    efc.efc_scatter_f32(_at(places), _at(values), _long(places.size), _at(out))
+    return None
+
+
 def scatter_add(places: Places, values: Floats, weight: float, out: Floats) -> Missing | None:
     """``out[places] += weight * values``; places are below ``N`` and none is there twice."""
     efc = library()
@@ -359,10 +368,14 @@ def unpack_codes(packed: Bytes, n: int, bits: int) -> Bytes | Missing:
     return codes
 
 
-def _at(array: npt.NDArray[Any] | None) -> ctypes.c_void_p:
+def _at(array: npt.NDArray[Any] | None) -> Any:
+    """An argument of a kernel, which keeps the array's memory until the call is over."""
     if array is None:
         return ctypes.c_void_p()
-    assert array.flags.c_contiguous, "kernels take contiguous arrays"
+    flags = array.flags
+    assert flags.c_contiguous, "kernels take contiguous arrays"
+    if flags.writeable and array.size:  # a third of the time, which small tensors are made of
+        return ctypes.byref(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     return ctypes.c_void_p(array.ctypes.data)
 
 

@@ -56,6 +56,17 @@ static inline int32_t efc_lowest_bit(uint64_t word)
 #endif
 }
 
+/** Fetch a cache line for writing. Stores wait for each other, so of scattered ones each would wait for memory. */
+static inline void efc_will_write(const void *at)
+{
+#if defined(__GNUC__)
+    __builtin_prefetch(at, 1);
+#else
+    (void)at;
+#endif
+}
+#define EFC_AHEAD 32 /* scattered elements that are fetched ahead */
+
 static inline float efc_as_float(uint32_t bits)
 {
     float x;
@@ -300,6 +311,17 @@ EFC_API void efc_index_encode_s64(const int64_t *restrict places, int64_t k, int
  */
 EFC_API int32_t efc_index_decode_s64(const uint8_t *restrict lows, const uint8_t *restrict highs, int64_t num_highs,
                                      int64_t k, int64_t n, int32_t low, int64_t *restrict places);
+
+/**
+ * out[places[i]] = values[i]
+ *
+ * @param[in]     places  [k], each below the length of out, no place twice
+ * @param[in]     values  [k]
+ * @param[in]     k       >= 0
+ * @param[in,out] out     long enough for all places
+ */
+EFC_API void efc_scatter_f32(const int64_t *restrict places, const float *restrict values, int64_t k,
+                             float *restrict out);
 
 /**
  * out[places[i]] += weight * values[i]
