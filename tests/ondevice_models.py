@@ -1,5 +1,7 @@
 """Small models that together use every operator the on-device compiler takes; the tests of all its parts share them."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,6 +118,28 @@ class Groups(nn.Module):
         return logits
 
 
+class Borders(nn.Module):
+    """Padding as TensorFlow's "SAME" puts it, behind first, for convolutions and max pools; kernels of even sizes."""
+
+    shape = (2, 12, 11)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(2, 6, 3, 2, bias=False), nn.BatchNorm2d(6))
+        self.even = nn.Conv2d(6, 8, (4, 2), padding="same")
+        self.depthwise = nn.Sequential(nn.ZeroPad2d((1, 2, 0, 3)), nn.Conv2d(8, 8, 4, 2, groups=8))
+        self.far = nn.Conv2d(8, 6, 1, 2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem(x))
+        x = F.max_pool2d(F.pad(self.even(x), (0, 1, 1, 0), value=-math.inf), 2, 1)
+        x = F.max_pool2d(F.pad(F.relu(self.depthwise(x)), (0, 1, 0, 1)), 3, 1, 1)
+        x = F.relu(self.far(F.pad(x, (0, 2, 0, 3))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 class Autoencoder(nn.Module):
     """Linear layers with batch norms; what goes in should come out."""
 
@@ -133,7 +157,7 @@ class Autoencoder(nn.Module):
         return outputs
 
 
-CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools, Groups)
+CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools, Groups, Borders)
 
 
 def build(model: type[nn.Module], seed: int = 0) -> nn.Module:

@@ -16,6 +16,8 @@ DType = Literal["f32", "s8", "s16", "s32", "bit"]
 Role = Literal["input", "activation", "mask", "logits", "gradient", "scratch"]
 Shape = tuple[int, int, int]
 """Height, width, channels. A signal in time has height 1; a vector is 1 x 1 x channels."""
+Padding = tuple[int, int, int, int]
+"""Rows above, columns to the left, rows below, columns to the right."""
 
 _BITS = {"f32": 32, "s8": 8, "s16": 16, "s32": 32, "bit": 1}
 
@@ -98,8 +100,8 @@ class Conv(FloatOp):
     weight: str
     bias: str | None
     stride: tuple[int, int]
-    padding: tuple[int, int]
-    """Rows above and below, columns left and right; zeros."""
+    padding: Padding
+    """Zeros."""
     groups: int = 1
     activation: Activation = "none"
 
@@ -136,7 +138,7 @@ class Pool(FloatOp):
     kind: Literal["average", "max"]
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: Padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +184,19 @@ class FloatGraph:
     tensors: Mapping[str, TensorType]
     ops: tuple[FloatOp, ...]
     constants: Mapping[str, npt.NDArray[np.float32]]
+
+
+def not_negative(op: FloatOp, positive: Mapping[str, bool]) -> bool:
+    """Whether no value that an op writes can be below 0, given the same of what it reads."""
+    match op:
+        case Conv() | Linear() | BatchNorm():
+            return isinstance(op, Conv) and op.activation != "none"
+        case Add():
+            return op.activation != "none" or all(positive[name] for name in op.reads)
+        case Apply():
+            return op.function != "hard_swish"
+        case _:
+            return all(positive[name] for name in op.reads)
 
 
 # --- one training step in integers ------------------------------------------------------------------------------------

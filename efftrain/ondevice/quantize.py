@@ -51,10 +51,12 @@ from efftrain.ondevice.ir import (
     MaxPoolForward,
     Multiply,
     MultiplyForward,
+    Padding,
     Pool,
     StepGraph,
     TableForward,
     TensorType,
+    not_negative,
     verify,
 )
 from efftrain.ondevice.reference import apply_function
@@ -144,7 +146,7 @@ def _numbers(graph: FloatGraph, ranges: Mapping[str, float]) -> dict[str, Number
     one_scale = {name: {name} for name in graph.tensors}
     one_zero_point = {name: {name} for name in graph.tensors}
     for op in graph.ops:
-        positive[op.y] = _not_negative(op, positive)
+        positive[op.y] = not_negative(op, positive)
         if isinstance(op, Concat) or (isinstance(op, Pool) and op.kind == "max"):
             _join(one_scale, (op.y, *op.reads))
         if isinstance(op, Concat | Pool | GlobalAverage):
@@ -161,18 +163,6 @@ def _join(groups: dict[str, set[str]], names: tuple[str, ...]) -> None:
     together = set().union(*(groups[name] for name in names))
     for name in together:
         groups[name] = together
-
-
-def _not_negative(op: FloatOp, positive: Mapping[str, bool]) -> bool:
-    match op:
-        case Conv():
-            return op.activation != "none"
-        case Add():
-            return op.activation != "none" or all(positive[name] for name in op.reads)
-        case Apply():
-            return op.function != "hard_swish"
-        case _:
-            return all(positive[name] for name in op.reads)
 
 
 def _forward(graph: FloatGraph, op: FloatOp, loss: Loss) -> ForwardOp:
@@ -298,7 +288,7 @@ def _layer(
     weight: Reals,
     bias: Reals,
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: Padding,
     x: Number,
     y: Number,
     sigma: float,
@@ -419,9 +409,9 @@ def _table(op: Apply, x: Number, y: Number) -> TableConstants:
 
 
 def _shape(
-    graph: FloatGraph, op: FloatOp, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    graph: FloatGraph, op: FloatOp, kernel: tuple[int, int], stride: tuple[int, int], padding: Padding
 ) -> ConvShape:
-    return ConvShape(*graph.tensors[op.x].shape, *graph.tensors[op.y].shape, *kernel, *stride, *padding)
+    return ConvShape(*graph.tensors[op.x].shape, *graph.tensors[op.y].shape, *kernel, *stride, *padding[:2])
 
 
 def _forward_factors(ratios: Reals, name: str) -> Factors:

@@ -1,5 +1,7 @@
 """A canonical graph in real numbers: what calibration measures, and what the integers are compared with."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,6 +18,7 @@ from efftrain.ondevice.ir import (
     Function,
     GlobalAverage,
     Multiply,
+    Padding,
     Pool,
 )
 
@@ -38,7 +41,8 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
                 case Conv():
                     weight = torch.from_numpy(np.ascontiguousarray(graph.constants[op.weight].transpose(0, 3, 1, 2)))
                     bias = None if op.bias is None else torch.from_numpy(graph.constants[op.bias])
-                    y = F.conv2d(x, weight, bias, op.stride, op.padding, groups=op.groups)
+                    x, padding = bordered(x, op.padding, 0.0)
+                    y = F.conv2d(x, weight, bias, op.stride, padding, groups=op.groups)
                     values[op.y] = _activate(y, op.activation)
                 case Add():
                     values[op.y] = _activate(x + values[op.z], op.activation)
@@ -47,9 +51,10 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
                 case Concat():
                     values[op.y] = torch.cat([x, *(values[name] for name in op.others)], 1)
                 case Pool(kind="max"):
-                    values[op.y] = F.max_pool2d(x, op.kernel, op.stride, op.padding)
+                    x, padding = bordered(x, op.padding, -math.inf)
+                    values[op.y] = F.max_pool2d(x, op.kernel, op.stride, padding)
                 case Pool():
-                    values[op.y] = F.avg_pool2d(x, op.kernel, op.stride, op.padding)
+                    values[op.y] = F.avg_pool2d(x, op.kernel, op.stride, op.padding[:2])
                 case GlobalAverage():
                     values[op.y] = x.mean((2, 3), keepdim=True)
                 case Apply():
@@ -57,6 +62,14 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
                 case _:
                     raise AssertionError(f"{op} is not canonical")
     return values
+
+
+def bordered(x: Tensor, padding: Padding, value: float) -> tuple[Tensor, tuple[int, int]]:
+    """What torch's own padding, alike on both sides, cannot say is put around the tensor; and what it then says."""
+    top, left, bottom, right = padding
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

@@ -5,6 +5,7 @@ derivatives. ``test_ondevice_gradients`` holds chains of convolutions to a bound
 element; here the whole path is compared, from the loss to what each weight moved, in relative norm.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from efftrain.ondevice import Program, compile
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.constants import MASTER_HIGH, MASTER_LOW, AddConstants, ConvConstants
 from efftrain.ondevice.ir import Add, Apply, Concat, Conv, FloatGraph, FloatOp, GlobalAverage, Multiply, Pool
-from efftrain.ondevice.reference import apply_function
+from efftrain.ondevice.reference import apply_function, bordered
 from tests.ondevice_models import CLASSIFIERS, Autoencoder, build
 
 RATE = 2.0
@@ -66,7 +67,8 @@ class Reference:
         x = values[op.x]
         match op:
             case Conv():
-                return F.conv2d(x, self.weights[op.name], self.biases[op.name], op.stride, op.padding, groups=op.groups)
+                x, padding = bordered(x, op.padding, 0.0)
+                return F.conv2d(x, self.weights[op.name], self.biases[op.name], op.stride, padding, groups=op.groups)
             case Add():
                 return x + values[op.z]
             case Multiply():
@@ -74,9 +76,10 @@ class Reference:
             case Concat():
                 return torch.cat([values[name] for name in op.reads], 1)
             case Pool(kind="max"):
-                return F.max_pool2d(x, op.kernel, op.stride, op.padding)
+                x, padding = bordered(x, op.padding, -math.inf)
+                return F.max_pool2d(x, op.kernel, op.stride, padding)
             case Pool():
-                return F.avg_pool2d(x, op.kernel, op.stride, op.padding)
+                return F.avg_pool2d(x, op.kernel, op.stride, op.padding[:2])
             case GlobalAverage():
                 return x.mean((2, 3), keepdim=True)
             case Apply():

@@ -104,15 +104,26 @@ class Case:
     ``groups`` is 1 for a dense one and 0 for a depthwise one; channels are drawn for each group.
     """
 
-    def __init__(self, groups: int, sizes: tuple[int, ...], trained: float, zero: int, extreme: int, seed: int) -> None:
-        out_h, out_w, in_c, out_c, kh, kw, sh, sw, ph, pw, more_h, more_w = sizes
-        ph, pw = min(ph, kh - 1), min(pw, kw - 1)
-        in_h = max(1, kh - 2 * ph, (out_h - 1) * sh + kh - 2 * ph + min(more_h, sh - 1))
-        in_w = max(1, kw - 2 * pw, (out_w - 1) * sw + kw - 2 * pw + min(more_w, sw - 1))
-        out_h, out_w = (in_h + 2 * ph - kh) // sh + 1, (in_w + 2 * pw - kw) // sw + 1
+    def __init__(
+        self,
+        groups: int,
+        sizes: tuple[int, ...],
+        trained: float,
+        zero: int,
+        extreme: int,
+        seed: int,
+        any_border: bool = False,
+    ) -> None:
+        out_h, out_w, in_c, out_c, kh, kw, sh, sw, ph, pw, qh, qw, more_h, more_w = sizes
+        if not any_border:  # each window has more than border
+            ph, pw, qh, qw = min(ph, kh - 1), min(pw, kw - 1), min(qh, kh - 1), min(qw, kw - 1)
+        in_h = max(1, kh - ph - qh, (out_h - 1) * sh + kh - ph - qh + min(more_h, sh - 1))
+        in_w = max(1, kw - pw - qw, (out_w - 1) * sw + kw - pw - qw + min(more_w, sw - 1))
+        out_h, out_w = (in_h + ph + qh - kh) // sh + 1, (in_w + pw + qw - kw) // sw + 1
         self.depthwise = groups == 0
         self.kind = "depthwise" if groups == 0 else "conv" if groups == 1 else "grouped"
         self.groups = groups or in_c
+        self.pools = self.depthwise and not any_border
         self.group_c = 1 if self.depthwise else in_c
         in_c, out_c = (in_c, in_c) if self.depthwise else (groups * in_c, groups * out_c)
         self.s = Shape(in_h, in_w, in_c, out_h, out_w, out_c, kh, kw, sh, sw, ph, pw)
@@ -223,7 +234,7 @@ class Case:
         """Largest address of an input gradient, relative to the output's, that the contract allows."""
         s = self.s
         first = [(r, max(0, -(-(r + s.pad_h - s.kernel_h + 1) // s.stride_h))) for r in range(s.in_h)]
-        return min(row * g_row_bytes - (r + 1) * row_bytes for r, row in first if row < s.out_h)
+        return min((row * g_row_bytes - (r + 1) * row_bytes for r, row in first if row < s.out_h), default=0)
 
 
 def place(source: np.ndarray, size: int, start: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -248,22 +259,25 @@ def place(source: np.ndarray, size: int, start: int, shift: int) -> tuple[np.nda
 
 
 _SMALL = st.tuples(
-    *(st.integers(1, high) for high in (4, 5, 9, 5, 4, 4, 3, 3)), *(st.integers(0, high) for high in (3, 3, 2, 2))
+    *(st.integers(1, high) for high in (4, 5, 9, 5, 4, 4, 3, 3)), *(st.integers(0, high) for high in (3, 3, 3, 3, 2, 2))
 )
 # Few positions and many channels, so that blocks of any size are filled, and left half full.
 _WIDE = st.tuples(
-    *(st.integers(1, high) for high in (3, 5, 70, 70, 3, 3, 2, 2)), *(st.integers(0, high) for high in (1, 1, 1, 1))
+    *(st.integers(1, high) for high in (3, 5, 70, 70, 3, 3, 2, 2)),
+    *(st.integers(0, high) for high in (1, 1, 1, 1, 1, 1)),
 )
-_POINTWISE = st.tuples(*(st.integers(1, high) for high in (3, 6, 140, 140)), *(st.just(v) for v in [1] * 4 + [0] * 4))
+_POINTWISE = st.tuples(*(st.integers(1, high) for high in (3, 6, 140, 140)), *(st.just(v) for v in [1] * 4 + [0] * 6))
 _SHARES = st.sampled_from([0.0, 0.3, 0.5, 1.0])
 _REST = (_SHARES, st.sampled_from([-128, 0]), st.integers(0, 3), st.integers(0, 2**32 - 1))
 # Groups of any size, also of one input or output.
 _GROUP = st.tuples(
-    *(st.integers(1, high) for high in (3, 5, 10, 30, 3, 3, 2, 2)), *(st.integers(0, high) for high in (2, 2, 1, 1))
+    *(st.integers(1, high) for high in (3, 5, 10, 30, 3, 3, 2, 2)),
+    *(st.integers(0, high) for high in (2, 2, 2, 2, 1, 1)),
 )
-DENSE = st.builds(Case, st.just(1), st.one_of(_SMALL, _WIDE, _POINTWISE), *_REST)
-DEPTHWISE = st.builds(Case, st.just(0), st.one_of(_SMALL, _WIDE), *_REST)
-GROUPED = st.builds(Case, st.integers(2, 5), st.one_of(_SMALL, _GROUP), *_REST)
+POOL = st.builds(Case, st.just(0), st.one_of(_SMALL, _WIDE), *_REST)
+DENSE = st.builds(Case, st.just(1), st.one_of(_SMALL, _WIDE, _POINTWISE), *_REST, st.booleans())
+DEPTHWISE = st.builds(Case, st.just(0), st.one_of(_SMALL, _WIDE), *_REST, st.booleans())
+GROUPED = st.builds(Case, st.integers(2, 5), st.one_of(_SMALL, _GROUP), *_REST, st.booleans())
 ANY_CASE = st.one_of(DENSE, DEPTHWISE, GROUPED)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from efftrain.ondevice.backends.kernels import KernelMachine, Struct, Value
 from tests.property.kernel_cases import (
     ANY_CASE,
-    DEPTHWISE,
+    POOL,
     Array,
     Case,
     bits_of,
@@ -94,7 +94,7 @@ class PoolGradient:
         )
 
 
-@cases(DEPTHWISE)
+@cases(POOL)
 def test_max_pool_gradient(m: KernelMachine, c: Case) -> None:
     gradient, gx = PoolGradient(c), np.zeros(c.x.shape, np.int16)
     bits = gradient.compute(m, c.g, gx)
@@ -106,7 +106,7 @@ def test_max_pool_gradient(m: KernelMachine, c: Case) -> None:
 def test_an_input_gradient_may_lie_over_the_rows_before_those_it_needs(
     m: KernelMachine, c: Case, pool: bool, shift: int, slack: int
 ) -> None:
-    gradient = PoolGradient(c) if pool and c.depthwise else InputGradient(c)
+    gradient = PoolGradient(c) if pool and c.pools else InputGradient(c)
     start = c.gradient_start(c.s.in_w * c.s.in_c, c.s.out_w * c.s.out_c) - slack
     memory, g, gx = place(c.g, c.x.size, start, shift)
     before = memory.copy()
@@ -257,11 +257,11 @@ def test_stochastic_update(m: KernelMachine, c: Case, exponent: int, lr_shift: i
 @pytest.mark.parametrize(
     ("groups", "sizes"),
     [
-        pytest.param(1, (37, 34, 19, 50, 3, 3, 1, 1, 1, 1, 0, 0), id="more pixels than are kept at once"),
-        pytest.param(1, (9, 7, 150, 70, 3, 3, 2, 1, 1, 1, 0, 0), id="more weights than are kept at once"),
-        pytest.param(2, (9, 7, 100, 70, 5, 3, 2, 1, 1, 1, 0, 0), id="groups of more than a patch holds"),
-        pytest.param(0, (40, 36, 33, 33, 7, 7, 1, 2, 3, 3, 0, 0), id="a large kernel"),
-        pytest.param(0, (5, 300, 40, 40, 3, 5, 1, 1, 1, 2, 0, 0), id="lines that are too long"),
+        pytest.param(1, (37, 34, 19, 50, 3, 3, 1, 1, 1, 1, 1, 1, 0, 0), id="more pixels than are kept at once"),
+        pytest.param(1, (9, 7, 150, 70, 3, 3, 2, 1, 1, 1, 1, 1, 0, 0), id="more weights than are kept at once"),
+        pytest.param(2, (9, 7, 100, 70, 5, 3, 2, 1, 1, 1, 1, 1, 0, 0), id="groups of more than a patch holds"),
+        pytest.param(0, (40, 36, 33, 33, 7, 7, 1, 2, 3, 3, 3, 3, 0, 0), id="a large kernel"),
+        pytest.param(0, (5, 300, 40, 40, 3, 5, 1, 1, 1, 2, 1, 2, 0, 0), id="lines that are too long"),
     ],
 )
 def test_large_layers(groups: int, sizes: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from efftrain.ondevice.backends.kernels import KernelMachine, Struct
 from tests.property.kernel_cases import (
     ANY_CASE,
     DENSE,
-    DEPTHWISE,
+    POOL,
     Array,
     Case,
     bits_of,
@@ -100,7 +100,7 @@ def forward_of(c: Case, pool: bool) -> tuple[Compute, Array]:
     return forward.compute, forward.want
 
 
-@cases(DEPTHWISE)
+@cases(POOL)
 def test_max_pool(m: KernelMachine, c: Case) -> None:
     y = np.zeros((c.s.out_h, c.s.out_w, c.s.out_c), np.int8)
     compute_pool(m, c, c.x, c.whole(), y)
@@ -109,7 +109,7 @@ def test_max_pool(m: KernelMachine, c: Case) -> None:
 
 @cases(ANY_CASE, st.booleans(), st.integers(0, 20), examples=300)
 def test_rows_through_a_ring_are_the_rows_of_the_whole(m: KernelMachine, c: Case, pool: bool, more: int) -> None:
-    compute, want = forward_of(c, pool and c.depthwise)
+    compute, want = forward_of(c, pool and c.pools)
     s, ring = c.s, min(c.s.in_h, c.s.kernel_h + more)
     kept = c.rng.integers(-128, 128, (ring, s.in_w, s.in_c)).astype(np.int8)
     y = np.zeros(want.shape, np.int8)
@@ -136,7 +136,7 @@ def test_rows_through_a_ring_are_the_rows_of_the_whole(m: KernelMachine, c: Case
 def test_an_output_may_lie_over_the_input_rows_before_its_own(
     m: KernelMachine, c: Case, pool: bool, shift: int, slack: int, in_parts: bool
 ) -> None:
-    compute, want = forward_of(c, pool and c.depthwise)
+    compute, want = forward_of(c, pool and c.pools)
     row = c.s.out_w * c.s.out_c
     start = c.output_start(row, c.s.in_w * c.s.in_c) - slack
     memory, x, y = place(c.x, want.size, start, shift)

@@ -4,6 +4,8 @@ Parity: every graph, run in fp32 by ``run_float``, gives what PyTorch gives for 
 other orders of summation and of folded batch norms: 1e-4 of the largest output.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,13 @@ class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(F.relu(self.conv(x)).mean((2, 3)))
         return logits
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 4, 5])
+def test_the_odd_zero_of_same_padding_is_behind(kernel: int) -> None:
+    graph = assert_same_function(Tail(nn.Conv1d(4, 4, kernel, padding="same")), EXAMPLE_1D)
+    assert isinstance(graph.ops[1], Conv)
+    assert graph.ops[1].padding == (0, (kernel - 1) // 2, 0, kernel // 2)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(6, 2), (3, 3), (12, 6), (6, 6)])
@@ -247,11 +256,11 @@ def test_what_nobody_reads_is_left_out() -> None:
 
 
 def test_padding_joins_the_convolutions_that_read_it() -> None:
-    layers = nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d((2, 2, 0, 0)), nn.Conv2d(3, 2, 3, padding=1))
+    layers = nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d((2, 0, 0, 3)), nn.Conv2d(3, 2, 3, padding=1))
     model = nn.Sequential(layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
     graph = assert_same_function(model, EXAMPLE_2D)
     assert isinstance(graph.ops[0], Conv)
-    assert graph.ops[0].padding == (2, 4)
+    assert graph.ops[0].padding == (2, 4, 5, 2)
 
 
 def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
@@ -293,12 +302,25 @@ def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
         ),
         (Tail(F.relu, dilation=2), ["conv1d", "with dilation", "module conv", "dilation=1"]),
         (Tail(F.relu, padding_mode="circular", padding=1), ["aten.pad", "mode 'circular'", "Pad with zeros"]),
+        (Tail(nn.ConstantPad1d(1, 0.0)), ["padding with 0 at", "(module between)", "read by mean", "right before one"]),
+        (Tail(nn.ConstantPad1d(1, 0.5)), ["aten.pad", "with value 0.5", "Pad with zeros", "-inf before a max pool"]),
         (
-            Tail(nn.ConstantPad1d((1, 2), 0.0)),
-            ["padding at", "1 left and 2 right", "not symmetric", "padding= argument"],
+            Tail(nn.Sequential(nn.ConstantPad1d((0, 1), 0.0), nn.MaxPool1d(3, 2))),
+            ["padding with 0 at", "(module between.0)", "may be negative", "Pad with -inf", "put a ReLU before"],
         ),
-        (Tail(nn.ConstantPad1d(1, 0.0)), ["padding at", "read by mean", "Pad right before a convolution"]),
-        (Tail(nn.ConstantPad1d(1, 0.5)), ["aten.pad", "with value 0.5", "Pad with zeros"]),
+        (
+            Tail(nn.Sequential(nn.ConstantPad1d((0, 4), -math.inf), nn.MaxPool1d(3, 2))),
+            ["padding with -inf at", "fills whole windows of the max pool between.1", "Pad with less"],
+        ),
+        (
+            Tail(nn.Sequential(nn.ConstantPad1d((0, 1), -math.inf), nn.Conv1d(4, 4, 3))),
+            ["padding with -inf at", "read by the convolution between.1", "Pad with zeros"],
+        ),
+        (
+            Tail(nn.Sequential(nn.ConstantPad1d(1, 0.0), nn.ConstantPad1d(1, -math.inf), nn.MaxPool1d(3))),
+            ["padding with 0 at", "is padded with -inf at", "Pad with one value"],
+        ),
+        (Tail(nn.Sequential(nn.ConstantPad1d(1, 0.0), nn.AvgPool1d(3))), ["read by between.1", "not by a convolution"]),
         (Tail(nn.ConstantPad1d(-1, 0.0)), ["aten.pad", "by (-1, -1", "by 0 or more"]),
         (Tail(nn.AdaptiveAvgPool1d(3)), ["aten.adaptive_avg_pool1d", "from (124,) to (3,)", "pooling to 1"]),
         (Tail(nn.AvgPool1d(3, ceil_mode=True)), ["aten.avg_pool1d", "ceil_mode", "(1, 41) to (1, 42)"]),
@@ -329,7 +351,6 @@ def test_names_of_modules_that_look_like_ours_stay_apart() -> None:
             ["aten._weight_norm", "remove_parametrizations"],
         ),
         (nn.Sequential(nn.Linear(128, 3), nn.Flatten(), nn.Linear(18, 3)), ["linear", "Flatten it first"]),
-        (nn.Sequential(nn.Conv1d(6, 4, 4, padding="same")), ["padding='same' and an even kernel", "in numbers"]),
         (
             nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768), nn.ReLU(), nn.Linear(768, 2)),
             ["before flatten", "batch norm"],

@@ -245,7 +245,7 @@ class _Planner:
         height, width, channels = self._graph.tensors[name].shape
         reader = groups[i][0] if i < len(groups) else None
         compact = i == 0 and isinstance(reader, Conv)
-        pad = reader.padding if isinstance(reader, Conv) and not self._is_linear(reader) else (0, 0)
+        pad = reader.padding[:2] if isinstance(reader, Conv) and not self._is_linear(reader) else (0, 0)
         found = Map(height, width, channels, channels if compact else up_to(channels, LANES), pad, 0, 0, 0)
         neighbors = [groups[j][0] for j in (i - 1, i) if 0 <= j < len(groups)]
         batched = reader is None or any(isinstance(op, Conv) and self._is_linear(op) for op in neighbors)
@@ -257,7 +257,7 @@ class _Planner:
     def _is_linear(self, op: Conv) -> bool:
         """Whether the kernel covers the whole map."""
         kernel = self._graph.constants[op.weight].shape[1:3]
-        return op.padding == (0, 0) and kernel == self._graph.tensors[op.x].shape[:2]
+        return not any(op.padding) and kernel == self._graph.tensors[op.x].shape[:2]
 
     def _step(self, group: list[FloatOp], x: Map, y: Map) -> Step:
         op = group[0]
@@ -267,7 +267,7 @@ class _Planner:
             return ClampStep(name=op.name, x=x, y=y, clamp=6.0 if op.function == "relu6" else _INFINITY)
         if isinstance(op, Pool):
             which = self._take(self._batch * y.height * y.width * y.column) if op.kind == "max" else 0
-            settings = (op.kernel, op.stride, op.padding)
+            settings = (op.kernel, op.stride, op.padding[:2])
         else:
             which, settings = 0, ((x.height, x.width), (1, 1), (0, 0))
         kind = "max" if isinstance(op, Pool) and op.kind == "max" else "average"
@@ -349,7 +349,7 @@ def _fits(op: FloatOp, conv: Conv, graph: FloatGraph) -> bool:
         isinstance(op, Pool)
         and op.kind == "max"
         and op.kernel == op.stride
-        and op.padding == (0, 0)
+        and not any(op.padding)
         and graph.tensors[conv.y].shape[:2] != (1, 1)
     )
 
@@ -358,6 +358,9 @@ def _check(op: FloatOp, graph: FloatGraph) -> None:
     known = isinstance(op, Conv | Pool | GlobalAverage) or (isinstance(op, Apply) and op.function in ("relu", "relu6"))
     if not known:
         what = op.function if isinstance(op, Apply) else type(op).__name__.lower()
+        raise CompileError(f"operator {what} ({op.name} at {op.source}) is not supported: {_remedy()}")
+    if isinstance(op, Conv | Pool) and op.padding[:2] != op.padding[2:]:
+        what = f"{type(op).__name__.lower()} with padding {op.padding}"
         raise CompileError(f"operator {what} ({op.name} at {op.source}) is not supported: {_remedy()}")
     if isinstance(op, Conv) and op.groups != 1:
         depthwise = op.groups == graph.tensors[op.y].shape[2]

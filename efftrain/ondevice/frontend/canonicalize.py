@@ -31,9 +31,11 @@ from efftrain.ondevice.ir import (
     GlobalAverage,
     Linear,
     Multiply,
+    Padding,
     Pool,
     Shape,
     TensorType,
+    not_negative,
 )
 
 Reals = npt.NDArray[np.float32]
@@ -79,14 +81,17 @@ class _Lowering:
     flat: set[str] = field(default_factory=set)
     """Vectors that are maps of more than one position. See Note [flat maps]."""
     padded: dict[str, Pad] = field(default_factory=dict)
+    positive: dict[str, bool] = field(default_factory=dict)
     scaled: dict[str, BatchNorm] = field(default_factory=dict)
     """Flat maps with a factor for every element, which only a linear layer can take up."""
 
     def run(self) -> FloatGraph:
         self.constants = dict(self.graph.constants)
         self.shapes[self.graph.input] = self.graph.tensors[self.graph.input].shape
+        self.positive[self.graph.input] = False
         for op in self.graph.ops:
             self._check_operands(op)
+            self.positive[op.y] = not_negative(op, self.positive)
             x = self.same.get(op.x, op.x)
             match op:
                 case Flatten():
@@ -96,13 +101,13 @@ class _Lowering:
                 case Linear():
                     self._emit(self._covering(op, x), op.y)
                 case Conv() if op.x in self.flat:
-                    if op.groups != 1 or self.constants[op.weight].shape[1:3] != (1, 1) or op.padding != (0, 0):
+                    if op.groups != 1 or self.constants[op.weight].shape[1:3] != (1, 1) or any(op.padding):
                         raise self._refuse_flat(op)
                     self._emit(self._covering(op, x), op.y)
                 case Conv():
-                    pad = self.padded.get(op.x)
-                    top, left = (pad.top, pad.left) if pad else (0, 0)
-                    self._emit(replace(op, x=x, padding=(op.padding[0] + top, op.padding[1] + left)), op.y)
+                    self._emit(replace(op, x=x, padding=self._around(op)), op.y)
+                case Pool() if op.x in self.padded:
+                    self._emit(replace(op, x=x, padding=self._around(op)), op.y)
                 case BatchNorm() if op.x in self.flat:
                     self._alias(op, flat=True)
                     self.scaled[op.y] = op
@@ -114,9 +119,9 @@ class _Lowering:
                     self._alias(op, flat=op.x in self.flat)
                 case Pool() if op.x in self.flat:
                     raise self._refuse_flat(op)
-                case Pool(kernel=(1, 1), stride=(1, 1), padding=(0, 0)):
+                case Pool(kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0)):
                     self._alias(op, flat=False)
-                case Pool(padding=(0, 0)) if op.kernel == self.shapes[x][:2] and op.kind == "average":
+                case Pool(padding=(0, 0, 0, 0)) if op.kernel == self.shapes[x][:2] and op.kind == "average":
                     self._emit(GlobalAverage(name=op.name, x=x, y=op.y, source=op.source), op.y)
                 case Add() | Multiply():
                     self._emit(replace(op, x=x, z=self.same.get(op.z, op.z)), op.y, like=op)
@@ -156,11 +161,8 @@ class _Lowering:
     def _check_operands(self, op: FloatOp) -> None:
         """Padded and scaled maps exist only for the layer that takes them up; flat ones must be alike."""
         for name in op.reads:
-            if name in self.padded and not isinstance(op, Conv | Pad):
-                raise CompileError(
-                    f"padding at {self.padded[name].source} is read by {op.name} at {op.source}, not by a convolution. "
-                    "Pad right before a convolution, or use its padding= argument."
-                )
+            if name in self.padded:
+                self._check_padded(op, self.padded[name])
             if name in self.scaled and not isinstance(op, Linear):
                 raise CompileError(
                     f"the batch norm at {self.scaled[name].source} acts on a flattened map and is read by {op.name} at "
@@ -173,6 +175,40 @@ class _Lowering:
             if len(flat) < len(op.reads) or len(alike) > 1:
                 raise self._refuse_flat(op)
 
+    def _check_padded(self, op: FloatOp, pad: Pad) -> None:
+        """A border is folded where it changes nothing: of zeros into a convolution, of what is never largest into a max
+        pool whose every window has more than border."""
+        place, reader = f"padding with {pad.value:g} at {pad.source}", f"{op.name} at {op.source}"
+        match op:
+            case Pad():
+                if op.value != pad.value:
+                    raise CompileError(f"{place} is padded with {op.value:g} at {op.source}. Pad with one value.")
+            case Conv():
+                if pad.value != 0:
+                    raise CompileError(f"{place} is read by the convolution {reader}. Pad with zeros.")
+            case Pool(kind="max"):
+                if pad.value == 0 and not self.positive[op.x]:
+                    raise CompileError(
+                        f"{place} is read by the max pool {reader}, where values may be negative. Pad with -inf, use "
+                        "the padding= argument of the pool, or put a ReLU before the padding."
+                    )
+                (top, left, _, _), (out_h, out_w, _) = self._around(op), self.graph.tensors[op.y].shape
+                height, width, _ = self.shapes[self.same.get(op.x, op.x)]
+                last = ((out_h - 1) * op.stride[0] - top, (out_w - 1) * op.stride[1] - left)
+                if top >= op.kernel[0] or left >= op.kernel[1] or last[0] >= height or last[1] >= width:
+                    raise CompileError(f"{place} fills whole windows of the max pool {reader}. Pad with less.")
+            case _:
+                raise CompileError(
+                    f"{place} is read by {reader}, not by a convolution or a max pool. Pad right before one, or use "
+                    "its padding= argument."
+                )
+
+    def _around(self, op: Conv | Pool) -> Padding:
+        """The padding of an op with that which it reads."""
+        if op.x not in self.padded:
+            return op.padding
+        return _together(op.padding, self.padded[op.x].padding)
+
     def _refuse_flat(self, op: FloatOp) -> CompileError:
         return CompileError(
             f"{op.name} at {op.source} reads a flattened map together with another shape or through a kernel. Apply it "
@@ -182,23 +218,11 @@ class _Lowering:
     def _pad(self, op: Pad) -> None:
         before = self.padded.get(op.x)
         if before is not None:
-            op = replace(
-                op,
-                top=op.top + before.top,
-                bottom=op.bottom + before.bottom,
-                left=op.left + before.left,
-                right=op.right + before.right,
-            )
+            op = replace(op, padding=_together(op.padding, before.padding))
         if op.x in self.flat:
             raise self._refuse_flat(op)
-        if op.top != op.bottom or op.left != op.right:
-            raise CompileError(
-                f"padding at {op.source} by {op.top} above, {op.bottom} below, {op.left} left and {op.right} right is "
-                "not symmetric; that is not supported. Pad both sides alike, with the padding= argument of the "
-                "convolution."
-            )
         self._alias(op, flat=False)
-        if op.top or op.left:
+        if any(op.padding):
             self.padded[op.y] = op
 
     def _covering(self, op: Linear | Conv, x: str) -> Conv:
@@ -223,8 +247,13 @@ class _Lowering:
             weight=op.weight,
             bias=bias,
             stride=(1, 1),
-            padding=(0, 0),
+            padding=(0, 0, 0, 0),
         )
+
+
+def _together(one: Padding, other: Padding) -> Padding:
+    (top, left, bottom, right), (above, before, below, behind) = one, other
+    return top + above, left + before, bottom + below, right + behind
 
 
 def fold_batch_norms(graph: FloatGraph) -> FloatGraph:
@@ -258,7 +287,7 @@ def fold_batch_norms(graph: FloatGraph) -> FloatGraph:
                 weight=op.factor,
                 bias=op.offset,
                 stride=(1, 1),
-                padding=(0, 0),
+                padding=(0, 0, 0, 0),
                 groups=channels,
             )
         writer[op.y] = len(ops)

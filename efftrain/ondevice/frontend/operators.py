@@ -24,6 +24,7 @@ from efftrain.ondevice.ir import (
     GlobalAverage,
     Linear,
     Multiply,
+    Padding,
     Pool,
     Shape,
 )
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 SUPPORTED = (
     "conv1d and conv2d (any groups, dilation 1), linear, batch norm, relu, relu6, sigmoid, hard-sigmoid, "
     "hard-swish, add and mul of two tensors, cat over channels, average and max pooling, adaptive pooling, mean and "
-    "amax over all positions, zero padding before a convolution, flatten, dropout"
+    "amax over all positions, zero padding before a convolution or max pool, flatten, dropout"
 )
 _REMEDIES = {
     "the loss contains it; return the logits": ("softmax", "log_softmax", "cross_entropy_loss", "nll_loss"),
@@ -99,12 +100,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pad(FloatOp):
-    """Zeros around a map. ``canonicalize`` folds it into the convolutions that read it."""
+    """A border of one value. ``canonicalize`` folds it into the convolutions and max pools that read it."""
 
-    top: int
-    bottom: int
-    left: int
-    right: int
+    padding: Padding
+    value: float
+    """0, or minus infinity."""
 
 
 def unsupported(call: Call, what: str = "", remedy: str = "") -> CompileError:
@@ -137,6 +137,10 @@ def _pair(value: Any, dims: int, missing: int) -> tuple[int, int]:
     return (missing, values[0]) if dims == 1 else (values[0], values[1])
 
 
+def _both_sides(value: Any, dims: int) -> Padding:
+    return (*_pair(value, dims, 0), *_pair(value, dims, 0))
+
+
 # --- layers with weights ----------------------------------------------------------------------------------------------
 
 
@@ -150,18 +154,20 @@ def _conv(reader: "Reader", call: Call) -> FloatOp:
         )
     groups = int(call.arguments.get("groups", 1))
     padding = call.arguments.get("padding", 0)
-    kernel = _pair(value.shape[2:], dims, 1)
-    if isinstance(padding, str):
-        if padding == "same" and any(k % 2 == 0 for k in kernel):
-            raise unsupported(call, "with padding='same' and an even kernel", "Give the padding in numbers")
-        padding = [0] * dims if padding == "valid" else [(k - 1) // 2 for k in kernel][-dims:]
+    kernel_h, kernel_w = _pair(value.shape[2:], dims, 1)
+    around: Padding
+    if padding == "same":
+        # Torch puts the odd one behind.
+        around = ((kernel_h - 1) // 2, (kernel_w - 1) // 2, kernel_h // 2, kernel_w // 2)
+    else:
+        around = _both_sides(0 if padding == "valid" else padding, dims)
     value = value[:, :, None, :] if dims == 1 else value
     return Conv(
         **call.common,
         weight=reader.keep(call, "weight", value.transpose(0, 2, 3, 1)),
         bias=_bias(reader, call),
         stride=_pair(call.arguments.get("stride", 1), dims, 1),
-        padding=_pair(padding, dims, 0),
+        padding=around,
         groups=groups,
     )
 
@@ -278,7 +284,7 @@ def _pool(reader: "Reader", call: Call) -> FloatOp:
     settings = call.arguments
     kernel = _pair(settings["kernel_size"], dims, 1)
     stride = _pair(settings.get("stride") or settings["kernel_size"], dims, 1)
-    padding = _pair(settings.get("padding", 0), dims, 0)
+    padding = _both_sides(settings.get("padding", 0), dims)
     if _pair(settings.get("dilation", 1), dims, 1) != (1, 1):
         raise unsupported(call, "with dilation", "Use dilation=1")
     size = shape_of(call.before)
@@ -308,7 +314,7 @@ def _adaptive_pool(reader: "Reader", call: Call) -> FloatOp:
         )
     kernel = (in_h // out_h, in_w // out_w)
     average = call.operator.startswith("adaptive_avg")
-    return Pool(**call.common, kind="average" if average else "max", kernel=kernel, stride=kernel, padding=(0, 0))
+    return Pool(**call.common, kind="average" if average else "max", kernel=kernel, stride=kernel, padding=(0, 0, 0, 0))
 
 
 def _over_all(reader: "Reader", call: Call) -> FloatOp:
@@ -322,21 +328,23 @@ def _over_all(reader: "Reader", call: Call) -> FloatOp:
     if call.operator == "mean":
         return GlobalAverage(**call.common)
     whole = shape_of(call.before)[:2]
-    return Pool(**call.common, kind="max", kernel=whole, stride=whole, padding=(0, 0))
+    return Pool(**call.common, kind="max", kernel=whole, stride=whole, padding=(0, 0, 0, 0))
 
 
 def _pad(reader: "Reader", call: Call) -> FloatOp:
     mode, value = call.arguments.get("mode", "constant"), call.arguments.get("value")
-    if mode != "constant" or value not in (None, 0):
+    if mode != "constant" or value not in (None, 0, -math.inf):
         raise unsupported(
-            call, f"with mode {mode!r}" if mode != "constant" else f"with value {value}", "Pad with zeros"
+            call,
+            f"with mode {mode!r}" if mode != "constant" else f"with value {value}",
+            "Pad with zeros before a convolution, with zeros after a ReLU or with -inf before a max pool",
         )
     amounts = [int(amount) for amount in call.arguments["pad"]]
     amounts += [0] * (4 - len(amounts))
     if any(amount < 0 for amount in amounts) or any(amounts[4:]) or any(amounts[2 * (len(call.before) - 2) :]):
         raise unsupported(call, f"by {tuple(amounts)}", "Pad height and width only, by 0 or more")
     left, right, top, bottom = amounts[:4]
-    return Pad(**call.common, top=top, bottom=bottom, left=left, right=right)
+    return Pad(**call.common, padding=(top, left, bottom, right), value=float(value or 0))
 
 
 def _reshape(reader: "Reader", call: Call) -> FloatOp | None:

@@ -33,7 +33,7 @@ typedef struct {
     int32_t out_h, out_w, out_c;
     int32_t kernel_h, kernel_w;
     int32_t stride_h, stride_w;
-    int32_t pad_h, pad_w; /**< Rows above and columns to the left; what lies beyond the input counts as zero */
+    int32_t pad_h, pad_w; /**< Rows above and columns to the left; what lies beyond the input, on any side, counts as zero */
 } eft_conv_shape;
 
 /**

@@ -123,6 +123,21 @@ static inline __m128i eft_weight_lanes(const eft_weights *weights, int32_t in_c,
     return _mm_loadu_si128((const __m128i *)(const void *)both);
 }
 
+/** int16 of a row of a padded input, as far as windows reach. */
+static inline int32_t eft_line_of(const eft_conv_shape *s)
+{
+    const int32_t here = s->pad_w + s->in_w;
+    const int32_t seen = (s->out_w - 1) * s->stride_w + s->kernel_w;
+    return (here > seen ? here : seen) * s->in_c;
+}
+
+/** Whether each output sees the one pixel that is in its place. */
+static inline int eft_in_place(const eft_conv_shape *s)
+{
+    const int one = s->kernel_h == 1 && s->kernel_w == 1 && s->stride_h == 1 && s->stride_w == 1;
+    return one && s->pad_h == 0 && s->pad_w == 0 && s->out_h == s->in_h && s->out_w == s->in_w;
+}
+
 /** Row number row of a padded input, in its place of kernel_h lines. */
 static inline void eft_load_line(const int8_t *x, const eft_conv_shape *s, int32_t ring, int32_t row, int32_t zero_point,
                                  int32_t line, int16_t *lines)
@@ -136,7 +151,7 @@ static inline void eft_load_line(const int8_t *x, const eft_conv_shape *s, int32
     }
     memset(to, 0, (size_t)margin * 2);
     eft_widen(eft_row(x, s, ring, iy), s->in_w * s->in_c, zero_point, to + margin);
-    memset(to + line - margin, 0, (size_t)margin * 2);
+    memset(to + margin + s->in_w * s->in_c, 0, (size_t)(line - margin - s->in_w * s->in_c) * 2);
 }
 
 /** rsh(g * scale, shift) for each of channels that repeat, as int16. */

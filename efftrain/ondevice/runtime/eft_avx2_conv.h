@@ -49,8 +49,8 @@ static inline int eft_conv_avx2(const int8_t *x, const eft_conv_shape *shape, in
     const int32_t trained_c = weights->trained_c;
     const int split = trained_c > 0 && trained_c < s->in_c;
     const int32_t per_row = split ? 2 * s->kernel_w : 1;
-    const int32_t line = (s->in_w + 2 * s->pad_w) * s->in_c;
-    const int flat = taps == 1 && s->stride_h == 1 && s->stride_w == 1 && s->pad_h == 0 && s->pad_w == 0 && where->ring == s->in_h;
+    const int32_t line = eft_line_of(s);
+    const int flat = eft_in_place(s) && where->ring == s->in_h;
     const int32_t pixels = flat ? where->count * s->out_w : s->out_w;
     int16_t panels[EFT_PANELS], lines[EFT_LINES + 1];
     eft_run runs[EFT_RUNS];

@@ -20,7 +20,7 @@ static inline int eft_depthwise_avx2(const int8_t *x, const eft_conv_shape *shap
     const int32_t channels = s->in_c;
     const int32_t taps = s->kernel_h * s->kernel_w;
     const int32_t pairs = (taps + 1) / 2;
-    const int32_t line = (s->in_w + 2 * s->pad_w) * channels;
+    const int32_t line = eft_line_of(s);
     const int32_t block = 2 * EFT_LANES * pairs;
     int16_t packed[EFT_TAP_WEIGHTS], lines[EFT_LINES + EFT_LANES];
     int32_t offsets[EFT_TAPS + 1];

@@ -57,7 +57,7 @@ static inline int eft_depthwise_update_avx2(const int8_t *x, int32_t x_zero_poin
     const int32_t taps = s->kernel_h * s->kernel_w;
     const int32_t cut = eft_cut(gradient->bits, s->out_h * s->out_w);
     const eft_moves moves = {rate, optimizer, gradient->exponent + cut, trained, residual, key};
-    const int32_t line = (s->in_w + 2 * s->pad_w) * s->in_c;
+    const int32_t line = eft_line_of(s);
     const int32_t lanes = (trained_c + EFT_LANES - 1) / EFT_LANES * EFT_LANES;
     const int32_t pairs = (s->out_w + 1) / 2;
     /* Behind the last line is room for what an odd pixel is paired with. */

@@ -67,7 +67,7 @@ static inline int32_t eft_conv_input_grad_avx2(const int16_t *g, int32_t g_bits,
     const eft_conv_shape *s = shape;
     const int32_t shift = 15 - (constants->operand_bits - g_bits);
     const int32_t taps = s->kernel_h * s->kernel_w;
-    const int flat = taps == 1 && s->stride_h == 1 && s->stride_w == 1 && s->pad_h == 0 && s->pad_w == 0;
+    const int flat = eft_in_place(s);
     const int32_t pairs = (s->out_c + 1) / 2;
     eft_grad_lines lines = eft_grad_lines_of(s);
     const int32_t per_column = lines.before + 1;

@@ -9,7 +9,7 @@ void eft_conv_s8(const int8_t *x, const eft_conv_shape *shape, int32_t x_zero_po
         return;
     }
 #endif
-    const eft_layer layer = {x, shape, weights, rows->ring, x_zero_point, shape->in_c};
+    const eft_layer layer = eft_layer_of(x, shape, 1, weights, rows->ring, x_zero_point);
     const int32_t out_c = shape->out_c;
     int32_t index = rows->first * shape->out_w * out_c;
     for (int32_t oy = rows->first; oy < rows->first + rows->count; oy++) {

@@ -5,7 +5,7 @@ void eft_grouped_s8(const int8_t *x, const eft_conv_shape *shape, int32_t groups
 {
     const int32_t out_c = shape->out_c;
     const int32_t group_out = out_c / groups;
-    eft_layer layer = {x, shape, weights, rows->ring, x_zero_point, shape->in_c / groups};
+    eft_layer layer = eft_layer_of(x, shape, groups, weights, rows->ring, x_zero_point);
     int32_t index = rows->first * shape->out_w * out_c;
     for (int32_t oy = rows->first; oy < rows->first + rows->count; oy++) {
         for (int32_t ox = 0; ox < shape->out_w; ox += 2) {

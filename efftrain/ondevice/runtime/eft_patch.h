@@ -29,8 +29,18 @@ typedef struct {
     const eft_conv_shape *shape;
     const eft_weights *weights;
     int32_t ring, zero_point;
-    int32_t channels; /**< So many: in_c, or those of a group */
+    int32_t channels;  /**< So many: in_c, or those of a group */
+    int32_t pointwise; /**< Each output sees one pixel, which is there */
 } eft_layer;
+
+static inline eft_layer eft_layer_of(const int8_t *x, const eft_conv_shape *s, int32_t groups, const eft_weights *weights,
+                                     int32_t ring, int32_t zero_point)
+{
+    const int inside = (s->out_h - 1) * s->stride_h < s->in_h && (s->out_w - 1) * s->stride_w < s->in_w;
+    const int pointwise = s->kernel_h == 1 && s->kernel_w == 1 && s->pad_h == 0 && s->pad_w == 0 && inside;
+    const eft_layer layer = {x, s, weights, ring, zero_point, s->in_c / groups, pointwise};
+    return layer;
+}
 
 /** Input channels whose weights lie together: part 0 are those that learn, part 1 the others. */
 static inline int32_t eft_part_channels(const eft_layer *layer, int32_t part)
@@ -108,7 +118,7 @@ static inline void eft_patch_gather(eft_patch *patch, int32_t pixel, const eft_l
     const int32_t row_bytes = s->in_w * in_c;
     const int32_t top = oy * s->stride_h - s->pad_h;
     const int32_t left = (ox * s->stride_w - s->pad_w) * in_c + (part == 0 ? 0 : layer->weights->trained_c);
-    if (s->kernel_h == 1 && s->kernel_w == 1 && s->pad_h == 0 && s->pad_w == 0) {
+    if (layer->pointwise) {
         eft_patch_fill(patch, pixel, count, layer->x + (top % layer->ring) * row_bytes + left + first, layer->zero_point);
         return;
     }
