@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from efftrain.compression import kernels
 from efftrain.federated.client_uplink import Tensors
 from efftrain.federated.flower import (
     MEAN_STRATEGIES,
@@ -54,7 +55,8 @@ class Fold:
                 self._weights[name] = 0.0
             mask = update.masks.get(name)
             if mask is None:
-                self._sums[name] += np.multiply(delta, weight * share, dtype=np.float64)
+                if kernels.add_in_double(delta, weight * share, self._sums[name]) is kernels.MISSING:
+                    self._sums[name] += np.multiply(delta, weight * share, dtype=np.float64)
                 self._weights[name] = self._weights[name] + weight
             else:
                 self._sums[name][mask] += np.multiply(delta, weight * share, dtype=np.float64)

@@ -254,6 +254,15 @@ def gcc_file(name: str) -> str | None:
     return path if Path(path).is_absolute() else None
 
 
+@given(pairs(), st.floats(-1e6, 1e6))
+def test_any_sum_in_double(pair: tuple[Floats, Floats | None], weight: float) -> None:
+    a, b = pair
+    total = np.zeros(a.size) if b is None else b.astype(np.float64) / 3
+    expected = total + np.multiply(a, weight, dtype=np.float64)
+    assert kernels.add_in_double(a, weight, total) is None
+    np.testing.assert_array_equal(total.view(np.uint64), expected.view(np.uint64))
+
+
 def run_again(
     tmp_path: Path, setup: str, tests: str = "(any or long or index) and not built", **environment: str
 ) -> None:

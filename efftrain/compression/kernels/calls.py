@@ -94,6 +94,15 @@ def dequantize_add(scales: Floats, q: Levels, block: int, weight: float, out: Fl
     return None
 
 
+def add_in_double(a: Floats, weight: float, out: npt.NDArray[np.float64]) -> Missing | None:
+    """``out += weight * a`` in float64, without an array between; shapes ``(N,)``."""
+    efc = library()
+    if efc is None or not a.flags.c_contiguous:
+        return MISSING
+    efc.efc_add_f64(_at(a), _long(a.size), ctypes.c_double(weight), _at(out))
+    return None
+
+
 def sign_encode(a: Floats, b: Floats | None, block: int, packed: Bytes, left: Floats | None) -> Floats | Missing:
     """Mean magnitudes of the blocks of ``a + b``, shape ``(ceil(N / block),)``; its signs go to ``packed``.
 

@@ -189,6 +189,16 @@ EFC_API void efc_dequantize_f32(const float *restrict scales, const int8_t *rest
                                 float *restrict out);
 
 /**
+ * Add in double:  out += weight * a.
+ *
+ * @param[in]     a       [n]
+ * @param[in]     n       >= 0
+ * @param[in]     weight  any
+ * @param[in,out] out     [n]
+ */
+EFC_API void efc_add_f64(const float *restrict a, int64_t n, double weight, double *restrict out);
+
+/**
  * Back to floats and add:  out += weight * (q * scale).
  *
  * @param[in]     scales  [ceil(n / block)]
