@@ -1,5 +1,7 @@
 """Models of the supported operators that hypothesis draws; the tests of several parts of the compiler share them."""
 
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -85,7 +87,8 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     def measure() -> None:
         model = Random(parts, steps, nn.Identity()).eval()
         example = torch.zeros(1, *(shapes[0] if two_d else (shapes[0][0], shapes[0][2])))
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
             after = model(example).shape[1:]
         shapes.append(tuple(after) if two_d else (after[0], 1, after[1]))
 
@@ -114,8 +117,10 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
             divisors = [count for count in range(1, channels + 1) if channels % count == 0]
             groups = {"depthwise": channels, "grouped": draw(st.sampled_from(divisors))}.get(kind, 1)
             out = channels if kind == "depthwise" else groups * draw(st.integers(1, 3 if groups > 1 else 5))
-            layer = conv(channels, out, kernel, stride, padding, groups=groups, bias=bias)
-            border = nn.ZeroPad2d((1, 1, 2, 2)) if two_d else nn.ConstantPad1d(2, 0.0)
+            same = kind == "conv" and stride == 1 and draw(st.booleans())
+            layer = conv(channels, out, kernel, stride, "same" if same else padding, groups=groups, bias=bias)
+            sides = tuple(draw(st.tuples(*[st.integers(0, 2)] * (4 if two_d else 2))))
+            border = nn.ZeroPad2d(sides) if two_d else nn.ConstantPad1d(sides, 0.0)
             add_module(nn.Sequential(border, layer) if kind == "pad" else layer)
         elif kind == "norm":
             add_module(norm(channels, affine=draw(st.booleans())))
@@ -129,7 +134,10 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
                 continue  # refused with padding, and nothing without
             stride, padding = draw(st.integers(1, 3)), draw(st.integers(least, kernel // 2))
             pools = (nn.MaxPool2d, nn.AvgPool2d) if two_d else (nn.MaxPool1d, nn.AvgPool1d)
-            add_module(pools[average](kernel, stride, padding))
+            pool = pools[average](kernel, stride, padding)
+            behind = draw(st.integers(0, max(0, kernel - 1 - padding)))
+            low = nn.ConstantPad2d((0, behind, behind, 0), -math.inf) if two_d else nn.ConstantPad1d(behind, -math.inf)
+            add_module(pool if average else nn.Sequential(low, pool))
         elif kind in ("add", "mul"):
             alike = [i for i, shape in enumerate(shapes) if shape == shapes[-1]]
             i, add, inplace = draw(st.sampled_from(alike)), kind == "add", draw(st.booleans())

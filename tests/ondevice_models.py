@@ -140,6 +140,30 @@ class Borders(nn.Module):
         return logits
 
 
+class Dead(nn.Module):
+    """Batch norms that switch off every other channel, as pruning by their factors does, in layers of every kind."""
+
+    shape = (3, 9, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.groups, self.norm3 = nn.Conv2d(8, 12, 3, 1, 1, groups=2, bias=False), nn.BatchNorm2d(12)
+        self.linear, self.norm4 = nn.Linear(12, 10), nn.BatchNorm1d(10)
+        self.head = nn.Linear(10, 4)
+        for norm, factor in ((self.norm1, 0.0), (self.norm2, 0.0), (self.norm3, 1e-9), (self.norm4, 0.0)):
+            with torch.no_grad():
+                norm.weight[::2] = factor
+                norm.bias.uniform_(0.1, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm2(self.depthwise(F.relu(self.norm1(self.stem(x))))))
+        x = F.relu(self.norm3(self.groups(x))).mean((2, 3))
+        logits: Tensor = self.head(F.relu(self.norm4(self.linear(x))))
+        return logits
+
+
 class Autoencoder(nn.Module):
     """Linear layers with batch norms; what goes in should come out."""
 
@@ -157,7 +181,7 @@ class Autoencoder(nn.Module):
         return outputs
 
 
-CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools, Groups, Borders)
+CLASSIFIERS: tuple[type[nn.Module], ...] = (InvertedResiduals, Residuals, SqueezeExcite, Pools, Groups, Borders, Dead)
 
 
 def build(model: type[nn.Module], seed: int = 0) -> nn.Module:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from efftrain.errors import CompileError, ConfigError
@@ -64,6 +65,7 @@ from efftrain.ondevice.reference import apply_function
 LOGIT_UNIT = 256 * math.log2(math.e)
 """Logits are counted in ln(2) / 256, so that a power of two is a table of 256 entries and a shift."""
 _WEIGHT_TOP, _HEAD_TOP = 127, 64
+_DEAD, _TYPICAL = 2.0**-14, 32
 _MAX_PIXELS, _MAX_GRADIENT_TERMS, _MAX_OUTPUTS = 1 << 22, 1 << 23, 8192
 
 
@@ -310,14 +312,18 @@ def _layer(
             f"layer {op.name} at {op.source} has {shape.pixels} output positions and {terms} gradient terms an input; "
             f"at most {_MAX_PIXELS} and {_MAX_GRADIENT_TERMS} are supported"
         )
-    largest = np.abs(weight).reshape(len(weight), -1).max(1)
-    # A dead channel would have a scale of zero: its bias would not fit and its learning rate would be infinite.
-    floor = np.maximum(max(largest.max() / 127 * 2.0**-14, 1e-12), np.abs(bias) / (x.scale * (BIAS_LIMIT >> 2)))
-    scale = np.maximum(largest / (_HEAD_TOP if is_head else _WEIGHT_TOP), floor)
+    largest, dead = _ranges(weight, x, y)
+    scale = np.maximum(
+        largest / (_HEAD_TOP if is_head else _WEIGHT_TOP),
+        # The least that lets a bias fit.
+        np.abs(bias) / (x.scale * (BIAS_LIMIT >> 2)),
+    )
     master = np.clip(_round(256 * weight / scale[:, None, None, None]), MASTER_LOW, MASTER_HIGH)
     bias_scale = x.scale * scale
     channel_scale = _round(32767 * scale / scale.max())
-    initial = np.abs((master + 128) >> 8) * (channel_scale / 32767)[:, None, None, None]
+    # Weights of dead channels will grow to what others are.
+    size = np.where(dead[:, None, None, None], _TYPICAL, np.abs((master + 128) >> 8))
+    initial = size * (channel_scale / 32767)[:, None, None, None]
     # Of the products that meet in one input channel.
     bound = initial.sum((1, 2, 3)) if depthwise else initial.reshape(groups, -1, initial.shape[3]).sum(1)
     operand_bits = min(15, 24 - ceil_log2(terms))
@@ -348,6 +354,21 @@ def _layer(
         weight_scale=scale,
         sigma=sigma,
     )
+
+
+def _ranges(weight: Reals, x: Number, y: Number) -> tuple[Reals, npt.NDArray[np.bool_]]:
+    """The largest weight that each output channel must be able to hold, and which channels are dead.
+
+    A scale from the weights of a dead channel would leave it no room to learn, and a learning rate without bound. It
+    takes the range of the layer's other channels; in a layer of nothing else, what PyTorch begins with.
+    """
+    largest = np.abs(weight).reshape(len(weight), -1).max(1)
+    terms = weight[0].size
+    top = largest.max()
+    if top * terms * x.scale * x.top < y.scale / 2:  # no input moves an output by a unit
+        top = 1 / math.sqrt(terms)
+    dead = largest <= top * _DEAD
+    return np.where(dead, top, largest), dead
 
 
 def _add(op: Add, x: Number, z: Number, y: Number) -> AddConstants:

@@ -10,7 +10,7 @@ from efftrain.ondevice import compile
 from efftrain.ondevice.calibrate import Method, calibrate
 from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.reference import run_float
-from tests.ondevice_models import CLASSIFIERS, InvertedResiduals, build
+from tests.ondevice_models import CLASSIFIERS, Dead, InvertedResiduals, build
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 
@@ -35,6 +35,8 @@ def error(values: np.ndarray, clip: float) -> float:
 def test_methods_do_what_they_say() -> None:
     better = 0
     for model in CLASSIFIERS:
+        if model is Dead:
+            continue  # half of its values are a few constants, whose rounding errors do not average out
         ranges = {}
         for method in METHODS:
             ranges[method], values = ranges_of(model, method)

@@ -182,6 +182,24 @@ def test_convolutions_in_groups_are_counted_and_shared_by_group() -> None:
         )
 
 
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_a_head_of_zeros_learns(rounding: str) -> None:
+    """As fine-tuning often begins. The sign of one feature is the class."""
+    head = nn.Linear(8, 2)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model = nn.Sequential(nn.Flatten(), head)
+    data = np.random.default_rng(0).normal(size=(64, 8, 1)).astype(np.float32)
+    settings = {"scheme": "last_layer", "board": "stm32f746", "calibration": data, "learning_rate": 0.05}
+    program = compile(model, torch.zeros(1, 8, 1), rounding=rounding, **settings)  # type: ignore[arg-type]
+    labels = (data[:, 0, 0] > 0).astype(np.int64)
+    engine = program.simulator()
+    assert engine.evaluate(program.quantize_input(data), labels) < 0.7
+    for _ in range(3):
+        engine.train(program.quantize_input(data), labels)
+    assert engine.evaluate(program.quantize_input(data), labels) > 0.9
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="presets are none, bias_only"):
         build("everything")
