@@ -35,7 +35,8 @@ COMPILERS = {
 if platform.machine() == "x86_64":
     COMPILERS["gcc-avx2"] = ["gcc", "-O2", "-mavx2"]
 if shutil.which("arm-none-eabi-gcc"):  # CI has it; the board extra alone brings zig
-    COMPILERS["arm-gcc"] = ["arm-none-eabi-gcc", "-O2", "-mcpu=cortex-m4", "-mthumb", "-ffreestanding"]
+    for cpu in ("m4", "m0plus"):
+        COMPILERS[f"arm-gcc-{cpu}"] = ["arm-none-eabi-gcc", "-O2", f"-mcpu=cortex-{cpu}", "-mthumb", "-ffreestanding"]
 DATA = np.random.default_rng(0).normal(size=(40, 6, 128)).astype(np.float32)
 LABELS = np.arange(40) % 7
 
