@@ -31,6 +31,7 @@ from efftrain.federated.flower import (
 )
 from efftrain.federated.gate import NUM_SAMPLES
 from efftrain.federated.local import CONTROL, PROXIMAL_MU, num_steps
+from efftrain.federated.own_code import check
 from efftrain.federated.recipe import ClientConfig, FederatedRecipe
 
 PARTITION = "partition-id"
@@ -120,7 +121,9 @@ def _read(message: Message, context: Context) -> tuple[FederatedRecipe, int, int
 
 @lru_cache(maxsize=4)
 def _recipe(text: str) -> FederatedRecipe:
-    return from_dict(FederatedRecipe, json.loads(text))
+    recipe = from_dict(FederatedRecipe, json.loads(text))
+    check(recipe)
+    return recipe
 
 
 def _correction(message: Message, offset: State) -> Correction | None:

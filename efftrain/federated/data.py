@@ -1,6 +1,6 @@
 """Each client's own data, by its number in the population, made when it is asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -240,9 +240,10 @@ def _pools(config: DataConfig) -> tuple[ArrayDataset, ArrayDataset]:
 @lru_cache(maxsize=4)
 def _arrays(name: str, split: str) -> ArrayDataset:
     data = load_dataset(name, split)
-    if not isinstance(data, ArrayDataset):
-        raise ConfigError(f"data set {name} does not lie in memory, so it cannot be divided over clients")
-    return data
+    if isinstance(data, ArrayDataset):
+        return replace(data, name=name)
+    inputs, targets = data.batch(np.arange(len(data)))
+    return ArrayDataset(name, np.asarray(inputs, np.float32), np.asarray(targets))
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ from efftrain.compression import Codec, Fp8, Half, Identity, Int8, IntN, Mx, par
 from efftrain.federated.local import SCAFFOLD, check_local_strategy
 from efftrain.models import MODELS
 
-DatasetName = Literal["watch", "fashion-mnist", "digits"]
+DATASETS = ("watch", "fashion-mnist", "digits")
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
 MAX_CLIENTS = 10_000_000
 _MODEL_CODECS = (Identity, Half, Fp8, Mx, Int8, IntN)
@@ -21,27 +21,34 @@ DEVICES = tuple(sorted(path.stem for path in (Path(__file__).parent / "devices")
 Options = dict[str, int | float | str | bool]
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is a user's own ``file.py:name``."""
+    return ".py:" in name
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The model that all clients train."""
 
     name: str = "watch-cnn"
-    """One of ``efftrain.models.MODELS``. Never a file of the user's: the server sends this name to the clients, and
-    what a server names must not become code that a client runs."""
+    """One of ``efftrain.models.MODELS``; or, in one process only, ``path/to/file.py:Class``, a classifier of your own.
+    See Note [own code] in ``own_code``."""
     options: dict[str, int | float | str | bool | tuple[int, ...]] = field(default_factory=dict, hash=False)
     """Fields of the model's config, such as ``hidden`` of ``fashion-cnn``. Left out of the hash, for a dict has none;
     equality sees them."""
 
     def __post_init__(self) -> None:
-        if self.name not in MODELS:
-            raise ValueError(f"name is {self.name!r}, expected one of {', '.join(MODELS)}")
+        if self.name not in MODELS and not is_own(self.name):
+            raise ValueError(f"name is {self.name!r}, expected one of {', '.join(MODELS)}, or path/to/file.py:Class")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Whose data each client holds."""
 
-    name: DatasetName = "watch"
+    name: str = "watch"
+    """``watch``, ``fashion-mnist`` or ``digits``; or, in one process only, ``path/to/file.py:name``, a ``Dataset`` of
+    your own, or something to call with ``split`` ("train", "test") that returns one. It is read into memory whole."""
     partition: Literal["natural", "iid", "dirichlet", "shards"] = "natural"
     """``natural`` (``watch`` only): client ``i`` is the person ``people[i]``. The others divide one data set over
     ``clients`` made-up clients; see ``efftrain.federated.data.Partition``."""
@@ -63,6 +70,8 @@ class DataConfig:
     """Part that the channels are standardized by, over all ``people``: what the server saw when it pretrained."""
 
     def __post_init__(self) -> None:
+        if self.name not in DATASETS and not is_own(self.name):
+            raise ValueError(f"name is {self.name!r}, expected one of {', '.join(DATASETS)}, or path/to/file.py:name")
         if not self.people or len(set(self.people)) != len(self.people):
             raise ValueError(f"people is {list(self.people)}, expected at least one person and none twice")
         if self.train_part == self.test_part:

@@ -17,12 +17,15 @@ from efftrain.federated.client_app import app
 from efftrain.federated.data import client_train
 from efftrain.federated.driver import Driver
 from efftrain.federated.engines import State, get_engine
+from efftrain.federated.engines.modules import blank_module
 from efftrain.federated.flower import Grid, RecordDict, Strategy, quiet, read_arrays
 from efftrain.federated.grid import InProcessGrid
 from efftrain.federated.journal import Journal
+from efftrain.federated.own_code import allow
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.results import FederatedResult, RoundResult, state_sha256
 from efftrain.federated.strategies import build_strategy
+from efftrain.training import check_fit
 
 __all__ = ["FederatedResult", "RoundResult", "drive_rounds", "run_federated", "state_sha256", "with_usable_engine"]
 
@@ -45,10 +48,12 @@ def run_federated(
 
     Raises:
         CheckpointError: The journal is damaged, or cannot be written.
-        ConfigError: ``initial`` does not fit the model, or the recipe does not fit its data or its devices.
+        ConfigError: ``initial`` or the data do not fit the model, or the recipe does not fit its data or its devices.
         RoundError: More than ``server.max_abandoned`` rounds one after the other, or all of them, got fewer accepted
             replies than ``server.min_replies``.
     """
+    allow(recipe)
+    check_model(recipe)
     grid = InProcessGrid(app, recipe.num_clients, workers=recipe.fleet.workers, timeout_s=recipe.client.timeout_s)
     with quiet():
         return drive_rounds(grid, recipe, initial=initial, on_round=on_round, journal=journal)
@@ -121,6 +126,18 @@ def drive_rounds(
         wall_s=time.perf_counter() - started,
         peak_ram_bytes=driver.peak_ram_bytes,
         resumed_after=resumed_after,
+    )
+
+
+def check_model(recipe: FederatedRecipe) -> None:
+    """Try the model on the first client's data.
+
+    Raises:
+        ConfigError: It does not run on them, or has too few outputs.
+    """
+    name = recipe.model.name
+    check_fit(
+        f"model {name!r}", blank_module(recipe.model), recipe.data.name, client_train(recipe.data, 0, recipe.seed)
     )
 
 

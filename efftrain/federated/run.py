@@ -10,21 +10,24 @@ import csv
 import json
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from efftrain.config import load_recipe
-from efftrain.errors import ConfigError, ToolError
+from efftrain.errors import CheckpointError, ConfigError, ToolError
 from efftrain.federated.journal import Journal
-from efftrain.federated.recipe import FederatedRecipe
+from efftrain.federated.recipe import FederatedRecipe, is_own
 from efftrain.federated.results import ClientResult, FederatedResult, RoundResult
-from efftrain.federated.rounds import run_federated, with_usable_engine
+from efftrain.federated.rounds import check_model, run_federated, with_usable_engine
 from efftrain.models import load_pretrained, model_class
+from efftrain.models.pretrained import WEIGHTS_FILE
 from efftrain.report.federated import federated_page
 from efftrain.report.page import write_page
 from efftrain.report.run import RunFolder, claim_run, clean, next_run_number, run_path, write_atomic
@@ -59,6 +62,7 @@ def federate(
             not fit its data or its devices.
         RoundError: Too many rounds were abandoned.
     """
+    check_model(recipe)
     state = None if initial is None else read_model(initial, recipe)
     recipe, note = with_usable_engine(recipe)
     if note and on_note is not None:
@@ -82,10 +86,37 @@ def read_model(folder: Path, recipe: FederatedRecipe) -> dict[str, torch.Tensor]
         CheckpointError: Files are missing or damaged.
         ConfigError: It is another model than the recipe's.
     """
+    if is_own(recipe.model.name):
+        return read_weights(folder / WEIGHTS_FILE)
     model = load_pretrained(folder)
     if model.name != recipe.model.name:
         raise ConfigError(f"--initial {folder} holds a {model.name}, the recipe trains a {recipe.model.name}.")
     return model.state_dict()
+
+
+def save_model(recipe: FederatedRecipe, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """As ``save_pretrained`` writes it; of a model of the user's own the weights alone."""
+    if is_own(recipe.model.name):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{WEIGHTS_FILE}.part"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
+        part.replace(folder / WEIGHTS_FILE)
+        return
+    model = model_class(recipe.model.name).from_config(recipe.model.options)
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
 
 
 def peak_rss_bytes() -> int:
@@ -116,9 +147,7 @@ class _Writer:
 
     def finish(self, finished: FederatedResult, start: str, engine_note: str) -> dict[str, Any]:
         """Write what is left."""
-        model = model_class(self._recipe.model.name).from_config(self._recipe.model.options)
-        model.load_state_dict(finished.state)
-        model.save_pretrained(self._path / "model")
+        save_model(self._recipe, finished.state, self._path / "model")
         figures = {
             "path": str(self._path),
             "kind": "federated",

@@ -13,6 +13,7 @@ from typing import Any
 from efftrain.config import from_dict
 from efftrain.errors import ConfigError
 from efftrain.federated.flower import ArrayRecord, ConfigRecord, Context, Grid, ServerApp
+from efftrain.federated.own_code import check
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.rounds import RoundResult, drive_rounds
 
@@ -53,7 +54,7 @@ def recipe_from_run_config(run_config: Mapping[str, bool | float | int | str]) -
         run_config: ``"section.key"`` -> value. A text that starts with ``[`` is a list in JSON.
 
     Raises:
-        ConfigError: An unknown key, a wrong type or a value out of its range.
+        ConfigError: An unknown key, a wrong type, a value out of its range, or a file of code.
     """
     table: dict[str, Any] = {}
     for path, value in run_config.items():
@@ -64,7 +65,9 @@ def recipe_from_run_config(run_config: Mapping[str, bool | float | int | str]) -
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = _list(path, value) if isinstance(value, str) and value.startswith("[") else value
-    return from_dict(FederatedRecipe, table)
+    recipe = from_dict(FederatedRecipe, table)
+    check(recipe)
+    return recipe
 
 
 def _list(path: str, text: str) -> Any:

@@ -1,6 +1,5 @@
 """A cluster recipe, and its run: what ``efftrain train RECIPE`` and ``torchrun parallel/train.py RECIPE`` do."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from efftrain.training import (
     StepConfig,
     StepResult,
     check_distillation,
+    check_fit,
     cross_entropy,
     fit,
     set_seed,
@@ -246,7 +246,7 @@ def _prepare(recipe: ClusterRecipe, world_size: int) -> _Prepared:
         load_dataset(recipe.data.name, split, **recipe.data.options) for split in ("train", "test")
     )
     recipe.loop.steps_per_epoch(len(train_data))
-    num_outputs = _check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
+    num_outputs = check_fit(f"model {recipe.model.name!r}", model, recipe.data.name, train_data)
     example = torch.from_numpy(train_data.batch(np.arange(recipe.loop.batch_size))[0])
     layout = plan.check(world_size, model, example, recipe.step)
     return _Prepared(plan, layout, model, train_data, test_data, num_outputs)
@@ -268,7 +268,7 @@ def _train(
     objective = _objective(recipe, device)
     if isinstance(objective, Distillation) and recipe.distillation is not None:
         teacher = f"teacher {recipe.distillation.teacher!r}"
-        found = _check_fit(teacher, objective.teacher, recipe.data.name, train_data)
+        found = check_fit(teacher, objective.teacher, recipe.data.name, train_data)
         if found != prepared.num_outputs:
             raise ConfigError(f"{teacher} has {found} outputs, expected those of the model, {prepared.num_outputs}")
     job = plan.apply(
@@ -377,30 +377,6 @@ def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:
                     "resume it with its own recipe or start a new run without --resume"
                 )
     return number
-
-
-def _check_fit(name: str, model: nn.Module, data_name: str, data: Dataset) -> int:
-    """Refuse a model that cannot read the data set or has too few outputs, before anything is written.
-
-    Returns:
-        Its number of outputs.
-    """
-    what = f"{name} does not fit data set {data_name!r}"
-    inputs, targets = data.batch(np.arange(1))
-    place = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    shape = "x".join(map(str, inputs.shape[1:]))
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.from_numpy(inputs).to(place))
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(f"{what}, whose samples are {shape} {inputs.dtype}: {error}") from error
-    if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ConfigError(f"{what}: for one sample expected logits {(*targets.shape, 'classes')}, found {found}")
-    num_classes = getattr(data, "num_classes", 0)
-    if logits.shape[-1] < num_classes:
-        raise ConfigError(f"{what}: it has {logits.shape[-1]} outputs, expected one for each of {num_classes} classes")
-    return int(logits.shape[-1])
 
 
 def _objective(recipe: ClusterRecipe, device: Any) -> Objective:

@@ -3,7 +3,7 @@
 from efftrain.training.exchange import Exchange, SingleProcess
 from efftrain.training.job import Job, StepConfig, StepResult
 from efftrain.training.loop import Evaluation, FitResult, LoopConfig, evaluate, fit, set_seed
-from efftrain.training.objective import Distillation, Objective, check_distillation, cross_entropy
+from efftrain.training.objective import Distillation, Objective, check_distillation, check_fit, cross_entropy
 from efftrain.training.optimizer import OptimizerConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "StepConfig",
     "StepResult",
     "check_distillation",
+    "check_fit",
     "cross_entropy",
     "evaluate",
     "fit",

@@ -1,14 +1,17 @@
 """What is minimized: a function of model, inputs and targets."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efftrain.data import Dataset
 from efftrain.errors import ConfigError, DataError
 
 Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -88,3 +91,36 @@ class Distillation:
         divergence = F.kl_div(student, soft, reduction="batchmean", log_target=True)
         hard = label_loss(logits, targets.flatten())
         return self.weight * self.temperature**2 * divergence + (1 - self.weight) * hard
+
+
+def check_fit(name: str, model: nn.Module, data_name: str, data: Dataset) -> int:
+    """Refuse a model that cannot read the data set or has too few outputs, before anything is written.
+
+    Args:
+        name: What the model is called in the message.
+        model: A classifier: logits for each target. It is left in evaluation mode.
+        data_name: What the data set is called.
+        data: Its first sample is tried.
+
+    Returns:
+        The model's number of outputs.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    what = f"{name} does not fit data set {data_name!r}"
+    inputs, targets = data.batch(np.arange(1))
+    place = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    shape = "x".join(map(str, inputs.shape[1:]))
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.from_numpy(inputs).to(place))
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"{what}, whose samples are {shape} {inputs.dtype}: {error}") from error
+    if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != targets.shape:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(f"{what}: for one sample expected logits {(*targets.shape, 'classes')}, found {found}")
+    num_classes = getattr(data, "num_classes", 0)
+    if logits.shape[-1] < num_classes:
+        raise ConfigError(f"{what}: it has {logits.shape[-1]} outputs, expected one for each of {num_classes} classes")
+    return int(logits.shape[-1])

@@ -156,6 +156,30 @@ def test_integers_of_any_model_are_calibrated_on_what_is_public_of_the_data() ->
     assert all(np.isfinite(tensor).all() for tensor in result.state.values())
 
 
+def test_integers_of_a_convolution_in_groups_go_back_to_its_filters(tmp_path: Path) -> None:
+    file = tmp_path / "grouped.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def Net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(),\n"
+        "                         nn.Flatten(), nn.Linear(96, 10))\n"
+    )
+    model = ModelConfig(name=f"{file}:Net")
+    digits = DataConfig(name="digits", partition="iid", clients=20, samples_per_client=50)
+    device = get_engine("device")
+    before = device.initial_state(model, 0)
+    config = ClientConfig(engine="device", scheme="last_k=2", epochs=1, lr=0.02)
+    result = device.train(model, before, client_train(digits, 3, 0), config, 1)
+    assert result.trained is not None
+    assert set(result.trained) == {"2.weight", "2.bias", "5.weight", "5.bias"}
+    expected = get_engine("torch").train(
+        model, before, client_train(digits, 3, 0), replace(config, scheme="fp32", batch_size=1), 1
+    )
+    moved, wanted = (floats(one.state["2.weight"]) - floats(before["2.weight"]) for one in (result, expected))
+    assert moved.shape == (6, 2, 3, 3)
+    assert np.corrcoef(moved.ravel(), wanted.ravel())[0, 1] > 0.9
+
+
 def test_sparse_integers_train_what_they_say_and_nothing_else(started: State) -> None:
     result = get_engine("device").train(WATCH, started, client_data(PEOPLE, 2).train, SPARSE, 1)
     assert result.trained is not None

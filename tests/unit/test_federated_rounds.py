@@ -16,7 +16,7 @@ from efftrain.config import load_recipe, to_dict
 from efftrain.errors import ConfigError, RoundError, ToolError
 from efftrain.federated import FederatedRecipe, RoundResult, drive_rounds, run_federated
 from efftrain.federated.client_app import app as client_app
-from efftrain.federated.flower import Context, RecordDict, check_version, quiet
+from efftrain.federated.flower import ArrayRecord, ConfigRecord, Context, Message, RecordDict, check_version, quiet
 from efftrain.federated.grid import InProcessGrid
 from efftrain.federated.recipe import (
     ClientConfig,
@@ -195,13 +195,33 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
         ({"data.people": "[1, 1]"}, "none twice"),
         ({"client.lr": 0.0}, "expected a positive number"),
         ({"uplink.codec": "TopK(2)"}, "expected a share"),
-        ({"model.name": "evil.py:Model"}, "expected one of watch-cnn"),
+        ({"model.name": "evil.py:Model"}, "'evil.py:Model' names a file of code, which is run in one process only"),
+        ({"data.name": "evil.py:Data", "data.partition": "iid", "data.clients": 8}, "names a file of code"),
+        ({"model.name": "evil"}, "expected one of watch-cnn"),
         ({"server.min_replies": 9}, "there are 8 clients"),
     ],
 )
 def test_wrong_settings_are_refused(config: dict[str, bool | float | int | str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe_from_run_config(config)
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_a_client_runs_no_file_that_a_message_names(section: str, tmp_path: Path) -> None:
+    ran, file = tmp_path / "ran", tmp_path / "evil.py"
+    file.write_text(f"open({str(ran)!r}, 'w')\nModel = Data = None\n")
+    changes = {
+        "model": {"model": ModelConfig(name=f"{file}:Model")},
+        "data": {"data": DataConfig(name=f"{file}:Data", partition="iid", clients=8)},
+    }
+    recipe = replace(FederatedRecipe(), **changes[section])  # type: ignore[arg-type]
+    config = ConfigRecord({"recipe": json.dumps(to_dict(recipe)), "server-round": 1})
+    content = RecordDict({"arrays": ArrayRecord({}), "config": config})
+    grid = InProcessGrid(client_app, 8)
+    for kind in ("train", "evaluate"):
+        [reply] = grid.send_and_receive([Message(content, grid.get_node_ids()[0], kind)])
+        assert "names a file of code, which is run in one process only" in str(reply.error.reason)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("build", [lambda: RoundsConfig(fraction=0), lambda: ModelConfig(name="a")])

@@ -31,11 +31,13 @@ def test_links_and_files_exist() -> None:
 def test_your_own_model_and_data_as_printed(efftrain: Run, tmp_path: Path) -> None:
     (block,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "# mine.py" in code)
     (tmp_path / "mine.py").write_text(block, encoding="utf-8")
-    (line,) = (text.split() for text in README.splitlines() if "model.name=mine.py:Net" in text)
-    arguments = [str(ROOT / word) if word.startswith("parallel/") else word for word in line[1:]]
-    done = efftrain(*arguments, "--json", "--set", "loop.epochs=2")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["accuracy"] > 0.5
+    lines = [text.split() for text in README.splitlines() if "model.name=mine.py:Net" in text]
+    short = {"train": ["--set", "loop.epochs=2"], "federate": ["--set", "server.rounds=1"]}
+    assert [line[1] for line in lines] == list(short)
+    for _, verb, recipe, *changes in lines:
+        done = efftrain(verb, ROOT / recipe, *changes, "--json", *short[verb])
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["accuracy"] > 0.5
     assert efftrain("profile", "mine.py:Net", "--json").returncode == 0
 
 

@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from efftrain.data import ArrayDataset, load_dataset, load_watch, standardize
 from efftrain.errors import BudgetError, CompileError, ConfigError
 from efftrain.federated.engines import Measured, State, Trained
 from efftrain.federated.engines.modules import loaded_module, torch_threads
-from efftrain.federated.recipe import ClientConfig, DatasetName, ModelConfig
+from efftrain.federated.recipe import DATASETS, ClientConfig, ModelConfig, is_own
 from efftrain.ondevice import Program, Scheme, compile
 from efftrain.ondevice.backends.board import BoardEngine
 from efftrain.ondevice.backends.engine import Engine
@@ -161,7 +161,7 @@ def _channels(tensor: npt.NDArray[_Element], layer: ConvConstants, count: int) -
     shape = layer.shape
     if layer.depthwise:
         return tensor.reshape(shape.in_c, 1, shape.kernel_h, shape.kernel_w)[:count]
-    return tensor.reshape(shape.out_c, shape.in_c, shape.kernel_h, shape.kernel_w)[:, :count]
+    return tensor.reshape(shape.out_c, -1, shape.kernel_h, shape.kernel_w)[:, :count]
 
 
 def _compile(model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> _Compiled:
@@ -245,12 +245,13 @@ def calibration_samples(dataset: str) -> npt.NDArray[np.float32]:
         ConfigError: No public samples are known of this data set.
         DataError: The data set is not installed.
     """
-    if dataset not in get_args(DatasetName):
+    if dataset not in DATASETS and not is_own(dataset):
         raise ConfigError(
             f"there are no samples of data set {dataset!r} to calibrate a model with, so it cannot be trained in "
-            f'integers; known are {", ".join(get_args(DatasetName))}. Set client.scheme="fp32".'
+            f'integers; known are {", ".join(DATASETS)}. Set client.scheme="fp32".'
         )
     if dataset == "watch":
         early, _ = standardize(load_watch().select(None, "early"))
         return np.asarray(early.inputs[:: max(1, len(early) // _CALIBRATION_SAMPLES)])
-    return np.asarray(load_dataset(dataset, "train").batch(np.arange(_CALIBRATION_SAMPLES))[0])
+    data = load_dataset(dataset, "train")
+    return np.asarray(data.batch(np.arange(min(len(data), _CALIBRATION_SAMPLES)))[0])
