@@ -15,7 +15,7 @@
 #if __STDC_HOSTED__
 #define EFT_PATCH 2048
 #else
-#define EFT_PATCH 120
+#define EFT_PATCH 112
 #endif
 
 typedef union {
