@@ -43,8 +43,8 @@ static EFT_OUT_OF_LINE void eft_add_patch(const eft_patch *patch, int32_t count,
  * @param[out] y      Of channel 0 of the first pixel
  * @param[in]  index  Element of the whole tensor that y[0] is
  */
-static inline void eft_conv_pixels(const eft_layer *layer, int32_t oy, int32_t ox, int32_t pixels, int32_t begin_o, int32_t end_o,
-                                   const int32_t *bias, const eft_requantize *out, int8_t *y, uint8_t *mask, int32_t index)
+EFT_SHARED void eft_conv_pixels(const eft_layer *layer, int32_t oy, int32_t ox, int32_t pixels, int32_t begin_o, int32_t end_o,
+                                const int32_t *bias, const eft_requantize *out, int8_t *y, uint8_t *mask, int32_t index)
 {
     const int32_t taps = layer->shape->kernel_h * layer->shape->kernel_w;
     int32_t in_patch = -1; /* First input of it, -1 if it must be filled anew */

@@ -13,8 +13,11 @@ typedef char eft_needs_arithmetic_right_shift[((-1) >> 1 == -1) ? 1 : -1];
 /** For helpers of a loop that needs all registers: their own would be spilled in it. */
 #if defined(__GNUC__)
 #define EFT_OUT_OF_LINE __attribute__((noinline))
+/** For a body that two kernels share: a frame of its own would cost stack. */
+#define EFT_SHARED static inline __attribute__((always_inline))
 #else
 #define EFT_OUT_OF_LINE
+#define EFT_SHARED static inline
 #endif
 
 static inline int32_t eft_clamp(int32_t value, int32_t low, int32_t high)
