@@ -41,8 +41,7 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
                 case Conv():
                     weight = torch.from_numpy(np.ascontiguousarray(graph.constants[op.weight].transpose(0, 3, 1, 2)))
                     bias = None if op.bias is None else torch.from_numpy(graph.constants[op.bias])
-                    x, padding = bordered(x, op.padding, 0.0)
-                    y = F.conv2d(x, weight, bias, op.stride, padding, groups=op.groups)
+                    y = F.conv2d(bordered(x, op.padding, 0.0), weight, bias, op.stride, groups=op.groups)
                     values[op.y] = _activate(y, op.activation)
                 case Add():
                     values[op.y] = _activate(x + values[op.z], op.activation)
@@ -51,8 +50,7 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
                 case Concat():
                     values[op.y] = torch.cat([x, *(values[name] for name in op.others)], 1)
                 case Pool(kind="max"):
-                    x, padding = bordered(x, op.padding, -math.inf)
-                    values[op.y] = F.max_pool2d(x, op.kernel, op.stride, padding)
+                    values[op.y] = F.max_pool2d(bordered(x, op.padding, -math.inf), op.kernel, op.stride)
                 case Pool():
                     values[op.y] = F.avg_pool2d(x, op.kernel, op.stride, op.padding[:2])
                 case GlobalAverage():
@@ -64,12 +62,10 @@ def run_float(graph: FloatGraph, batch: npt.NDArray[np.float32]) -> dict[str, Te
     return values
 
 
-def bordered(x: Tensor, padding: Padding, value: float) -> tuple[Tensor, tuple[int, int]]:
-    """What torch's own padding, alike on both sides, cannot say is put around the tensor; and what it then says."""
+def bordered(x: Tensor, padding: Padding, value: float) -> Tensor:
+    """The tensor with its border: torch's own padding is alike on both sides and at most half a window of a pool."""
     top, left, bottom, right = padding
-    if (top, left) == (bottom, right):
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
+    return F.pad(x, (left, right, top, bottom), value=value) if any(padding) else x
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

@@ -67,8 +67,8 @@ class Reference:
         x = values[op.x]
         match op:
             case Conv():
-                x, padding = bordered(x, op.padding, 0.0)
-                return F.conv2d(x, self.weights[op.name], self.biases[op.name], op.stride, padding, groups=op.groups)
+                x = bordered(x, op.padding, 0.0)
+                return F.conv2d(x, self.weights[op.name], self.biases[op.name], op.stride, groups=op.groups)
             case Add():
                 return x + values[op.z]
             case Multiply():
@@ -76,8 +76,7 @@ class Reference:
             case Concat():
                 return torch.cat([values[name] for name in op.reads], 1)
             case Pool(kind="max"):
-                x, padding = bordered(x, op.padding, -math.inf)
-                return F.max_pool2d(x, op.kernel, op.stride, padding)
+                return F.max_pool2d(bordered(x, op.padding, -math.inf), op.kernel, op.stride)
             case Pool():
                 return F.avg_pool2d(x, op.kernel, op.stride, op.padding[:2])
             case GlobalAverage():

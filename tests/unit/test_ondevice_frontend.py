@@ -97,6 +97,12 @@ def test_the_odd_zero_of_same_padding_is_behind(kernel: int) -> None:
     assert graph.ops[1].padding == (0, (kernel - 1) // 2, 0, kernel // 2)
 
 
+def test_a_border_of_more_than_half_a_window_of_a_max_pool() -> None:
+    graph = assert_same_function(Tail(nn.Sequential(nn.ConstantPad1d(2, -math.inf), nn.MaxPool1d(3))), EXAMPLE_1D)
+    assert isinstance(graph.ops[1], Pool)
+    assert graph.ops[1].padding == (0, 2, 0, 2)
+
+
 @pytest.mark.parametrize(("channels", "groups"), [(6, 2), (3, 3), (12, 6), (6, 6)])
 def test_convolutions_in_groups(channels: int, groups: int) -> None:
     graph = assert_same_function(Tail(F.relu, channels=channels, groups=groups), EXAMPLE_1D)
