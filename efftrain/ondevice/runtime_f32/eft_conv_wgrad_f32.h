@@ -3,26 +3,60 @@
 
 #include "eft_f32.h"
 
-/** The part of the sums that fits the registers: rows x vectors of them. */
+/** The part of the sums that fits the registers: rows x vectors of them, in pairs where there are some. */
 EFT_KERNEL void eft_conv_wgrad_part_f32(const float *x, int32_t x_row, const int32_t *at, const float *value,
                                         int32_t count, float *dw, int32_t padded, int32_t rows, int32_t vectors)
 {
-    eft_v8 sum[EFT_SUMS];
+    const int32_t pairs = EFT_PAIRS ? vectors / 2 : 0;
+    const int32_t singles = vectors - 2 * pairs;
+    const int32_t behind = 2 * EFT_LANES * pairs;
+    eft_v16 pair[EFT_SUMS];
+    eft_v8 single[EFT_SUMS];
     EFT_UNROLL
-    for (int32_t k = 0; k < rows * vectors; k++) {
-        sum[k] = eft_load_f32(dw + k / vectors * padded + k % vectors * EFT_LANES);
+    for (int32_t r = 0; r < rows; r++) {
+        EFT_UNROLL
+        for (int32_t v = 0; v < pairs; v++) {
+            pair[r * pairs + v] = eft_load_pair_f32(dw + r * padded + v * 2 * EFT_LANES);
+        }
+    }
+    EFT_UNROLL
+    for (int32_t r = 0; r < rows; r++) {
+        EFT_UNROLL
+        for (int32_t v = 0; v < singles; v++) {
+            single[r * singles + v] = eft_load_f32(dw + r * padded + behind + v * EFT_LANES);
+        }
     }
     for (int32_t n = 0; n < count; n++) {
         const float *from = x + at[n];
         const float g = value[n];
         EFT_UNROLL
-        for (int32_t k = 0; k < rows * vectors; k++) {
-            sum[k] += g * eft_load_f32(from + k / vectors * x_row + k % vectors * EFT_LANES);
+        for (int32_t r = 0; r < rows; r++) {
+            EFT_UNROLL
+            for (int32_t v = 0; v < pairs; v++) {
+                pair[r * pairs + v] += g * eft_load_pair_f32(from + r * x_row + v * 2 * EFT_LANES);
+            }
+        }
+        EFT_UNROLL
+        for (int32_t r = 0; r < rows; r++) {
+            EFT_UNROLL
+            for (int32_t v = 0; v < singles; v++) {
+                single[r * singles + v] += g * eft_load_f32(from + r * x_row + behind + v * EFT_LANES);
+            }
         }
     }
     EFT_UNROLL
-    for (int32_t k = 0; k < rows * vectors; k++) {
-        eft_store_f32(dw + k / vectors * padded + k % vectors * EFT_LANES, sum[k]);
+    for (int32_t r = 0; r < rows; r++) {
+        EFT_UNROLL
+        for (int32_t v = 0; v < pairs; v++) {
+            eft_store_pair_f32(dw + r * padded + v * 2 * EFT_LANES, pair[r * pairs + v]);
+        }
+    }
+    EFT_UNROLL
+    for (int32_t r = 0; r < rows; r++) {
+        EFT_UNROLL
+        for (int32_t v = 0; v < singles; v++) {
+            eft_store_f32(dw + r * padded + behind + v * EFT_LANES, single[r * singles + v]);
+        }
     }
 }
 

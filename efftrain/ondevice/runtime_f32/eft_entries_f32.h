@@ -31,21 +31,32 @@ EFT_KERNEL void eft_collect_entries_f32(const float *y, const float *g, int32_t 
                                         int32_t outputs, int32_t channels, const int32_t *which, const int32_t *places,
                                         int32_t down, int32_t right, int32_t clamped, float high, eft_entries entries)
 {
-    for (int32_t o = 0; o < outputs; o++) {
-        entries.count[o] = 0;
-    }
-    for (int32_t i = 0; i < rows; i++) {
-        for (int32_t j = 0; j < columns; j++) {
-            const float *value = y + i * y_row + j * channels;
-            const float *gradient = g + i * y_row + j * channels;
-            for (int32_t o = 0; o < outputs; o++) {
-                const int32_t inside = !clamped || (value[o] > 0.0F && value[o] < high);
-                const float kept = inside ? gradient[o] : 0.0F;
-                const int32_t n = entries.count[o];
-                const int32_t window = which ? places[which[(i * columns + j) * channels + o]] : 0;
-                entries.at[o * entries.room + n] = i * down + j * right + window;
-                entries.value[o * entries.room + n] = kept;
-                entries.count[o] = n + (kept != 0.0F);
+    for (int32_t first = 0; first < outputs; first += EFT_LANES) {
+        int32_t *const at = entries.at + first * entries.room;
+        float *const value = entries.value + first * entries.room;
+        int32_t n[EFT_LANES] = {0};
+        for (int32_t i = 0; i < rows; i++) {
+            for (int32_t j = 0; j < columns; j++) {
+                const int32_t place = i * y_row + j * channels + first;
+                const eft_v8 gradient = eft_load_f32(g + place);
+                const eft_v8 kept = clamped ? eft_clamp_grad_f32(eft_load_f32(y + place), gradient, high) : gradient;
+                float lane[EFT_LANES];
+                eft_store_f32(lane, kept);
+                EFT_UNROLL
+                for (int32_t k = 0; k < EFT_LANES; k++) {
+                    if (first + k < outputs) {
+                        const int32_t window = which ? places[which[(i * columns + j) * channels + first + k]] : 0;
+                        at[k * entries.room + n[k]] = i * down + j * right + window;
+                        value[k * entries.room + n[k]] = lane[k];
+                        n[k] += lane[k] != 0.0F;
+                    }
+                }
+            }
+        }
+        EFT_UNROLL
+        for (int32_t k = 0; k < EFT_LANES; k++) {
+            if (first + k < outputs) {
+                entries.count[first + k] = n[k];
             }
         }
     }

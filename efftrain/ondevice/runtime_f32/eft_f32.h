@@ -19,6 +19,7 @@
 
 typedef float eft_v8 __attribute__((vector_size(32)));
 typedef int32_t eft_i8 __attribute__((vector_size(32)));
+typedef float eft_v16 __attribute__((vector_size(64)));
 
 #define EFT_KERNEL static inline __attribute__((always_inline))
 
@@ -35,6 +36,13 @@ typedef int32_t eft_i8 __attribute__((vector_size(32)));
 #define EFT_SUMS 12
 #endif
 
+/** Whether one register holds two vectors; a pair gives the bits of its halves. */
+#if defined(__AVX512F__)
+#define EFT_PAIRS 1
+#else
+#define EFT_PAIRS 0
+#endif
+
 /** Eight floats from anywhere. Callers may read past what they need: every buffer ends in room for one vector. */
 EFT_KERNEL eft_v8 eft_load_f32(const float *from)
 {
@@ -44,6 +52,18 @@ EFT_KERNEL eft_v8 eft_load_f32(const float *from)
 }
 
 EFT_KERNEL void eft_store_f32(float *to, eft_v8 value)
+{
+    memcpy(to, &value, sizeof value);
+}
+
+EFT_KERNEL eft_v16 eft_load_pair_f32(const float *from)
+{
+    eft_v16 value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+EFT_KERNEL void eft_store_pair_f32(float *to, eft_v16 value)
 {
     memcpy(to, &value, sizeof value);
 }
