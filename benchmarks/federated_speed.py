@@ -244,11 +244,13 @@ def markdown(report: dict[str, Any]) -> str:
         for one in report["claims"]
     ]
     many = report["round_of_10000_clients"]
+    loops = many["clients_trained"] / 100 * report["ways"]["plain loop"]["wall_s"] / 2
     lines += [
         "",
         "10,000 clients: `efftrain federate federated/recipes/fashion_10000.toml --set server.rounds=1`, "
         f"{many['process_s']:.1f} s and {many['process_cpu_s']:.1f} CPU s for the whole process, imports, evaluations "
-        "and report included; half of the CPU seconds is what two idle cores would take at least. 1,000 clients: "
+        "and report included; half of the CPU seconds is what two idle cores would take at least. Two plain loops "
+        f"side by side would take {loops:.1f} s for as many clients, {loops / many['train_s']:.1f} times as long. 1,000 clients: "
         f"{report['first_round_1000_clients']['process_cpu_s']:.1f} CPU s for the whole process.",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
