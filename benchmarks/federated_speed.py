@@ -250,8 +250,8 @@ def markdown(report: dict[str, Any]) -> str:
         "10,000 clients: `efftrain federate federated/recipes/fashion_10000.toml --set server.rounds=1`, "
         f"{many['process_s']:.1f} s and {many['process_cpu_s']:.1f} CPU s for the whole process, imports, evaluations "
         "and report included; half of the CPU seconds is what two idle cores would take at least. Two plain loops "
-        f"side by side would take {loops:.1f} s for as many clients, {loops / many['train_s']:.1f} times as long. 1,000 clients: "
-        f"{report['first_round_1000_clients']['process_cpu_s']:.1f} CPU s for the whole process.",
+        f"side by side would take {loops:.1f} s for as many clients, {loops / many['train_s']:.1f} times as long. "
+        f"1,000 clients: {report['first_round_1000_clients']['process_cpu_s']:.1f} CPU s for the whole process.",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
     ]
