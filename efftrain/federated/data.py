@@ -24,8 +24,9 @@ class ClientData:
 def client_data(config: DataConfig, partition: int, seed: int = 0) -> ClientData:
     """The data of client ``partition``.
 
-    With the natural partition that is the person ``config.people[partition]``, standardized. Otherwise it is a
-    ``Partition`` of the training samples, and as many test samples in the client's own mix of classes.
+    With the natural partition that is the person ``config.people[partition]``, standardized, or a group of a data set
+    of one's own. Otherwise it is a ``Partition`` of the training samples, and as many test samples in the client's own
+    mix of classes.
 
     Args:
         config: Whose data and which parts.
@@ -33,13 +34,22 @@ def client_data(config: DataConfig, partition: int, seed: int = 0) -> ClientData
         seed: Of the recipe; what is made up is drawn from it.
 
     Raises:
-        ConfigError: No such client, or its training or test part is empty.
+        ConfigError: No such client, or its training or test part is empty; or the groups are not as many as clients.
     """
     if not 0 <= partition < config.num_clients:
         raise ConfigError(f"there is no client {partition}, the recipe has {config.num_clients} clients")
-    if config.partition == "natural":
+    if config.of_people:
         return _people(config)[partition]
     train, test = _pools(config)
+    if config.partition == "natural":
+        groups = _groups(config)
+        own = test.subset(np.flatnonzero(test.groups == groups.numbers[partition]))
+        if not len(own):
+            raise ConfigError(
+                f"group {groups.numbers[partition]} of data set {config.name} has no test samples. Set "
+                'server.evaluate="server", or leave the group out.'
+            )
+        return ClientData(train.subset(groups.of(partition)), own)
     return ClientData(
         train.subset(_partition(config, seed).indices(partition)),
         test.subset(_partition(config, seed).test_indices(partition)),
@@ -48,16 +58,34 @@ def client_data(config: DataConfig, partition: int, seed: int = 0) -> ClientData
 
 def client_train(config: DataConfig, partition: int, seed: int = 0) -> ArrayDataset:
     """The training half of ``client_data``; the other half is not made."""
-    if config.partition == "natural":
+    if config.of_people:
         return client_data(config, partition, seed).train
     if not 0 <= partition < config.num_clients:
         raise ConfigError(f"there is no client {partition}, the recipe has {config.num_clients} clients")
+    if config.partition == "natural":
+        return _pools(config)[0].subset(_groups(config).of(partition))
     return _pools(config)[0].subset(_partition(config, seed).indices(partition))
 
 
 def server_test(config: DataConfig) -> ArrayDataset:
     """What a server with test data of its own measures the global model on: the whole test set."""
     return _pools(config)[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The natural partition of a data set of one's own."""
+
+    numbers: np.ndarray
+    """The groups, ascending: client ``i`` is ``numbers[i]``."""
+    order: np.ndarray
+    """All training samples, group after group."""
+    starts: np.ndarray
+    """Where in ``order`` each group begins, and the end of the last."""
+
+    def of(self, client: int) -> np.ndarray:
+        """Training samples of a client, ascending."""
+        return np.asarray(self.order[self.starts[client] : self.starts[client + 1]])
 
 
 class Partition:
@@ -243,7 +271,27 @@ def _arrays(name: str, split: str) -> ArrayDataset:
     if isinstance(data, ArrayDataset):
         return replace(data, name=name)
     inputs, targets = data.batch(np.arange(len(data)))
-    return ArrayDataset(name, np.asarray(inputs, np.float32), np.asarray(targets))
+    groups = getattr(data, "groups", None)
+    return ArrayDataset(
+        name, np.asarray(inputs, np.float32), np.asarray(targets), None if groups is None else np.asarray(groups)
+    )
+
+
+@lru_cache(maxsize=2)
+def _groups(config: DataConfig) -> Groups:
+    train, test = _pools(config)
+    if train.groups is None or test.groups is None:
+        raise ConfigError(
+            f"data set {config.name} has no groups, which are its natural clients. Give both splits an attribute "
+            'groups of shape (N,), a number for each sample, or set data.partition to "iid", "dirichlet" or "shards".'
+        )
+    numbers, counts = np.unique(train.groups, return_counts=True)
+    if len(numbers) != config.clients:
+        raise ConfigError(
+            f"data.clients is {config.clients}, the training samples of {config.name} are of {len(numbers)} groups. "
+            f"Set data.clients={len(numbers)}."
+        )
+    return Groups(numbers, np.argsort(train.groups, kind="stable"), np.concatenate([[0], np.cumsum(counts)]))
 
 
 @lru_cache(maxsize=2)

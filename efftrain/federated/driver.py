@@ -433,7 +433,7 @@ class Driver:
         if not 0 <= partition < self.recipe.num_clients:
             return None
         data = self.recipe.data
-        return str(data.people[partition] if data.partition == "natural" else partition)
+        return str(data.people[partition] if data.of_people else partition)
 
     def _too_few(
         self, what: str, number: int, num_accepted: int, num_sent: int, expected: int, rows: Sequence[ClientResult]

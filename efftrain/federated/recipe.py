@@ -50,10 +50,11 @@ class DataConfig:
     """``watch``, ``fashion-mnist`` or ``digits``; or, in one process only, ``path/to/file.py:name``, a ``Dataset`` of
     your own, or something to call with ``split`` ("train", "test") that returns one. It is read into memory whole."""
     partition: Literal["natural", "iid", "dirichlet", "shards"] = "natural"
-    """``natural`` (``watch`` only): client ``i`` is the person ``people[i]``. The others divide one data set over
-    ``clients`` made-up clients; see ``efftrain.federated.data.Partition``."""
+    """``natural``: client ``i`` of ``watch`` is the person ``people[i]``; of a data set of your own, it has the samples
+    of the ``i``-th number in ``groups``, which both splits have as ``ArrayDataset`` does. The others divide one data
+    set over ``clients`` made-up clients; see ``efftrain.federated.data.Partition``."""
     clients: int = 0
-    """Size of the population; 0 with ``natural``, which has one client a person."""
+    """Size of the population; 0 for the people of ``watch``, and the number of groups with groups of your own."""
     samples_per_client: int = 50
     """Training samples of each client. Ignored by ``natural``."""
     alpha: float = 0.3
@@ -76,7 +77,7 @@ class DataConfig:
             raise ValueError(f"people is {list(self.people)}, expected at least one person and none twice")
         if self.train_part == self.test_part:
             raise ValueError(f"train_part and test_part are both {self.train_part!r}; the test would measure memory")
-        if self.partition == "natural":
+        if self.partition == "natural" and self.name in DATASETS:
             if self.name != "watch":
                 raise ValueError(f"{self.name} has no natural partition, expected iid, dirichlet or shards")
             if self.clients:
@@ -95,6 +96,11 @@ class DataConfig:
             raise ValueError(f"shards_per_client is {self.shards_per_client}, expected at least 1")
         if not 1e-3 <= self.alpha <= 1e6:
             raise ValueError(f"alpha is {self.alpha}, expected a number in [1e-3, 1e6]")
+
+    @property
+    def of_people(self) -> bool:
+        """Whether the clients are the people of ``watch``."""
+        return self.partition == "natural" and self.name == "watch"
 
     @property
     def num_clients(self) -> int:

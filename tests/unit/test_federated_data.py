@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,53 @@ def test_no_such_client() -> None:
     for number in (-1, 40):
         with pytest.raises(ConfigError, match="the recipe has 40 clients"):
             client_train(config("iid"), number)
+
+
+WRITERS = """
+import numpy as np
+
+class Data:
+    def __init__(self, split):
+        rng = np.random.default_rng(len(split))
+        size = {"train": 90, "test": 40}[split]
+        self.groups = rng.choice([3, 5, 1000, 7], size)
+        self.x = np.stack([self.groups, np.arange(size)], 1).astype(np.float32)
+        if split == "test":
+            self.groups = np.where(self.groups == 7, 3, self.groups)
+    def __len__(self):
+        return len(self.x)
+    def batch(self, indices):
+        return self.x[indices], indices % 2
+
+class Without(Data):
+    groups = property(lambda self: None, lambda self, value: None)
+    def __init__(self, split):
+        self.x = np.zeros((90, 2), np.float32)
+"""
+
+
+def test_groups_of_ones_own_data_are_its_natural_clients(tmp_path: Path) -> None:
+    (tmp_path / "writers.py").write_text(WRITERS)
+    own = DataConfig(name=f"{tmp_path / 'writers.py'}:Data", partition="natural", clients=4)
+    seen = []
+    for client, writer in enumerate([3, 5, 7, 1000]):
+        train = client_train(own, client, seed=client)
+        assert set(train.inputs[:, 0]) == {writer}
+        assert (np.diff(train.inputs[:, 1]) > 0).all()
+        seen += train.inputs[:, 1].tolist()
+        if writer != 7:
+            data = client_data(own, client)
+            np.testing.assert_array_equal(data.train.inputs, train.inputs)
+            assert {writer} <= set(data.test.inputs[:, 0]) <= {writer, 7}
+    assert sorted(seen) == list(range(90))
+    with pytest.raises(ConfigError, match=r"group 7 of data set .* has no test samples.*server.evaluate"):
+        client_data(own, 2)
+    with pytest.raises(ConfigError, match=r"are of 4 groups. Set data.clients=4"):
+        client_train(replace(own, clients=5), 0)
+    with pytest.raises(ConfigError, match=r"has no groups.*attribute groups"):
+        client_train(replace(own, name=own.name.replace(":Data", ":Without")), 0)
+    with pytest.raises(ValueError, match="clients is 0"):
+        replace(own, clients=0)
 
 
 @pytest.mark.parametrize(
