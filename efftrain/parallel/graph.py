@@ -87,10 +87,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def uses(graph: fx.Graph, model: nn.Module) -> Iterator[tuple[fx.Node, str]]:
     """Every use of a parameter or buffer: the node, and the tensor's name of all its names (the first)."""
-    names = {id(tensor): name for name, tensor in _tensors(model)}
+    names = {id(tensor): name for name, tensor in tensors(model)}
     for node in graph.nodes:
         if node.op == "call_module":
-            for _, tensor in _tensors(model.get_submodule(str(node.target))):
+            for _, tensor in tensors(model.get_submodule(str(node.target))):
                 yield node, names[id(tensor)]
         elif node.op == "get_attr":
             found = _attribute(model, str(node.target))
@@ -123,7 +123,8 @@ def part_of(model: nn.Module, names: Collection[str]) -> nn.Module:
     return root
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers by name, each once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 

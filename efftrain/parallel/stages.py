@@ -8,13 +8,13 @@ optimizer state, codec feedback and checkpoints of a pipeline are those of the w
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from efftrain.errors import ConfigError
-from efftrain.parallel.graph import NodeFacts, facts, part_of, trace, uses
+from efftrain.parallel.graph import NodeFacts, facts, part_of, tensors, trace, uses
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class StageCut:
     graph: fx.Graph
     """Takes one tensor and gives one."""
     names: tuple[str, ...]
-    """Modules and single parameters that it uses."""
+    """Modules and single parameters that it uses; the last stage has those that none uses, too."""
     cost: float
     """Estimated FLOPs of a forward pass."""
     input_shape: tuple[int, ...]
@@ -85,10 +85,18 @@ def cut_model(
         last = number == num_stages - 1
         cuts.append(_stage(nodes[start:end], given, None if last else nodes[end - 1], found))
         start, given = end, nodes[end - 1]
+    cuts[-1] = replace(cuts[-1], names=(*cuts[-1].names, *_unused(model, cuts)))
     _refuse_shared(
         model, graph, {node: i for i, (a, b) in enumerate(itertools.pairwise([0, *chosen])) for node in nodes[a:b]}
     )
     return cuts
+
+
+def _unused(model: nn.Module, cuts: Sequence[StageCut]) -> list[str]:
+    """Parameters and buffers that no stage uses: a checkpoint is of the whole model, and so is what is exported."""
+    names = [name for cut in cuts for name in cut.names]
+    used = {id(tensor) for name, tensor in tensors(part_of(model, names))}
+    return [name for name, tensor in tensors(model) if id(tensor) not in used]
 
 
 def shared_parameters(model: nn.Module, cuts: Sequence[StageCut]) -> dict[str, tuple[int, ...]]:

@@ -23,11 +23,18 @@ Settings = Mapping[str, Any]
 
 SAMPLES = 8
 OPTIMIZER = OptimizerConfig(lr=0.1)
+KINDS = ("tied", "unused")
+"""Settings that change the model, not the plan."""
 
 
-def model(tied: bool = False) -> torch.nn.Module:
+def model(tied: bool = False, unused: bool = False) -> torch.nn.Module:
+    """With ``unused``, some of it takes part in nothing."""
     torch.manual_seed(0)
-    return build_model("char-transformer", vocab=32, context=8, width=16, depth=4, heads=2, tied=tied)
+    found = build_model("char-transformer", vocab=32, context=8, width=16, depth=4, heads=2, tied=tied)
+    if unused:
+        found.spare = torch.nn.Linear(3, 2)
+        found.get_submodule("blocks.1").register_parameter("scale", torch.nn.Parameter(torch.randn(5)))
+    return found
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -38,13 +45,18 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def plan_of(settings: Settings) -> Plan:
     sync = SyncConfig(node_size=settings.get("node_size", 1))
-    settings = {name: value for name, value in settings.items() if name not in ("precision", "node_size", "tied")}
+    settings = {name: value for name, value in settings.items() if name not in ("precision", "node_size", *KINDS)}
     return Plan(**{**settings, "codec": parse_codec(settings.get("codec", "Identity()")), "sync": sync})
+
+
+def kind_of(settings: Settings) -> dict[str, bool]:
+    """Arguments of ``model``."""
+    return {name: True for name in KINDS if settings.get(name, False)}
 
 
 def job_of(settings: Settings) -> Job:
     step = StepConfig(check_replicas_every=1, precision=settings.get("precision", "fp32"))
-    whole = model(settings.get("tied", False))
+    whole = model(**kind_of(settings))
     return plan_of(settings).apply(whole, batch(0)[0], optimizer=OPTIMIZER, step=step)
 
 
@@ -52,9 +64,9 @@ def step_of(job: Job, step: int) -> Any:
     return job.step(*job.share(*batch(step)))
 
 
-def one_process(num_steps: int, tied: bool = False) -> Facts:
+def one_process(num_steps: int, **kind: bool) -> Facts:
     """Gradients of the first step by name, losses and norms."""
-    job = Job(model(tied), optimizer=OPTIMIZER)
+    job = Job(model(**kind), optimizer=OPTIMIZER)
     results = []
     grads = {}
     for step in range(num_steps):
@@ -67,7 +79,7 @@ def one_process(num_steps: int, tied: bool = False) -> Facts:
 @in_group
 def cells(plans: Sequence[Settings], num_steps: int = 3) -> list[Facts]:
     """Of each plan: largest error of a gradient relative to the largest entry of all, losses and norms; or why not."""
-    references = {tied: one_process(num_steps, tied) for tied in {plan.get("tied", False) for plan in plans}}
+    references = {tied: one_process(num_steps, tied=tied) for tied in {plan.get("tied", False) for plan in plans}}
     found = []
     for settings in plans:
         expected = references[settings.get("tied", False)]

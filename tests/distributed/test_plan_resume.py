@@ -27,23 +27,29 @@ ROUTES: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (1, {"tied": True}),
         (4, {"pipeline": 2, "tied": True}),
     ],
+    "parameters in no stage": [
+        (2, {"pipeline": 2, "unused": True}),
+        (1, {"unused": True}),
+        (4, {"pipeline": 2, "shard": "full", "unused": True}),
+        (4, {"pipeline": 2, "schedule": "zbv", "codec": "TopK(1.0)", "unused": True}),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_any_plan_goes_on_where_another_stopped(name: str, start_ranks: StartRanks, tmp_path: Path) -> None:
     route = ROUTES[name]
-    tied = route[0][1].get("tied", False)
-    expected = grid_jobs.one_process(STEPS * len(route), tied)
+    kind = grid_jobs.kind_of(route[0][1])
+    expected = grid_jobs.one_process(STEPS * len(route), **kind)
     found: list[float] = []
     for world_size, settings in route:
         ranks = start_ranks(grid_jobs.train_and_save, world_size, settings, str(tmp_path), STEPS).results()
         assert {facts["first"] for facts in ranks} == {len(found)}
         found += ranks[0]["losses"]
     assert found == pytest.approx(expected["losses"], abs=2e-6)
-    whole = grid_jobs.model(tied)
+    whole = grid_jobs.model(**kind)
     load_model(complete_checkpoints(tmp_path)[-1], whole)
-    reference = Job(grid_jobs.model(tied), optimizer=grid_jobs.OPTIMIZER)
+    reference = Job(grid_jobs.model(**kind), optimizer=grid_jobs.OPTIMIZER)
     for step in range(STEPS * len(route)):
         reference.step(*grid_jobs.batch(step))
     for (key, value), wanted in zip(whole.state_dict().items(), reference.model.state_dict().values(), strict=True):

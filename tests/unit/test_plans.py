@@ -170,6 +170,17 @@ def test_stages_in_a_row_are_the_model(name: str, num_stages: int) -> None:
     assert all(any(True for _ in stage.build(model).parameters()) for stage in stages)
 
 
+def test_what_no_stage_uses_is_with_the_last() -> None:
+    model = build_model("char-transformer", width=32, depth=2, heads=2, context=32)
+    model.register_module("spare", torch.nn.Linear(3, 2))
+    model.get_submodule("blocks.0").register_parameter("scale", torch.nn.Parameter(torch.ones(5)))
+    for num_stages in (2, 6):
+        first, *_, last = cut_model(model, example("char-transformer"), num_stages)
+        in_a_block = {"blocks.0.scale"} if num_stages == 6 else set()
+        assert {"spare.weight", "spare.bias"} | in_a_block <= set(last.names)
+        assert not {"spare.weight", "spare.bias", "blocks.0.scale"} & set(first.names)
+
+
 def test_blocks_are_opened_only_if_need_be() -> None:
     model = build_model("char-transformer", width=32, depth=2, heads=2, context=32)
     inputs = example("char-transformer")
