@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from efftrain.data import ArrayDataset, load_dataset, load_watch, standardize
+from efftrain.data import ArrayDataset, by_group, load_dataset, load_watch, standardize
 from efftrain.errors import ConfigError
 from efftrain.federated.recipe import DataConfig
 
@@ -42,14 +42,14 @@ def client_data(config: DataConfig, partition: int, seed: int = 0) -> ClientData
         return _people(config)[partition]
     train, test = _pools(config)
     if config.partition == "natural":
-        groups = _groups(config)
-        own = test.subset(np.flatnonzero(test.groups == groups.numbers[partition]))
+        numbers, parts = _groups(config)
+        own = test.subset(np.flatnonzero(test.groups == numbers[partition]))
         if not len(own):
             raise ConfigError(
-                f"group {groups.numbers[partition]} of data set {config.name} has no test samples. Set "
+                f"group {numbers[partition]} of data set {config.name} has no test samples. Set "
                 'server.evaluate="server", or leave the group out.'
             )
-        return ClientData(train.subset(groups.of(partition)), own)
+        return ClientData(train.subset(parts[partition]), own)
     return ClientData(
         train.subset(_partition(config, seed).indices(partition)),
         test.subset(_partition(config, seed).test_indices(partition)),
@@ -63,29 +63,13 @@ def client_train(config: DataConfig, partition: int, seed: int = 0) -> ArrayData
     if not 0 <= partition < config.num_clients:
         raise ConfigError(f"there is no client {partition}, the recipe has {config.num_clients} clients")
     if config.partition == "natural":
-        return _pools(config)[0].subset(_groups(config).of(partition))
+        return _pools(config)[0].subset(_groups(config)[1][partition])
     return _pools(config)[0].subset(_partition(config, seed).indices(partition))
 
 
 def server_test(config: DataConfig) -> ArrayDataset:
     """What a server with test data of its own measures the global model on: the whole test set."""
     return _pools(config)[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """The natural partition of a data set of one's own."""
-
-    numbers: np.ndarray
-    """The groups, ascending: client ``i`` is ``numbers[i]``."""
-    order: np.ndarray
-    """All training samples, group after group."""
-    starts: np.ndarray
-    """Where in ``order`` each group begins, and the end of the last."""
-
-    def of(self, client: int) -> np.ndarray:
-        """Training samples of a client, ascending."""
-        return np.asarray(self.order[self.starts[client] : self.starts[client + 1]])
 
 
 class Partition:
@@ -278,20 +262,21 @@ def _arrays(name: str, split: str) -> ArrayDataset:
 
 
 @lru_cache(maxsize=2)
-def _groups(config: DataConfig) -> Groups:
+def _groups(config: DataConfig) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The groups of a data set of one's own, ascending, and the training samples of each."""
     train, test = _pools(config)
     if train.groups is None or test.groups is None:
         raise ConfigError(
             f"data set {config.name} has no groups, which are its natural clients. Give both splits an attribute "
             'groups of shape (N,), a number for each sample, or set data.partition to "iid", "dirichlet" or "shards".'
         )
-    numbers, counts = np.unique(train.groups, return_counts=True)
-    if len(numbers) != config.clients:
+    parts = by_group(train.groups)
+    if len(parts) != config.clients:
         raise ConfigError(
-            f"data.clients is {config.clients}, the training samples of {config.name} are of {len(numbers)} groups. "
-            f"Set data.clients={len(numbers)}."
+            f"data.clients is {config.clients}, the training samples of {config.name} are of {len(parts)} groups. "
+            f"Set data.clients={len(parts)}."
         )
-    return Groups(numbers, np.argsort(train.groups, kind="stable"), np.concatenate([[0], np.cumsum(counts)]))
+    return np.unique(train.groups), parts
 
 
 @lru_cache(maxsize=2)
