@@ -315,6 +315,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "reports")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that a report takes, not after
     if args.worker is not None:
         worker(args.worker, args.steps)
         return 0
