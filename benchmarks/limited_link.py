@@ -315,10 +315,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "reports")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that a report takes, not after
     if args.worker is not None:
         worker(args.worker, args.steps)
         return 0
+    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that a report takes, not after
     if os.geteuid() or shutil.which("ip") is None or shutil.which("tc") is None:
         print(
             "limited_link needs root and iproute2 on Linux: namespaces and rates are made by the kernel",

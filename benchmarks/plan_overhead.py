@@ -188,10 +188,10 @@ def main() -> None:
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=HERE / "reports")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)  # before the minutes that a report takes, not after
     if arguments.worker:
         worker(arguments.worker, arguments.pairs)
         return
+    arguments.out.mkdir(parents=True, exist_ok=True)  # before the minutes that a report takes, not after
     import torch
 
     found = {case: measure(case, arguments.pairs) for case in CASES}

@@ -36,35 +36,29 @@ def client_data(config: DataConfig, partition: int, seed: int = 0) -> ClientData
     Raises:
         ConfigError: No such client, or its training or test part is empty; or the groups are not as many as clients.
     """
-    if not 0 <= partition < config.num_clients:
-        raise ConfigError(f"there is no client {partition}, the recipe has {config.num_clients} clients")
     if config.of_people:
-        return _people(config)[partition]
-    train, test = _pools(config)
-    if config.partition == "natural":
-        numbers, parts = _groups(config)
-        own = test.subset(np.flatnonzero(test.groups == numbers[partition]))
-        if not len(own):
-            raise ConfigError(
-                f"group {numbers[partition]} of data set {config.name} has no test samples. Set "
-                'server.evaluate="server", or leave the group out.'
-            )
-        return ClientData(train.subset(parts[partition]), own)
-    return ClientData(
-        train.subset(_partition(config, seed).indices(partition)),
-        test.subset(_partition(config, seed).test_indices(partition)),
-    )
+        return _person(config, partition)
+    train, test = client_train(config, partition, seed), server_test(config)
+    if config.partition != "natural":
+        return ClientData(train, test.subset(_partition(config, seed).test_indices(partition)))
+    number = _groups(config)[0][partition]
+    own = test.subset(np.flatnonzero(test.groups == number))
+    if not len(own):
+        raise ConfigError(
+            f'group {number} of data set {config.name} has no test samples. Set server.evaluate="server", or leave the '
+            "group out."
+        )
+    return ClientData(train, own)
 
 
 def client_train(config: DataConfig, partition: int, seed: int = 0) -> ArrayDataset:
     """The training half of ``client_data``; the other half is not made."""
     if config.of_people:
-        return client_data(config, partition, seed).train
-    if not 0 <= partition < config.num_clients:
-        raise ConfigError(f"there is no client {partition}, the recipe has {config.num_clients} clients")
-    if config.partition == "natural":
-        return _pools(config)[0].subset(_groups(config)[1][partition])
-    return _pools(config)[0].subset(_partition(config, seed).indices(partition))
+        return _person(config, partition).train
+    _check_client(config, partition)
+    natural = config.partition == "natural"
+    indices = _groups(config)[1][partition] if natural else _partition(config, seed).indices(partition)
+    return _pools(config)[0].subset(indices)
 
 
 def server_test(config: DataConfig) -> ArrayDataset:
@@ -222,6 +216,16 @@ def _choose(rng: np.random.Generator, num: int, size: int) -> np.ndarray:
     while len(drawn) < size:
         drawn = np.unique(np.concatenate([drawn, rng.integers(num, size=size - len(drawn))]))
     return drawn
+
+
+def _check_client(config: DataConfig, partition: int) -> None:
+    if not 0 <= partition < config.num_clients:
+        raise ConfigError(f"there is no client {partition}, the recipe has {config.num_clients} clients")
+
+
+def _person(config: DataConfig, partition: int) -> ClientData:
+    _check_client(config, partition)
+    return _people(config)[partition]
 
 
 @lru_cache(maxsize=4)
