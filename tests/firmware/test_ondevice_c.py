@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import platform
 import re
 import shutil
 import struct
@@ -21,22 +20,13 @@ from torch import nn
 
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, Program, compile
+from efftrain.ondevice.backends.toolchain import build as link
+from efftrain.ondevice.backends.toolchain import compile_objects
 from efftrain.ondevice.emit.names import safe
+from tests.firmware.compilers import COMPILERS, sanitized, sources
 
 pytestmark = pytest.mark.firmware
 
-WARNINGS = "-std=c99 -Wall -Wextra -Wconversion -Wshadow -Wdouble-promotion -Wvla -Werror".split()  # noqa: SIM905
-ZIG = [sys.executable, "-m", "ziglang", "cc"]
-COMPILERS = {
-    "gcc": ["gcc", "-O2"],
-    "zig": [*ZIG, "-O2"],
-    "zig-arm": [*ZIG, "-O2", "-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4", "-ffreestanding"],
-}
-if platform.machine() == "x86_64":
-    COMPILERS["gcc-avx2"] = ["gcc", "-O2", "-mavx2"]
-if shutil.which("arm-none-eabi-gcc"):  # CI has it; the board extra alone brings zig
-    for cpu in ("m4", "m0plus"):
-        COMPILERS[f"arm-gcc-{cpu}"] = ["arm-none-eabi-gcc", "-O2", f"-mcpu=cortex-{cpu}", "-mthumb", "-ffreestanding"]
 DATA = np.random.default_rng(0).normal(size=(40, 6, 128)).astype(np.float32)
 LABELS = np.arange(40) % 7
 
@@ -50,21 +40,15 @@ def build(scheme: str, board: str = "stm32f746", **options: object) -> Program:
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_warnings(compiler: str, tmp_path: Path) -> None:
-    command = COMPILERS[compiler]
     folder = build("full").write(tmp_path / "full")
-    variants = {"model.c": folder}
     for scheme, rounding in (
         ("sparse", "master"),
         ("none", "master"),
         ("bias_only", "stochastic"),
         ("full", "stochastic"),
     ):
-        variants[f"{scheme}_{rounding}.c"] = build(scheme, rounding=rounding, name=f"{scheme}_{rounding}").write(folder)
-    for source in sorted(folder.glob("*.c")):
-        result = subprocess.run(
-            [*command, *WARNINGS, "-c", source.name, "-o", "out.o"], cwd=folder, capture_output=True
-        )
-        assert result.returncode == 0, result.stderr.decode()
+        build(scheme, rounding=rounding, name=f"{scheme}_{rounding}").write(folder)
+    compile_objects(COMPILERS[compiler], sources(folder))
     assert {"main.c", "eft_conv_s8.c", "model.h", "README.md", "board.ld"} <= {path.name for path in folder.iterdir()}
 
 
@@ -136,8 +120,7 @@ def test_sanitizers_report_nothing_and_extremes_stay_equal(scheme: str, rounding
     program = build(scheme, rounding=rounding, learning_rate=2.0)
     folder = program.write(tmp_path)
     (folder / "main.c").write_text(HARNESS)
-    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c99"]
-    subprocess.run(["gcc", *flags, *(p.name for p in folder.glob("*.c")), "-o", "harness"], cwd=folder, check=True)
+    harness = link(sanitized(), sources(folder), "harness")
     rng = np.random.default_rng(1)
     samples = rng.integers(-128, 128, (300, *program.input_shape)).astype(np.int8)
     samples[::7], samples[1::7], samples[2::7] = -128, 127, 0
@@ -145,7 +128,7 @@ def test_sanitizers_report_nothing_and_extremes_stay_equal(scheme: str, rounding
     labels = rng.integers(0, 7, 300).astype(np.int32)
     data = b"".join(x.tobytes() + y.tobytes() for x, y in zip(samples, labels, strict=True))
     (folder / "data.bin").write_bytes(data)
-    result = subprocess.run(["./harness", "data.bin"], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([harness, "data.bin"], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     engine = program.simulator(seed=3)
     engine.train(samples, labels)
@@ -160,7 +143,10 @@ def commands(folder: Path) -> list[str]:
     return re.findall(r"^    (\S.*)$", (folder / "README.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("board", ["stm32f746", "nrf52840", "rp2040"])
+@pytest.mark.parametrize(
+    "board",
+    ["stm32f746", pytest.param("nrf52840", marks=pytest.mark.slow), pytest.param("rp2040", marks=pytest.mark.slow)],
+)
 def test_the_written_folder_builds_by_its_readme(board: str, tmp_path: Path) -> None:
     folder = build("sparse", board=board, name="watch").write(tmp_path)
     target = Board.named(board)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from efftrain.ondevice.backends.toolchain import host_instructions
+from efftrain.ondevice.backends.toolchain import build, compile_objects, host_instructions
 from efftrain.ondevice.constants import Optimizer
-from tests.firmware.test_ondevice_c import COMPILERS, HARNESS, WARNINGS
+from tests.firmware.compilers import COMPILERS, sanitized, sources
+from tests.firmware.test_ondevice_c import HARNESS
 from tests.firmware.test_ondevice_models import program_of
 from tests.ondevice_models import CLASSIFIERS, Autoencoder
 
@@ -27,9 +28,8 @@ def test_sanitizers_report_nothing_and_extremes_stay_equal(number: int, tmp_path
     program = program_of(model, "full", rounding=rounding, optimizer=optimizer, learning_rate=2.0)
     folder = program.write(tmp_path)
     (folder / "main.c").write_text(HARNESS)
-    instructions = host_instructions() if number == 0 else ()
-    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c99", *instructions]
-    subprocess.run(["gcc", *flags, *(p.name for p in folder.glob("*.c")), "-o", "harness"], cwd=folder, check=True)
+    toolchain = sanitized(*(host_instructions() if number == 0 else ()))
+    harness = build(toolchain, sources(folder), "harness")
     rng = np.random.default_rng(1)
     samples = rng.integers(-128, 128, (300, *program.input_shape)).astype(np.int8)
     samples[::7], samples[1::7], samples[2::7] = -128, 127, 0
@@ -37,7 +37,7 @@ def test_sanitizers_report_nothing_and_extremes_stay_equal(number: int, tmp_path
     labels = rng.integers(0, program.num_classes, 300).astype(np.int32)
     data = b"".join(x.tobytes() + y.tobytes() for x, y in zip(samples, labels, strict=True))
     (folder / "data.bin").write_bytes(data)
-    result = subprocess.run(["./harness", "data.bin"], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([harness, "data.bin"], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     engine = program.simulator(seed=3)
     engine.train(samples, labels)
@@ -51,10 +51,7 @@ def test_no_warnings(compiler: str, tmp_path: Path) -> None:
         in_place = index % 2 == 1
         program_of(model, "full", name=f"model{index}", copy_input=not in_place).write(folder)
         (folder / "main.c").rename(folder / f"main{index}.c")
-    for source in sorted(folder.glob("*.c")):
-        command = [*COMPILERS[compiler], *WARNINGS, "-c", source.name, "-o", "out.o"]
-        result = subprocess.run(command, cwd=folder, capture_output=True)
-        assert result.returncode == 0, result.stderr.decode()
+    compile_objects(COMPILERS[compiler], sources(folder))
 
 
 @pytest.mark.skipif(shutil.which("cppcheck") is None, reason="cppcheck is missing; apt install cppcheck")

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,8 +123,7 @@ def build(
         ToolError: The compiler failed; the message has its first lines.
         BudgetError: The linker says that a memory region is too small.
     """
-    headers = {name: text for name, text in sources.items() if name.endswith(".h")}
-    objects = [_object(toolchain, name, text, headers, extra) for name, text in sources.items() if name.endswith(".c")]
+    objects = compile_objects(toolchain, sources, extra)
     key = _key(toolchain, [str(path) for path in objects], script, output, *extra)
 
     def link(folder: Path) -> None:
@@ -149,6 +149,21 @@ def build(
                 shutil.copyfile(graph, folder / f"{number}-{graph.name}")
 
     return _cached("link", key, link) / output
+
+
+def compile_objects(toolchain: Toolchain, sources: Mapping[str, str], extra: Sequence[str] = ()) -> list[Path]:
+    """Compile every ``.c`` file of ``build``'s sources that is not in the cache, as many at a time as there are cores.
+
+    Returns:
+        A folder in the cache for each, in their order, with ``out.o`` in it.
+
+    Raises:
+        ToolError: The compiler failed; the message has its first lines.
+    """
+    headers = {name: text for name, text in sources.items() if name.endswith(".h")}
+    files = [(name, text) for name, text in sources.items() if name.endswith(".c")]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(lambda file: _object(toolchain, *file, headers, extra), files))
 
 
 def cache_folder() -> Path:
