@@ -163,7 +163,7 @@ def compile_objects(toolchain: Toolchain, sources: Mapping[str, str], extra: Seq
     headers = {name: text for name, text in sources.items() if name.endswith(".h")}
     files = [(name, text) for name, text in sources.items() if name.endswith(".c")]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(lambda file: _object(toolchain, *file, headers, extra), files))
+        return list(threads.map(lambda file: _object(toolchain, file[0], file[1], headers, extra), files))
 
 
 def cache_folder() -> Path:
