@@ -11,6 +11,8 @@ PIP    := $(BIN)/pip --quiet --disable-pip-version-check install
 # A change of what is asked for installs again; nothing else does.
 STAMP  := .venv/installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c 1-16)
 
+# Tests that run at once.
+JOBS   ?= 2
 # One thread a process: two torch threads on two busy cores are many times slower than one.
 export OMP_NUM_THREADS ?= 1
 
@@ -20,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/efftrain demo --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow

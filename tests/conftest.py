@@ -52,7 +52,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def efftrain(tmp_path: Path) -> Run:
     """``efftrain("profile", "watch-cnn")``: the command line in a process of its own."""
 
-    def run(*arguments: object, timeout_s: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, timeout_s: float = 200, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "efftrain", *map(str, arguments)],
             capture_output=True,
@@ -70,7 +70,7 @@ def torchrun(tmp_path: Path) -> Run:
     """``torchrun(2, "script.py", "argument")``: real processes joined by gloo."""
 
     def run(
-        num_processes: int, *arguments: object, timeout_s: float = 100, **environment: str
+        num_processes: int, *arguments: object, timeout_s: float = 200, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         return subprocess.run(

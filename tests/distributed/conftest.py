@@ -54,7 +54,7 @@ class Ranks:
             self._ends.append(ours)
             self.processes.append(process)
 
-    def results(self, timeout_s: float = 60) -> list[Any]:
+    def results(self, timeout_s: float = 120) -> list[Any]:
         """What the function returned on each rank; fails with the traceback of the first that raised."""
         found = []
         for rank, end in enumerate(self._ends):

@@ -89,7 +89,7 @@ def recover(folder: Path, whole: Path, recipe: Path, seed: int) -> float:
         while process.poll() is None and max((row["step"] for row in _rows(folder / "r")), default=0) <= step:
             time.sleep(0.005)
         took = time.monotonic() - killed
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors[-2000:]
     finally:
         process.kill()
@@ -129,7 +129,7 @@ def test_kills_one_after_the_other_under_one_launch(tmp_path: Path, start_ranks:
             while sum(1 for _ in descendants(process.pid)) == 3:
                 time.sleep(0.01)
             time.sleep(2)  # its workers are new ones now, and the rows of the old ones dropped
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors[-2000:]
     finally:
         process.kill()

@@ -66,7 +66,7 @@ def check(cell: Settings, ranks: Sequence[Mapping[str, Any]], world_size: int) -
 def run(start_ranks: StartRanks, world_size: int, plans: list[Settings]) -> None:
     for first in range(0, len(plans), 12):
         some = plans[first : first + 12]
-        ranks = start_ranks(grid_jobs.cells, world_size, some).results(timeout_s=110)
+        ranks = start_ranks(grid_jobs.cells, world_size, some).results(timeout_s=200)
         for i, cell in enumerate(some):
             check(cell, [facts[i] for facts in ranks], world_size)
 

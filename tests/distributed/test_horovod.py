@@ -47,7 +47,7 @@ def horovodrun(_horovod: None, tmp_path: Path) -> HorovodRun:
             [*launcher, sys.executable, str(JOB), case, str(tmp_path), str(limit_s)],
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=200,
             cwd=tmp_path,
             env={name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")},
         )

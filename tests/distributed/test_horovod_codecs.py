@@ -32,7 +32,7 @@ def test_a_run_over_horovod_has_the_bits_of_a_run_over_gloo(tmp_path: Path, star
         [*map(str, [*launcher, TRAIN, recipe, tmp_path / "horovod"])],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         env={name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")},
     )
     assert done.returncode == 0, done.stdout + done.stderr

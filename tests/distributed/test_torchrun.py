@@ -86,7 +86,7 @@ def test_the_readmes_script_before_and_after(torchrun: Run, tmp_path: Path) -> N
     for name, other in (("before", "+"), ("after", "-")):
         (tmp_path / f"{name}.py").write_text("\n".join(line[1:] for line in lines if not line.startswith(other)) + "\n")
     alone = subprocess.run(
-        [sys.executable, tmp_path / "before.py"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, tmp_path / "before.py"], capture_output=True, text=True, timeout=200, check=True
     )
     losses = [
         [float(text.split()[1]) for text in out.splitlines()]

@@ -274,7 +274,7 @@ def run_again(
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=200,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -292,6 +292,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_built_by_zig(tmp_path: Path) -> None:
     pytest.importorskip("ziglang")
     run_again(

@@ -36,7 +36,7 @@ def check_plan(program: Program) -> None:
             assert read.offset - written.offset >= allowed[written.name, read.name], (written, read)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     drawn=models(),
     scheme=st.sampled_from(["full", "bias_only", "last_k=1", "last_layer", "none"]),

@@ -30,11 +30,11 @@ def test_a_folder_that_no_demo_wrote_is_left_alone(efftrain: Run, tmp_path: Path
     assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.browser
 @pytest.mark.firmware
 def test_the_demo_keeps_its_claims_and_draws_its_report(efftrain: Run, tmp_path: Path) -> None:
-    done = efftrain("demo", "--out", tmp_path / "demo", "--json", timeout_s=280)
+    done = efftrain("demo", "--out", tmp_path / "demo", "--json", timeout_s=580)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["claims"]) == 8
@@ -64,7 +64,7 @@ def _look_at(report: Path, tmp_path: Path) -> None:
         "--disable-component-update --disable-sync"
     )
     command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
     found = re.search(r"<title>(.*?)</title>", dom)
     assert found is not None
     sizes = json.loads(found[1])

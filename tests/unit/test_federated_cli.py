@@ -77,7 +77,7 @@ def test_initial_and_what_is_refused(efftrain: Run, tmp_path: Path) -> None:
 def test_without_flower_one_line_says_so() -> None:
     code = "import sys; sys.modules['flwr'] = None; from efftrain.cli.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "federate", str(RECIPE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (1, "")
     assert "pip install 'efftrain[federated]'" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -91,7 +91,7 @@ def test_it_can_be_interrupted_and_resumed(efftrain: Run, tmp_path: Path) -> Non
             for number in (1, 2):
                 assert started.stderr.readline().startswith(f"round   {number}")
             started.send_signal(signal.SIGINT)
-            output, errors = started.communicate(timeout=60)
+            output, errors = started.communicate(timeout=200)
         finally:
             started.kill()
     assert (started.returncode, output) == (130, ""), errors

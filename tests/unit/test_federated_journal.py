@@ -174,7 +174,7 @@ def kill_and_resume(recipe: FederatedRecipe, folder: Path, times: int, seed: int
                     os.killpg(started.pid, signal.SIGKILL)
                     started.communicate()
                     continue
-            output, errors = started.communicate(timeout=100)
+            output, errors = started.communicate(timeout=200)
         assert started.returncode == 0, errors
         result: dict[str, Any] = json.loads(output)
         return result

@@ -74,7 +74,7 @@ def home_of(folder: Path, connection: str) -> dict[str, str]:
 
 def flwr(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(part) for part in (BIN / "flwr", *arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -142,9 +142,9 @@ def test_tls_and_registered_nodes_as_the_guide_says(tmp_path: Path) -> None:
     """``launch/flower``: keys, server, nodes. A node whose key is not registered stays outside."""
     flower = ROOT / "launch" / "flower"
     keys, port, output = tmp_path / "keys", free_port(), tmp_path / "result.json"
-    subprocess.run(["bash", flower / "keys.sh", keys, "3", "127.0.0.1"], check=True, capture_output=True, timeout=60)
+    subprocess.run(["bash", flower / "keys.sh", keys, "3", "127.0.0.1"], check=True, capture_output=True, timeout=200)
     again = subprocess.run(
-        ["bash", flower / "keys.sh", keys, "3", "127.0.0.1"], capture_output=True, text=True, timeout=60
+        ["bash", flower / "keys.sh", keys, "3", "127.0.0.1"], capture_output=True, text=True, timeout=200
     )
     assert again.returncode == 1
     assert "has keys already" in again.stderr

@@ -211,8 +211,8 @@ def train_with_the_library(include: Path, library: Path, folder: Path) -> None:
         "TEST_INPUT_BYTES, 0) < 0; }\n"
     )
     command = ["cc", "-std=c99", f"-I{include}", "app.c", str(library), "-o", "app"]
-    subprocess.run(command, cwd=folder, check=True, timeout=60)
-    assert subprocess.run([folder / "app"], timeout=60).returncode == 0
+    subprocess.run(command, cwd=folder, check=True, timeout=200)
+    assert subprocess.run([folder / "app"], timeout=200).returncode == 0
 
 
 @pytest.mark.firmware
@@ -229,7 +229,7 @@ def test_cmake_builds_the_project(run: Command, tmp_path: Path, board: str) -> N
         configure = ["cmake", "-S", str(out), "-B", str(where), f"-DCMAKE_C_FLAGS={STRICT}", *options]
         printed = ""
         for command in (configure, ["cmake", "--build", str(where), "--parallel", "2"]):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=200)
             assert done.returncode == 0, done.stdout + done.stderr
             printed += done.stdout + done.stderr
         assert "warning" not in printed.lower(), printed

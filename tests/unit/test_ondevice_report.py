@@ -168,7 +168,7 @@ def test_a_browser_shows_the_plan(folder: Path, tmp_path: Path, width: int) -> N
     assert CHROMIUM is not None
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
     command += [f"--window-size={width},4000", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     text = re.findall(r'<pre id="measured">(.*?)</pre>', done.stdout, re.DOTALL)[0]
     measured = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert list(measured["figures"]) == ["ram", "arena", "waterfall"]
