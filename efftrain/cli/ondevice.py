@@ -157,8 +157,7 @@ def plan_command(
     )
     compiler = _Compiler(request)
     refusal, program = _plan(compiler)
-    # A plan that does not fit was made without limits; show those of the board.
-    plan = replace(program.plan, board_ram_bytes=compiler.board.ram_bytes, board_flash_bytes=compiler.board.flash_bytes)
+    plan = program.plan
     rows = _compared(compiler, plan) if (not as_json if compare is None else compare) else []
     steps = _waterfall(compiler, program) if show_waterfall or out is not None else []
     found = {
@@ -306,7 +305,9 @@ class _Compiler:
         self.example = _example(request, self.model)
         self.samples = self._samples()
 
-    def compile(self, scheme: Scheme | None = None, board: Board | None = None, name: str = "model") -> Program:
+    def compile(
+        self, scheme: Scheme | None = None, board: Board | None = None, name: str = "model", *, must_fit: bool = True
+    ) -> Program:
         """The program, for another scheme or board than asked for if given."""
         from efftrain.ondevice import compile
         from efftrain.ondevice.constants import Loss
@@ -329,6 +330,7 @@ class _Compiler:
                 loss=cast("Loss", self.loss),
                 optimizer=self.optimizer,
                 copy_input=not self.request.input_in_place,
+                must_fit=must_fit,
             )
 
     def _samples(self) -> Samples:
@@ -345,11 +347,11 @@ class _Compiler:
 
 
 def _plan(compiler: _Compiler) -> tuple[BudgetError | None, Program]:
-    """The program, planned without a limit if it does not fit, and then why not."""
+    """The program, and why it does not fit if it does not."""
     try:
         return None, compiler.compile()
     except BudgetError as error:
-        return error, compiler.compile(board=_unlimited(compiler.board))
+        return error, compiler.compile(must_fit=False)
 
 
 def _waterfall(compiler: _Compiler, program: Program) -> list[dict[str, Any]]:

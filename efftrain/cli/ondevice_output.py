@@ -38,8 +38,12 @@ def print_plan(model: str, program: Program, plan: MemoryPlan) -> None:
     print(f"{model}, scheme {program.scheme.name}, input {channels}x{height}x{width}\n")
     for title, num_bytes, note in rows:
         print(f"{title:<28}{num_bytes:>11,} B   {note}".rstrip())
-    macs = f"{format_count(plan.macs_forward)} forward, {format_count(plan.macs_backward)} backward"
+    repeated = sum(block.repeated_macs for block in plan.tiled_blocks)
+    again = f", {format_count(repeated)} of them repeated" if plan.tiled_blocks else ""
+    macs = f"{format_count(plan.macs_forward)} forward, {format_count(plan.macs_backward)} backward{again}"
     print(f"{'MACs of a step':<28}{plan.macs_forward + plan.macs_backward:>11,}     {macs}")
+    for block in plan.tiled_blocks:
+        print(f"  {block.tile_channels} of {block.channels} channels at a time: {block.name}")
 
 
 def print_compared(rows: list[SchemeRow]) -> None:

@@ -5,7 +5,8 @@ whole training step in integers, forward, loss, backward and updates, in the ord
 ``verify`` states what must hold for either; every pass is followed by it.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 DType = Literal["f32", "s8", "s16", "s32", "bit"]
-Role = Literal["input", "activation", "mask", "logits", "gradient", "scratch"]
+Role = Literal["input", "activation", "mask", "logits", "gradient", "tile", "scratch"]
 Shape = tuple[int, int, int]
 """Height, width, channels. A signal in time has height 1; a vector is 1 x 1 x channels."""
 Padding = tuple[int, int, int, int]
@@ -460,6 +461,37 @@ class Move(Op):
     y: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelTiles(Op):
+    """Input gradients that run some channels at a time, so that the gradients between them never exist whole.
+
+    Those are tiles: as high and wide as the gradient, with some of its channels. The first op makes a tile of a whole
+    gradient, the next a tile of a tile, the last adds what a tile sends back to sums; these are its scratch, and become
+    a gradient when all tiles have been added. A gradient can be used when its bits are known, those of all tiles: so
+    there are as many rounds over the tiles as ops, and in each of them one op more runs than in the one before.
+    """
+
+    gradients: tuple[ConvInputGrad, ...]
+    updates: tuple[WeightUpdate | BiasUpdate, ...]
+    """From the tiles, each of which is used in the last round by all gradients first."""
+
+    @property
+    def tiles(self) -> tuple[str, ...]:
+        """The gradients between."""
+        return tuple(op.gx for op in self.gradients[:-1])
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What comes from outside."""
+        names = (name for op in (*self.gradients, *self.updates) for name in op.reads)
+        return tuple(dict.fromkeys(name for name in names if name not in self.tiles))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Tiles, scratch and the gradient that is left."""
+        return tuple(dict.fromkeys(name for op in (*self.gradients, *self.updates) for name in op.writes))
+
+
 ForwardOp = RowOp | TableForward | MultiplyForward | ConcatForward | AverageForward | HeadForward
 StepOp = (
     ForwardOp
@@ -476,7 +508,27 @@ StepOp = (
     | Move
     | WeightUpdate
     | BiasUpdate
+    | ChannelTiles
 )
+
+
+def inner_ops(op: StepOp) -> tuple[StepOp, ...]:
+    """The ops that an op is made of, in an order in which they could run whole; most are made of themselves."""
+    match op:
+        case RowStream():
+            return op.ops
+        case ChannelTiles():
+            return (*op.gradients, *op.updates)
+        case _:
+            return (op,)
+
+
+def runs(op: StepOp) -> Iterator[StepOp]:
+    """The same, each as often as all of it is computed."""
+    if isinstance(op, ChannelTiles):
+        for number in range(1, len(op.gradients)):
+            yield from op.gradients[:number]
+    yield from inner_ops(op)
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,7 +575,9 @@ def verify(graph: FloatGraph | StepGraph) -> None:
 def _verify_step(graph: StepGraph) -> None:
     updated_weights: set[str] = set()
     updated_biases: set[str] = set()
-    for op in graph.ops:
+    for op in (
+        inner for each in graph.ops for inner in (inner_ops(each) if isinstance(each, ChannelTiles) else (each,))
+    ):
         match op:
             case ConvForward() | HeadForward():
                 late = updated_weights | updated_biases
@@ -548,8 +602,12 @@ def _verify_step(graph: StepGraph) -> None:
                 updated_biases.add(op.layer)
             case _:
                 pass
+    for tiles in (op for op in graph.ops if isinstance(op, ChannelTiles)):
+        _verify_tiles(graph, tiles)
     for name, tensor in graph.tensors.items():
-        wanted = {"mask": "bit", "gradient": "s16", "logits": "s16", "scratch": "s32"}.get(tensor.role, "s8")
+        wanted = {"mask": "bit", "gradient": "s16", "logits": "s16", "tile": "s16", "scratch": "s32"}.get(
+            tensor.role, "s8"
+        )
         assert tensor.dtype == wanted, f"{name} is a {tensor.role} of type {tensor.dtype}, not {wanted}"
 
 
@@ -565,6 +623,22 @@ def _verify_stream(graph: StepGraph, stream: RowStream) -> None:
     assert not readers, f"{readers} read rows inside {stream.name} that are gone"
 
 
+def _verify_tiles(graph: StepGraph, tiles: ChannelTiles) -> None:
+    """Each op reads what the one before makes, tiles are of one width and stay inside, and the sums have room."""
+    channels = {graph.tensors[tile].shape[2] for tile in tiles.tiles}
+    assert len(channels) == 1, f"{tiles.name} has tiles of {channels} channels"
+    for op, after in itertools.pairwise(tiles.gradients):
+        assert after.g == op.gx, f"{after.name} does not read what {op.name} makes"
+    assert {op.g for op in tiles.updates} <= set(tiles.tiles), f"{tiles.name} updates from what is no tile"
+    last = tiles.gradients[-1]
+    assert graph.tensors[last.scratch].shape == graph.tensors[last.gx].shape, f"{last.name} has no room for its sums"
+    readers = {op.name for op in graph.ops if not set(op.reads).isdisjoint(tiles.tiles)}
+    assert not readers, f"{readers} read tiles inside {tiles.name} that are gone"
+
+
 def _same_shape(graph: StepGraph, gradient: str, other: str | None) -> None:
+    """The same shape; of a tile there are as many channels as there happen to be."""
     if other is not None:
-        assert graph.tensors[gradient].shape == graph.tensors[other].shape, f"{other} does not fit {gradient}"
+        a, b = (graph.tensors[name].shape for name in (gradient, other))
+        tiled = graph.tensors[gradient].role == "tile"
+        assert a == b or (tiled and a[:2] == b[:2]), f"{other} does not fit {gradient}"

@@ -44,6 +44,17 @@ class Arena:
 
 
 @dataclass(frozen=True, slots=True)
+class TiledBlock:
+    """Gradients that are taken some channels at a time, so that a board without the RAM for all of them suffices."""
+
+    name: str
+    tile_channels: int
+    channels: int
+    repeated_macs: int
+    """Multiply-adds of the backward pass that it makes twice or more; ``macs_backward`` counts them."""
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Every byte of RAM and flash that a program takes, before anything is compiled.
 
@@ -70,6 +81,7 @@ class MemoryPlan:
     macs_backward: int
     buffers: tuple[Buffer, ...]
     ops: tuple[str, ...]
+    tiled_blocks: tuple[TiledBlock, ...] = ()
 
     @property
     def total_ram_bytes(self) -> int:
@@ -89,6 +101,7 @@ class MemoryPlan:
             "arena_gap_bytes": self.arena_gap_bytes,
             "buffers": [asdict(buffer) for buffer in self.buffers],
             "ops": list(self.ops),
+            "tiled_blocks": [asdict(block) for block in self.tiled_blocks],
         }
 
     def table(self) -> str:

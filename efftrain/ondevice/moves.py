@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from efftrain.ondevice.constants import Layers
-from efftrain.ondevice.ir import Move, StepGraph, StepOp, verify
+from efftrain.ondevice.ir import ChannelTiles, Move, StepGraph, StepOp, verify
 from efftrain.ondevice.memory import Arena, plan_arena
 
 
@@ -57,6 +57,9 @@ def _without_idle_moves(graph: StepGraph, arena: Arena) -> tuple[StepGraph, Aren
 
 def _reading(op: StepOp, names: dict[str, str]) -> StepOp:
     """The op with other names for what it reads."""
+    if isinstance(op, ChannelTiles):
+        first, *others = op.gradients
+        return replace(op, gradients=(replace(first, g=names.get(first.g, first.g)), *others))
     fields: dict[str, Any] = {}
     for field in op.READS:
         if isinstance(name := getattr(op, field), str) and name in names:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from efftrain.ondevice.constants import ConvConstants, ConvShape, Layers, MaxPoolConstants, layer_of
 from efftrain.ondevice.ir import (
     AddForward,
+    ChannelTiles,
     ConvForward,
     ConvInputGrad,
     GradientSum,
@@ -55,6 +56,8 @@ def _of(op: StepOp, tensors: Mapping[str, TensorType], layers: Layers) -> Iterat
             rows = range(shape.in_h)
             lead = max((row + 1) * written - min(shape.first_gradient_row(row), shape.out_h) * read for row in rows)
             yield (op.gx, op.g), lead
+        case ChannelTiles():
+            yield from _tiles(op, tensors)
         case TableGrad():
             yield (op.gx, op.g), 0
         case MultiplyGrad() if op.scratch is None:
@@ -105,6 +108,15 @@ def _stream_lead(stream: RowStream, tensors: Mapping[str, TensorType], layers: L
             lead = max(lead, (done[index] + 1) * written - min(wanted, default=tensors[stream.x].shape[0]) * read)
         done[index] += 1
     return lead
+
+
+def _tiles(op: ChannelTiles, tensors: Mapping[str, TensorType]) -> Iterator[tuple[tuple[str, str], int]]:
+    """The gradient that is left is written when nothing but its sums and its own mask is read any more."""
+    last = op.gradients[-1]
+    yield (last.gx, last.scratch), 0
+    for name in (*op.reads, *op.writes):
+        if name not in (last.gx, last.scratch, last.mask):
+            yield (last.gx, name), -tensors[name].num_bytes
 
 
 def _row_bytes(tensor: TensorType) -> int:

@@ -21,11 +21,13 @@ from efftrain.ondevice.ir import (
     verify,
 )
 from efftrain.ondevice.streams import stream_rows
+from efftrain.ondevice.tiles import tile_channels
 
-Pass = Callable[[StepGraph, Layers], StepGraph]
+Pass = Callable[[StepGraph, Layers, int | None], StepGraph]
+"""From a step, the constants of its layers, and the bytes that a board has for the arena, if it matters."""
 
 
-def remove_dead_code(graph: StepGraph, layers: Layers) -> StepGraph:
+def remove_dead_code(graph: StepGraph, layers: Layers, arena_bytes: int | None = None) -> StepGraph:
     """Drop gradients that no update needs and masks that no gradient needs."""
     needed = {graph.logits}
     kept: list[StepOp] = []
@@ -40,7 +42,7 @@ def remove_dead_code(graph: StepGraph, layers: Layers) -> StepGraph:
     return _with_ops(graph, kept)
 
 
-def update_at_once(graph: StepGraph, layers: Layers) -> StepGraph:
+def update_at_once(graph: StepGraph, layers: Layers, arena_bytes: int | None = None) -> StepGraph:
     """Run an update as soon as nothing needs the old weights any more, so that its gradient and input die early."""
     updates = {op.name: op for op in graph.ops if isinstance(op, WeightUpdate | BiasUpdate)}
     others = [op for op in graph.ops if op.name not in updates]
@@ -59,6 +61,8 @@ def update_at_once(graph: StepGraph, layers: Layers) -> StepGraph:
 PASSES: Mapping[str, Pass] = {
     "remove_dead_code": remove_dead_code,
     "update_at_once": update_at_once,
+    # The peak that it leaves is what rows are streamed for.
+    "tile_channels": tile_channels,
     "stream_rows": stream_rows,
 }
 
@@ -67,8 +71,16 @@ OVERLAP = "overlap"
 """No rewrite: the memory planner lets an output lie over an input that dies with it."""
 
 
-def run_passes(graph: StepGraph, layers: Layers, switched_off: Sequence[str] = ()) -> StepGraph:
+def run_passes(
+    graph: StepGraph, layers: Layers, switched_off: Sequence[str] = (), arena_bytes: int | None = None
+) -> StepGraph:
     """Run every pass that is not switched off, and the verifier after each.
+
+    Args:
+        graph: The step as it was differentiated.
+        layers: Constants by layer.
+        switched_off: Names of passes.
+        arena_bytes: What a board has for the arena, for passes that save RAM for time; ``None``: they do nothing.
 
     Raises:
         ConfigError: There is no pass of that name.
@@ -78,7 +90,7 @@ def run_passes(graph: StepGraph, layers: Layers, switched_off: Sequence[str] = (
             raise ConfigError(f"pass {name!r} is not known; known are {', '.join((*PASSES, OVERLAP))}")
     for name, rewrite in PASSES.items():
         if name not in switched_off:
-            graph = rewrite(graph, layers)
+            graph = rewrite(graph, layers, arena_bytes)
             verify(graph)
     return graph
 

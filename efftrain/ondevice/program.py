@@ -16,22 +16,23 @@ from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.calibrate import Method, as_maps, calibrate
-from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number, Optimizer
+from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number, Optimizer, layer_of
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.code_size import code_bytes
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.project import write_project
 from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.ir import (
+    ChannelTiles,
     ConvForward,
     ConvInputGrad,
     FloatGraph,
     HeadForward,
-    RowStream,
     StepGraph,
     WeightUpdate,
+    runs,
 )
-from efftrain.ondevice.memory import Arena, MemoryPlan
+from efftrain.ondevice.memory import Arena, MemoryPlan, TiledBlock
 from efftrain.ondevice.moves import plan_with_moves
 from efftrain.ondevice.passes import OVERLAP, run_passes
 from efftrain.ondevice.quantize import quantize
@@ -215,6 +216,7 @@ def compile(
     copy_input: bool = True,
     calibration_method: Method = "max",
     qas: bool = True,
+    must_fit: bool = True,
 ) -> Program:
     """Turn a small CNN into a program that trains on a microcontroller.
 
@@ -236,11 +238,12 @@ def compile(
             place for it in the arena. It must not change during a call.
         calibration_method: How ranges follow from the calibration data: ``max``, ``percentile`` or ``mse``.
         qas: False leaves out quantization-aware scaling (arXiv:2206.15472, section 3.1), to see what it does.
+        must_fit: False returns a program that needs more memory than the board has, to look at its plan.
 
     Raises:
         CompileError: The model cannot be compiled.
         ConfigError: A setting is out of its range.
-        BudgetError: The plan needs more memory than the board has.
+        BudgetError: The plan needs more memory than the board has, and ``must_fit`` is set.
     """
     check_identifier(name)
     if rounding not in ("master", "stochastic"):
@@ -254,17 +257,15 @@ def compile(
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
     trained = resolve(scheme, [Layer(c.name, c.master.shape[3], c.has_bias, c.groups) for c in convs])
     step = replace(differentiate(quantized, trained, rounding), copies_input=copy_input)
-    graph = run_passes(step, quantized.layers, switch_off)
     layout = lay_out(quantized.layers, trained, rounding, optimizer)
     initial = initial_state(layout, quantized.layers)
-    if OVERLAP in switch_off:
-        arena = memory.plan_arena(graph, quantized.layers, overlap=False)
-    else:
-        graph, arena = plan_with_moves(graph, quantized.layers)
+    arena_bytes = target.ram_bytes - layout.ram_bytes - target.stack_bytes - STATIC_BYTES
+    graph, arena = _place(step, quantized.layers, switch_off, arena_bytes)
     code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss, optimizer)
     flash_bytes = code_bytes(graph, code.source) + code.constant_bytes
     plan = _plan(graph, quantized.layers, trained, layout, arena, target, flash_bytes)
-    _check_budget(plan, target, code.constant_bytes)
+    if must_fit:
+        _check_budget(plan, target, code.constant_bytes)
     return Program(
         name=name,
         scheme=scheme,
@@ -285,6 +286,23 @@ def compile(
     )
 
 
+def _place(step: StepGraph, layers: Layers, switch_off: tuple[str, ...], arena_bytes: int) -> tuple[StepGraph, Arena]:
+    """The step after the passes, and its arena, smaller than ``arena_bytes`` where that can be reached.
+
+    A placement may exceed the bytes that are alive at once, which is what passes go by: then they get less.
+    """
+    limit = arena_bytes
+    while True:
+        graph = run_passes(step, layers, switch_off, limit)
+        if OVERLAP in switch_off:
+            return graph, memory.plan_arena(graph, layers, overlap=False)
+        graph, arena = plan_with_moves(graph, layers)
+        excess = arena.num_bytes - arena_bytes
+        if excess <= 0 or arena.lower_bound_bytes > limit:
+            return graph, arena
+        limit = min(limit, arena.lower_bound_bytes) - max(excess // 2, memory.ALIGNMENT)
+
+
 def _plan(
     graph: StepGraph,
     layers: Layers,
@@ -295,8 +313,7 @@ def _plan(
     flash_bytes: int,
 ) -> MemoryPlan:
     forward = backward = 0
-    ops = [inner for op in graph.ops for inner in (op.ops if isinstance(op, RowStream) else (op,))]
-    for op in ops:
+    for op in (inner for each in graph.ops for inner in runs(each)):
         layer = layers.get(getattr(op, "layer", ""))
         if not isinstance(layer, ConvConstants):
             continue
@@ -324,6 +341,17 @@ def _plan(
         macs_backward=backward,
         buffers=arena.buffers,
         ops=tuple(op.name for op in graph.ops),
+        tiled_blocks=tuple(_tiled(op, graph, layers) for op in graph.ops if isinstance(op, ChannelTiles)),
+    )
+
+
+def _tiled(op: ChannelTiles, graph: StepGraph, layers: Layers) -> TiledBlock:
+    macs = [layer_of(layers, gradient.layer, ConvConstants).macs for gradient in op.gradients]
+    return TiledBlock(
+        name=op.name,
+        tile_channels=graph.tensors[op.tiles[0]].shape[2],
+        channels=layer_of(layers, op.gradients[-1].layer, ConvConstants).shape.out_c,
+        repeated_macs=sum(times * each for times, each in enumerate(reversed(macs))),
     )
 
 

@@ -30,7 +30,7 @@ from efftrain.ondevice.overlap import first_row, rows_needed
 _MAX_OPS = 255
 
 
-def stream_rows(graph: StepGraph, layers: Layers) -> StepGraph:
+def stream_rows(graph: StepGraph, layers: Layers, arena_bytes: int | None = None) -> StepGraph:
     """Stream the runs of layers that set the peak of the forward pass, and no others.
 
     Among all ways to cut the forward pass into runs it takes one whose peak is the lowest, or below the peak of the

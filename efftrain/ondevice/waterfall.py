@@ -59,16 +59,16 @@ def waterfall(program: Program, learning_rate: float) -> tuple[WaterfallStep, ..
     ranges = {name: number.scale * number.top for name, number in program.numbers.items()}
     quantized = quantize(program.float_graph, ranges, learning_rate, program.loss)
     naive = replace(differentiate(quantized, program.trained), copies_input=program.graph.copies_input)
-    layers = quantized.layers
+    layers, plan = quantized.layers, program.plan
+    arena_bytes = program.target.ram_bytes - (plan.total_ram_bytes - plan.arena_bytes)
     rows: list[WaterfallStep] = []
     graph = naive
     for number, name in enumerate(("none", *PASSES)):
-        graph = run_passes(naive, layers, tuple(PASSES)[number:])
+        graph = run_passes(naive, layers, tuple(PASSES)[number:], arena_bytes)
         arena = plan_arena(graph, layers, overlap=False)
-        rows.append(_row(name, graph, step_bytes(graph, layers, overlap=False), arena, program.plan))
+        rows.append(_row(name, graph, step_bytes(graph, layers, overlap=False), arena, plan))
     shared = plan_arena(graph, layers)
-    rows.append(_row(OVERLAP, graph, step_bytes(graph, layers), shared, program.plan))
-    plan = program.plan
+    rows.append(_row(OVERLAP, graph, step_bytes(graph, layers), shared, plan))
     whole = Arena(plan.buffers, plan.arena_bytes, plan.arena_lower_bound_bytes)
     rows.append(_row("moves", program.graph, step_bytes(program.graph, layers), whole, plan))
     return tuple(rows)

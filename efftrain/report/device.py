@@ -11,6 +11,7 @@ PASS_TITLES = {
     "none": "no pass",
     "remove_dead_code": "+ dead gradients and masks gone",
     "update_at_once": "+ updates at once",
+    "tile_channels": "+ blocks in tiles of channels",
     "stream_rows": "+ rows streamed",
     "overlap": "+ outputs over dying inputs",
     "moves": "+ gradients moved",

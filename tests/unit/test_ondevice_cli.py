@@ -124,7 +124,7 @@ def test_the_waterfall_of_passes(run: Command) -> None:
     assert status == 0
     rows = [line for line in out.partition("max live backward")[2].splitlines()[1:] if line.strip()]
     assert [row[:9] for row in rows[:2]] == ["no pass  ", "+ dead gr"]
-    assert len(rows) == 6
+    assert len(rows) == 7
     found = object_of(run("plan", "watch-cnn", "--scheme", "full", "--waterfall", "--synthetic", "--json"))
     totals = [step["total_ram_bytes"] for step in found["waterfall"]]
     assert totals == sorted(totals, reverse=True)

@@ -36,6 +36,7 @@ from efftrain.ondevice.ir import (
     AverageForward,
     AverageGrad,
     BiasUpdate,
+    ChannelTiles,
     ConcatForward,
     ConcatGrad,
     ConvForward,
@@ -55,6 +56,7 @@ from efftrain.ondevice.ir import (
     TableForward,
     TableGrad,
     WeightUpdate,
+    inner_ops,
 )
 from efftrain.ondevice.state import Part, Rounding, StateLayout
 
@@ -64,7 +66,7 @@ _POWERS = np.array([int(65536 * 2.0 ** (-f / 256) + 0.5) for f in range(256)], n
 
 
 class Simulator(Engine):
-    """Runs a ``StepGraph`` op by op, each one whole: rows and places in memory are not its business.
+    """Runs a ``StepGraph`` op by op, each one whole: rows, tiles and places in memory are not its business.
 
     Args:
         graph: The step, after the passes.
@@ -147,11 +149,8 @@ class Simulator(Engine):
         self.exponents, self._bits = {}, {}
         ops = self._graph.ops if label is not None else self._graph.ops[: self._graph.num_predict]
         for op in ops:
-            if isinstance(op, RowStream):
-                for inner in op.ops:
-                    self._op(inner, label)
-            else:
-                self._op(op, label)
+            for inner in inner_ops(op):
+                self._op(inner, label)
 
     def _op(self, op: StepOp, label: int | None) -> None:
         values = self.values
@@ -228,8 +227,8 @@ class Simulator(Engine):
                     return
                 bias = np.clip(self._biases[op.layer] - ((step + 32768) >> 16), -BIAS_LIMIT, BIAS_LIMIT)
                 self._biases[op.layer] = self._arrays["bias", op.layer] = bias
-            case RowStream():
-                raise AssertionError("a stream inside a stream")
+            case RowStream() | ChannelTiles():
+                raise AssertionError(f"{op.name} is inside another")
 
     def _store(self, op: ConvForward | AddForward, value: Ints, zero_point: int, minimum: int) -> None:
         """Clamp as quantized values, and keep where a gradient passes."""

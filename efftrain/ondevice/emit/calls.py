@@ -21,6 +21,7 @@ from efftrain.ondevice.ir import (
     AverageForward,
     AverageGrad,
     BiasUpdate,
+    ChannelTiles,
     ConcatForward,
     ConcatGrad,
     ConvForward,
@@ -41,6 +42,7 @@ from efftrain.ondevice.ir import (
     TableForward,
     TableGrad,
     WeightUpdate,
+    inner_ops,
 )
 from efftrain.ondevice.memory import Arena
 from efftrain.ondevice.state import Part, StateLayout
@@ -91,7 +93,7 @@ class Calls:
                 buffer.kind if buffer.kind in ("input", "logits") else f"{buffer.kind}{number}"
             )
         self._bits_read: set[str] = set()
-        for op in graph.ops:
+        for op in (inner for each in graph.ops for inner in inner_ops(each)):
             if isinstance(op, ConvInputGrad | WeightUpdate | BiasUpdate | MultiplyGrad | TableGrad):
                 self._bits_read.add(op.g)
             elif isinstance(op, GradientSum):
@@ -118,7 +120,7 @@ class Calls:
                     f"{buffer.offset}); /* {buffer.num_bytes} B, ops {buffer.first_op}..{buffer.last_op}, "
                     f"{safe(buffer.name)} */"
                 )
-        gradients = [n for op in ops for n in op.writes if self._graph.tensors[n].role == "gradient"]
+        gradients = [n for op in ops for n in op.writes if self._graph.tensors[n].role in ("gradient", "tile")]
         for g in gradients:
             bits = f"{self._variables[g]}_bits, " if g in self._bits_read else ""
             lines.append(f"    int32_t {bits}{self._variables[g]}_exponent;")
@@ -185,6 +187,8 @@ class Calls:
                     f"{v[op.gx]})"
                 )
                 return [self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {v[op.g]}_exponent;"]
+            case ChannelTiles():
+                return self._tiles(op)
             case ConvInputGrad():
                 layer, c_name = self._conv(op.layer), self._ids[op.layer]
                 call = (
@@ -192,8 +196,7 @@ class Calls:
                     f"&{c_name}_input_grad, "
                     f"{self._mask(op.mask)}, {v[op.gx]}, {v[op.scratch]})"
                 )
-                exponent = f"{v[op.g]}_exponent - ({layer.operand_bits} - {v[op.g]}_bits) + ({layer.grad_shift})"
-                return [self._weights(layer), self._keep_bits(op.gx, call), f"{v[op.gx]}_exponent = {exponent};"]
+                return [self._weights(layer), self._keep_bits(op.gx, call), self._exponent(op)]
             case MaxPoolGrad():
                 pooled, c_name = layer_of(self._layers, op.layer, MaxPoolConstants), self._ids[op.layer]
                 call = (
@@ -239,7 +242,6 @@ class Calls:
                 rule = self._rule("kept_weight", op.layer)
                 return [self._view("gradient", op.g), rule, self._weight_update(op)]
             case BiasUpdate():
-                layer = self._conv(op.layer)
                 return [self._view("gradient", op.g), self._rule("kept_bias", op.layer), self._bias_update(op)]
             case _:
                 raise AssertionError(f"{op.name} has no C")
@@ -314,6 +316,92 @@ class Calls:
             lines += ["        break;", "    }"]
         return [*lines, "    }", "}"]
 
+    # --- tiles --------------------------------------------------------------------------------------------------------
+
+    def _tiles(self, op: ChannelTiles) -> list[str]:
+        """Rounds over the tiles, in each of which one gradient more is taken than in the one before."""
+        v, (*before, last) = self._variables, op.gradients
+        width, whole = self._graph.tensors[last.g].shape[2], self._conv(last.layer).shape.out_c
+        size = self._graph.tensors[last.gx].num_elements
+        count = str(width) if whole % width == 0 else f"{whole} - first < {width} ? {whole} - first : {width}"
+        inside: list[str] = []
+        for number, gradient in enumerate(before):
+            inside += [f"{{ /* {safe(gradient.name)} */", *_indented(self._tile_grad(gradient)), "}"]
+            inside += [f"if (round == {number}) {{", "    continue;", "}"]
+        inside += [f"{{ /* {safe(last.name)} */", *_indented(self._tile_sums(last)), "}"]
+        for update in op.updates:
+            inside += [f"{{ /* {safe(update.name)} */", *_indented(self._tile_update(update)), "}"]
+        store = f"eft_store_sums_s16({v[last.scratch]}, {size}, {self._conv(last.layer).grad_shift}, "
+        return [
+            *(f"{v[tile]}_bits = {v[tile]}_exponent = 0;" for tile in op.tiles),
+            f"for (uint32_t i = 0u; i < {size}u; i++) {{",
+            f"    {v[last.scratch]}[i] = 0;",
+            "}",
+            f"for (int32_t round = 0; round < {len(op.gradients)}; round++) {{",
+            f"    for (int32_t first = 0; first < {whole}; first += {width}) {{",
+            f"        const eft_channels tile = {{first, {count}}};",
+            *_indented(_indented(inside)),
+            "    }",
+            "}",
+            self._keep_bits(last.gx, f"{store}{self._mask(last.mask)}, {v[last.gx]})"),
+            self._exponent(last),
+        ]
+
+    def _tile_grad(self, op: ConvInputGrad) -> list[str]:
+        """One tile, whose bits count if they are the most so far."""
+        layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
+        g = f"{v[op.g]}, "
+        if layer.depthwise:
+            whole = self._graph.tensors[op.g].role != "tile"
+            g = f"{v[op.g]} + tile.first, {layer.shape.in_c}, " if whole else f"{g}tile.count, "
+        return [
+            self._weights(layer),
+            f"const int32_t bits = eft_{layer.kind}_input_grad_tile_s16({g}{v[op.g]}_bits, &{c_name}_shape, &weights, "
+            f"&{c_name}_input_grad, {self._mask(op.mask)}, &tile, {v[op.gx]}, {v[op.scratch]});",
+            f"{v[op.gx]}_bits = bits > {v[op.gx]}_bits ? bits : {v[op.gx]}_bits;",
+            self._exponent(op),
+        ]
+
+    def _tile_sums(self, op: ConvInputGrad) -> list[str]:
+        """What one tile of a dense layer's output sends back: a layer of its own, of fewer output channels."""
+        layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
+        scale = f"{c_name}_input_grad.channel_scale + tile.first"
+        return [
+            self._tile_shape(layer),
+            self._weights(layer, tiled=True),
+            f"const eft_input_grad constants = {{{scale}, {layer.operand_bits}, {layer.grad_shift}}};",
+            f"eft_conv_input_sums_s32({v[op.g]}, {v[op.g]}_bits, &shape, &weights, &constants, {v[op.scratch]});",
+        ]
+
+    def _tile_update(self, op: BiasUpdate | WeightUpdate) -> list[str]:
+        """An update from one tile: parameters begin at its first channel."""
+        layer = self._conv(op.layer)
+        part = "bias" if isinstance(op, BiasUpdate) else "weight"
+        rate = f"{self._ids[op.layer]}_{part}_rate"
+        lines = [
+            self._view("gradient", op.g),
+            f"const eft_factors rate = {{{rate}.multiplier + tile.first, {rate}.shift + tile.first}};",
+        ]
+        if isinstance(op, BiasUpdate):
+            return [*lines, self._rule("kept_bias", op.layer, 1), self._bias_update(op, tiled=True)]
+        rule = self._rule("kept_weight", op.layer, self._channel_weights(layer))
+        lines += [self._tile_shape(layer), rule, self._weight_update(op, tiled=True)]
+        if layer.depthwise:
+            return [f"if (tile.first < {self._trained(layer)}) {{", *_indented(lines), "}"]
+        return lines
+
+    def _tile_shape(self, layer: ConvConstants) -> str:
+        return f"eft_conv_shape shape = {self._ids[layer.name]}_shape; shape.out_c = tile.count;"
+
+    def _channel_weights(self, layer: ConvConstants) -> int:
+        """From the first trained weight of an output channel to that of the next."""
+        return 1 if layer.depthwise else layer.shape.taps * self._trained(layer)
+
+    def _trained(self, layer: ConvConstants) -> int:
+        """Trained input channels."""
+        entry = self._layout.find("weight", layer.name)
+        return entry.shape[-1] if entry else 0
+
     # --- parts of a call ----------------------------------------------------------------------------------------------
 
     def _mask(self, mask: str | None) -> str:
@@ -331,11 +419,19 @@ class Calls:
         groups = f", {layer.groups}" if layer.kind == "grouped" else ""
         return f"&{self._ids[layer.name]}_shape{groups}"
 
-    def _weights(self, layer: ConvConstants) -> str:
-        entry = self._layout.find("weight", layer.name)
-        trained = entry.shape[-1] if entry else 0
-        frozen = f"{self._ids[layer.name]}_frozen" if trained < layer.master.shape[-1] else "NULL"
+    def _exponent(self, op: ConvInputGrad) -> str:
+        layer, g = self._conv(op.layer), self._variables[op.g]
+        value = f"{g}_exponent - ({layer.operand_bits} - {g}_bits) + ({layer.grad_shift})"
+        return f"{self._variables[op.gx]}_exponent = {value};"
+
+    def _weights(self, layer: ConvConstants, *, tiled: bool = False) -> str:
+        entry, trained = self._layout.find("weight", layer.name), self._trained(layer)
+        rest = layer.master.shape[-1] - trained
+        frozen = f"{self._ids[layer.name]}_frozen" if rest else "NULL"
         state = self.state(entry.offset, "const int8_t") if entry else "NULL"
+        if tiled:
+            taps = layer.shape.taps
+            state, frozen = _from(state, taps * trained), _from(frozen, taps * rest)
         return f"const eft_weights weights = {{{state}, {frozen}, {trained}}};"
 
     def _moved_bias(self, op: RowOp) -> list[str]:
@@ -353,35 +449,56 @@ class Calls:
         entry = self._layout.find("bias", layer.name)
         return self.state(entry.offset, "const int32_t") if entry else f"{self._ids[layer.name]}_bias"
 
-    def _rule(self, part: Part, layer: str) -> str:
+    def _rule(self, part: Part, layer: str, step: int = 0) -> str:
         entry, rule = self._layout.find(part, layer), self._optimizer
-        kept = self.state(entry.offset, "int32_t") if entry else "NULL"
+        kept = _from(self.state(entry.offset, "int32_t"), step) if entry else "NULL"
         last = f"((context->state[0] + 1u) & {rule.batch - 1}u) == 0u" if rule.batch > 1 else "0"
         drop = KEPT_BIAS_DROP if part == "kept_bias" else KEPT_WEIGHT_DROP
         values = f"context->lr_shift, {kept}, {drop}, {rule.decay}, {rule.batch_shift}, {last}"
         return f"const eft_optimizer optimizer = {{{values}}};"
 
-    def _bias_update(self, op: BiasUpdate) -> str:
+    def _bias_update(self, op: BiasUpdate, *, tiled: bool = False) -> str:
         layer, c_name = self._conv(op.layer), self._ids[op.layer]
         bias, moved = self._layout.find("bias", op.layer), self._layout.find("moved_bias", op.layer)
-        start = f"&gradient, {layer.shape.pixels}, {layer.shape.out_c}, &{c_name}_bias_rate, &optimizer"
+        channels, rate, step = ("tile.count", "rate", 1) if tiled else (layer.shape.out_c, f"{c_name}_bias_rate", 0)
+        start = f"&gradient, {layer.shape.pixels}, {channels}, &{rate}, &optimizer"
         if moved:
-            return f"eft_moved_bias_update_s16({start}, {c_name}_out_shift, {self.state(moved.offset, 'int16_t')});"
+            shift, state = _from(f"{c_name}_out_shift", step), _from(self.state(moved.offset, "int16_t"), step)
+            return f"eft_moved_bias_update_s16({start}, {shift}, {state});"
         assert bias is not None, f"{op.layer} has no trained bias"
-        return f"eft_bias_update_s32({start}, {self.state(bias.offset, 'int32_t')});"
+        return f"eft_bias_update_s32({start}, {_from(self.state(bias.offset, 'int32_t'), step)});"
 
-    def _weight_update(self, op: WeightUpdate) -> str:
-        layer, c_name, v = self._conv(op.layer), self._ids[op.layer], self._variables
+    def _weight_update(self, op: WeightUpdate, *, tiled: bool = False) -> str:
+        layer, c_name, x = self._conv(op.layer), self._ids[op.layer], self._variables[op.x]
         weight, residual = self._layout.find("weight", op.layer), self._layout.find("residual", op.layer)
         assert weight is not None, f"{op.layer} has no trained weights"
-        shape = self._shape(layer)
-        start = f"{v[op.x]}, {layer.x_zero_point}, &gradient, {shape}, &{c_name}_weight_rate, &optimizer"
-        end = f"{weight.shape[-1]}, {v[op.scratch]}" if op.scratch else f"{weight.shape[-1]}"
-        trained = self.state(weight.offset)
+        kernel, shape, rate, step = layer.kind, self._shape(layer), f"{c_name}_weight_rate", 0
+        index, end = f"{layer.first_index}u", [str(weight.shape[-1])]
+        if tiled:
+            shape, rate, step = "&shape", "rate", self._channel_weights(layer)
+            index += f" + (uint32_t)tile.first * {1 if layer.depthwise else layer.shape.taps * layer.shape.in_c}u"
+        tile = ""
+        if tiled and layer.depthwise:
+            x, tile, left = _from(x, 1), "_tile", f"{weight.shape[-1]} - tile.first"
+            end.append(f"{left} < tile.count ? {left} : tile.count")
+        if op.scratch:
+            end.append(self._variables[op.scratch])
+        start = f"{x}, {layer.x_zero_point}, &gradient, {shape}, &{rate}, &optimizer"
+        trained = _from(self.state(weight.offset), step)
         if residual:
-            return f"eft_{layer.kind}_update_master_s8({start}, {trained}, {self.state(residual.offset)}, {end});"
+            trained += f", {_from(self.state(residual.offset), step)}"
+            return f"eft_{kernel}_update_master{tile}_s8({start}, {trained}, {', '.join(end)});"
         key = "eft_step_key(context->seed, context->state[0])"
-        return f"eft_{layer.kind}_update_stochastic_s8({start}, {key}, {layer.first_index}u, {trained}, {end});"
+        return f"eft_{kernel}_update_stochastic{tile}_s8({start}, {key}, {index}, {trained}, {', '.join(end)});"
 
     def _conv(self, name: str) -> ConvConstants:
         return layer_of(self._layers, name, ConvConstants)
+
+
+def _from(pointer: str, step: int) -> str:
+    """A pointer to what belongs to the first channel of a tile, each of which has so many elements; 0: the pointer."""
+    return f"{pointer} + tile.first * {step}" if step and pointer != "NULL" else pointer
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

@@ -6,7 +6,7 @@ the largest counts, rounded up. What is linked is up to 5 KB less, most for a pr
 
 import re
 
-from efftrain.ondevice.ir import ConvForward, ConvInputGrad, HeadForward, RowStream, StepGraph, WeightUpdate
+from efftrain.ondevice.ir import ConvForward, ConvInputGrad, HeadForward, StepGraph, WeightUpdate, inner_ops
 
 _START_BYTES = 1280
 """Start-up code, the driver, the compiler's arithmetic helpers, and the functions of a model without an op."""
@@ -18,15 +18,20 @@ KERNEL_BYTES = {
     "eft_bias_update_s32": 1648,
     "eft_concat_grad_s16": 192,
     "eft_concat_s8": 104,
-    "eft_conv_input_grad_s16": 3184,
+    "eft_conv_input_grad_s16": 3216,
+    "eft_conv_input_grad_tile_s16": 3120,
+    "eft_conv_input_sums_s32": 2496,
     "eft_conv_s8": 3632,
     "eft_conv_update_master_s8": 2848,
     "eft_conv_update_stochastic_s8": 2848,
     "eft_copy": 48,
-    "eft_depthwise_input_grad_s16": 1616,
+    "eft_depthwise_input_grad_s16": 1696,
+    "eft_depthwise_input_grad_tile_s16": 1728,
     "eft_depthwise_s8": 2704,
-    "eft_depthwise_update_master_s8": 2240,
-    "eft_depthwise_update_stochastic_s8": 2256,
+    "eft_depthwise_update_master_s8": 2312,
+    "eft_depthwise_update_master_tile_s8": 2312,
+    "eft_depthwise_update_stochastic_s8": 2368,
+    "eft_depthwise_update_stochastic_tile_s8": 2368,
     "eft_global_average_grad_s16": 192,
     "eft_global_average_s8": 512,
     "eft_gradient_sum_s16": 864,
@@ -47,6 +52,7 @@ KERNEL_BYTES = {
     "eft_squared_error_s16": 96,
     "eft_squared_loss_s16": 128,
     "eft_step_key": 96,
+    "eft_store_sums_s16": 800,
     "eft_table_grad_s16": 208,
     "eft_table_s8": 56,
 }
@@ -61,7 +67,7 @@ def code_bytes(graph: StepGraph, source: str) -> int:
         source: The generated C.
     """
     kernels = set(re.findall(r"\b(eft_\w+)\(", source))
-    ops = [inner for op in graph.ops for inner in ((*op.ops, op) if isinstance(op, RowStream) else (op,))]
+    ops = [each for op in graph.ops for each in {*inner_ops(op), op}]
     large = sum(isinstance(op, ConvForward | HeadForward | ConvInputGrad | WeightUpdate) for op in ops)
     moved = sum(isinstance(op, ConvForward) and op.bias is not None for op in ops)
     calls = _LARGE_CALL_BYTES * large + _SMALL_CALL_BYTES * (len(ops) - large + moved)

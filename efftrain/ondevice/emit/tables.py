@@ -17,7 +17,16 @@ from efftrain.ondevice.constants import (
     TableConstants,
 )
 from efftrain.ondevice.emit.names import safe
-from efftrain.ondevice.ir import BiasUpdate, ConvInputGrad, RowStream, StepGraph, StepOp, TableGrad, WeightUpdate
+from efftrain.ondevice.ir import (
+    BiasUpdate,
+    ConvInputGrad,
+    RowStream,
+    StepGraph,
+    StepOp,
+    TableGrad,
+    WeightUpdate,
+    inner_ops,
+)
 from efftrain.ondevice.state import Part, StateLayout
 
 Initial = Mapping[tuple[Part, str], npt.NDArray[np.int64]]
@@ -43,7 +52,7 @@ class Tables:
         self._layout, self._initial = layout, initial
         uses: dict[str, list[StepOp]] = {name: [] for name in layers}
         for op in graph.ops:
-            for inner in op.ops if isinstance(op, RowStream) else (op,):
+            for inner in inner_ops(op):
                 if (layer := getattr(inner, "layer", None)) is not None:
                     uses[layer].append(inner)
         for name, layer in layers.items():

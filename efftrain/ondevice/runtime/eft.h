@@ -246,6 +246,45 @@ int32_t eft_grouped_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_c
                                    const eft_weights *weights, const eft_input_grad *constants, const uint8_t *x_mask, int16_t *gx,
                                    int32_t *scratch);
 
+/** Channels [first, first + count) of a tensor of which no others are there: rows of [width][count]. Its mask is whole. */
+typedef struct {
+    int32_t first, count;
+} eft_channels;
+
+/** eft_conv_input_grad_s16 for some input channels. gx does not overlap g. @param scratch int32, [2 * tile->count] */
+int32_t eft_conv_input_grad_tile_s16(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
+                                     const eft_input_grad *constants, const uint8_t *x_mask, const eft_channels *tile,
+                                     int16_t *gx, int32_t *scratch);
+
+/**
+ * eft_depthwise_input_grad_s16 for some channels. gx does not overlap g.
+ *
+ * @param[in] g       From channel tile->first on, whole or the same tile
+ * @param[in] g_step  Elements from one pixel of g to the next
+ * @param     scratch int32, [tile->count]
+ */
+int32_t eft_depthwise_input_grad_tile_s16(const int16_t *g, int32_t g_step, int32_t g_bits, const eft_conv_shape *shape,
+                                          const eft_weights *weights, const eft_input_grad *constants, const uint8_t *x_mask,
+                                          const eft_channels *tile, int16_t *gx, int32_t *scratch);
+
+/**
+ * The sums of eft_conv_input_grad_s16, added to what is there: of a layer's output channels by and by. Some of them are a layer of
+ * their own: shape->out_c of them, whose weights, scales and gradients begin where the pointers point.
+ *
+ * @param[in]     g     [out_h][out_w][out_c]
+ * @param[in,out] sums  int32, [in_h][in_w][in_c]
+ */
+void eft_conv_input_sums_s32(const int16_t *g, int32_t g_bits, const eft_conv_shape *shape, const eft_weights *weights,
+                             const eft_input_grad *constants, int32_t *sums);
+
+/**
+ * Such sums as a gradient: clamp(rsh(sum, shift), -32767, 32767), 0 where the mask is 0.
+ *
+ * @param[out] gx  May be sums, or lie at a lower address
+ * @return     The bits of gx
+ */
+int32_t eft_store_sums_s16(const int32_t *sums, int32_t count, int32_t shift, const uint8_t *mask, int16_t *gx);
+
 /**
  * Gradient of eft_max_pool_s8: each g goes to the first position of its window (rows, then columns) that holds the largest value.
  * Overlap of gx with g as at eft_conv_input_grad_s16.
@@ -356,6 +395,20 @@ void eft_depthwise_update_master_s8(const int8_t *x, int32_t x_zero_point, const
 void eft_depthwise_update_stochastic_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
                                         const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer, uint32_t key,
                                         uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t *scratch);
+
+/**
+ * The same for count of a layer's trained channels, where x, rate, trained, residual, first_index and what the optimizer keeps
+ * begin; a tap has trained_c weights. The gradient has shape->out_c channels, a tile whose first are these.
+ *
+ * @param scratch int32, [count]
+ */
+void eft_depthwise_update_master_tile_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                         const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer,
+                                         int8_t *trained, int8_t *residual, int32_t trained_c, int32_t count, int32_t *scratch);
+void eft_depthwise_update_stochastic_tile_s8(const int8_t *x, int32_t x_zero_point, const eft_gradient *gradient,
+                                             const eft_conv_shape *shape, const eft_factors *rate, const eft_optimizer *optimizer,
+                                             uint32_t key, uint32_t first_index, int8_t *trained, int32_t trained_c, int32_t count,
+                                             int32_t *scratch);
 
 /** The random key of a training step. */
 uint32_t eft_step_key(uint32_t seed, uint32_t step);

@@ -56,7 +56,7 @@ static inline void eft_store_lanes(const int32_t *sums, int32_t count, int32_t s
                                    int16_t *gx, __m256i *seen)
 {
     if (count < EFT_LANES || shift < 1 || shift > 30) {
-        const uint32_t some = eft_store_gradient(sums, count, shift, mask, index, gx);
+        const uint32_t some = eft_store_gradient(sums, count, shift, mask, index, gx + index);
         *seen = _mm256_or_si256(*seen, _mm256_set1_epi32((int32_t)some));
         return;
     }

@@ -18,8 +18,7 @@ int32_t eft_grouped_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_c
     const int32_t group_out = s->out_c / groups;
     const int32_t trained_c = weights->trained_c;
     const int32_t frozen_c = group_in - trained_c;
-    /* In [0, 30]: the bits are at most 15, and so are the operand bits. */
-    const int32_t shift = 15 - (constants->operand_bits - g_bits);
+    const int32_t shift = eft_operand_shift(constants, g_bits);
     uint32_t seen = 0;
     int32_t index = 0;
     for (int32_t iy = 0; iy < s->in_h; iy++) {
@@ -50,7 +49,7 @@ int32_t eft_grouped_input_grad_s16(const int16_t *g, int32_t g_bits, const eft_c
                     }
                 }
             }
-            seen |= eft_store_gradient(scratch, s->in_c, constants->shift, x_mask, index, gx);
+            seen |= eft_store_gradient(scratch, s->in_c, constants->shift, x_mask, index, gx + index);
             index += s->in_c;
         }
     }
