@@ -359,7 +359,8 @@ def render_mcunet(part: dict[str, Any]) -> list[str]:
         "that of the same scheme here. `Enforced` is what linker and emulators allow: unicorn maps no more, QEMU's MPU "
         "ends there. `Measured` counts what the program holds and the stack as deep as it got; the plan reserves the "
         "stack. A sample in place lies in flash or a buffer of its own that is not counted. Tiles: the compiler was "
-        "given a board of the enforced RAM, and runs the backward pass of blocks some channels at a time, which takes more instructions.",
+        "given a board of the enforced RAM, and runs the backward pass of blocks some channels at a time, which takes "
+        "more instructions.",
         "",
         "## Instructions and flash",
         "",
