@@ -68,20 +68,43 @@ def scaled(padded: Floats, levels: int) -> tuple[Floats, Floats]:
     return ratio, scales
 
 
-def dequantize(scales: Floats, q: Levels, block: int) -> Floats:
-    """``q * scale``, shape ``(N,)``."""
-    done = kernels.dequantize(scales, q, block)
+def dequantize(codec: str, scales: Bytes, q: Levels, block: int, levels: int) -> Floats:
+    """``q * scale``, shape ``(N,)``.
+
+    Args:
+        codec: Named in the error.
+        scales: Of a payload, ``scale_bytes``.
+        q: Shape ``(N,)``.
+        block: Elements that share a scale.
+        levels: Largest integer, up to 127.
+
+    Raises:
+        PayloadError: A scale or an integer is out of its range.
+    """
+    done = kernels.dequantize(scales, q, block, levels, largest_scale(levels))
     if done is not kernels.MISSING:
         return done
-    return (in_blocks(q.astype(np.float32), block) * scales[:, None]).reshape(-1)[: q.size]
+    if q.size and q.min() < -levels:
+        raise PayloadError(f"{codec} payload holds {q.min()}, the levels are -{levels} to {levels}")
+    each = read_scales(codec, scales, levels)
+    return (in_blocks(q.astype(np.float32), block) * each[:, None]).reshape(-1)[: q.size]
+
+
+def dequantize_add(
+    codec: str, scales: Bytes, q: Levels, block: int, levels: int, weight: np.float32, out: Floats
+) -> None:
+    """``out += weight * dequantize(...)``."""
+    done = kernels.dequantize_add(scales, q, block, levels, largest_scale(levels), float(weight), out)
+    if done is kernels.MISSING:
+        out += weight * dequantize(codec, scales, q, block, levels)
 
 
 @cache
-def largest_scale(levels: int) -> np.float32:
+def largest_scale(levels: int) -> float:
     """Largest scale that ``levels`` times does not overflow. Next to the largest float32, rounding it up would."""
     top = np.finfo(np.float32).max
     scale = np.float32(top / np.float32(levels))
-    return scale if float(scale) * levels <= float(top) else np.nextafter(scale, np.float32(0))
+    return float(scale if float(scale) * levels <= float(top) else np.nextafter(scale, np.float32(0)))
 
 
 def scale_bytes(scales: Floats) -> Bytes:

@@ -11,6 +11,7 @@ from efftrain.compression.blocks import (
     Levels,
     check_block,
     dequantize,
+    dequantize_add,
     expect_body,
     expect_finite,
     largest_scale,
@@ -18,7 +19,6 @@ from efftrain.compression.blocks import (
     pack_codes,
     packed_bytes,
     quantize,
-    read_scales,
     scale_bytes,
     unpack_codes,
 )
@@ -114,26 +114,20 @@ class Int8(Codec):
             return None
         split = 4 * num_blocks(values.size, self.block)
         data, body = start(self.codec_id, self.params, values.size, split + values.size)
-        q = body[split:].view(np.int8)
-        scales = kernels.quantize(values, residual, self.block, 127, largest_scale(127), q, left)
-        if scales is kernels.MISSING:
-            return None
-        body[:split] = scale_bytes(scales)
-        return seal(data)
+        limit = largest_scale(127)
+        done = kernels.quantize(values, residual, self.block, 127, limit, body[:split], body[split:], left)
+        return None if done is kernels.MISSING else seal(data)
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
-        return dequantize(*self._split(body, num_elements), self.block)
+        return dequantize("Int8", *self._split(body, num_elements), self.block, 127)
 
     def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
-        _add_quantized(*self._split(body, out.size), self.block, out, weight)
+        dequantize_add("Int8", *self._split(body, out.size), self.block, 127, weight, out)
 
-    def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Levels]:
+    def _split(self, body: Bytes, num_elements: int) -> tuple[Bytes, Levels]:
         split = 4 * num_blocks(num_elements, self.block)
         expect_body("Int8", body, num_elements + split)
-        q = body[split:].view(np.int8)
-        if q.size and q.min() == -128:
-            raise PayloadError("Int8 payload holds -128, the levels are -127 to 127")
-        return read_scales("Int8", body[:split], 127), q
+        return body[:split], body[split:].view(np.int8)
 
 
 @dataclass(frozen=True)
@@ -196,32 +190,28 @@ class IntN(Codec):
         if self.rounding == "stochastic":
             return None
         split = 4 * num_blocks(values.size, self.block)
-        q, levels = np.empty(values.size, np.int8), self._levels
-        scales = kernels.quantize(values, residual, self.block, levels, largest_scale(levels), q, left)
-        if scales is kernels.MISSING:
-            return None
+        q, levels = np.empty(values.size, np.uint8), self._levels
         num_body_bytes = split + packed_bytes(values.size, self.bits)
         data, body = start(self.codec_id, self.params, values.size, num_body_bytes)
-        body[:split] = scale_bytes(scales)
-        body[split:] = pack_codes(q.view(np.uint8), self.bits)
+        limit = largest_scale(levels)
+        if kernels.quantize(values, residual, self.block, levels, limit, body[:split], q, left) is kernels.MISSING:
+            return None
+        body[split:] = pack_codes(q, self.bits)
         return seal(data)
 
     def _decode_body(self, body: Bytes, num_elements: int) -> Floats:
-        return dequantize(*self._split(body, num_elements), self.block)
+        return dequantize("IntN", *self._split(body, num_elements), self.block, self._levels)
 
     def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
-        _add_quantized(*self._split(body, out.size), self.block, out, weight)
+        dequantize_add("IntN", *self._split(body, out.size), self.block, self._levels, weight, out)
 
-    def _split(self, body: Bytes, num_elements: int) -> tuple[Floats, Levels]:
+    def _split(self, body: Bytes, num_elements: int) -> tuple[Bytes, Levels]:
         split = 4 * num_blocks(num_elements, self.block)
         expect_body("IntN", body, split + packed_bytes(num_elements, self.bits))
         codes = unpack_codes("IntN", body[split:], num_elements, self.bits)
-        sign = np.uint8(1 << (self.bits - 1))
-        if (codes == sign).any():
-            raise PayloadError(f"IntN payload holds -{sign}, the levels are -{self._levels} to {self._levels}")
         # Two's complement of few bits, widened.
-        q = ((codes ^ sign) - sign).view(np.int8)
-        return read_scales("IntN", body[:split], self._levels), q
+        sign = np.uint8(1 << (self.bits - 1))
+        return body[:split], ((codes ^ sign) - sign).view(np.int8)
 
 
 def _check_rounding(codec: str, rounding: object) -> None:
@@ -231,8 +221,3 @@ def _check_rounding(codec: str, rounding: object) -> None:
 
 def _noise(rounding: str, key: int) -> np.random.Generator | None:
     return np.random.default_rng(key) if rounding == "stochastic" else None
-
-
-def _add_quantized(scales: Floats, q: Levels, block: int, out: Floats, weight: np.float32) -> None:
-    if kernels.dequantize_add(scales, q, block, float(weight), out) is kernels.MISSING:
-        out += weight * dequantize(scales, q, block)

@@ -19,7 +19,7 @@ NumPy and the standard library only: a phone or a server without torch decodes t
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +65,7 @@ class Payload:
         return hash(bytes(self))
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """A payload taken apart. ``body`` is a view into the message, not a copy."""
 
     codec_id: int
@@ -89,15 +88,15 @@ def start(codec_id: int, params: bytes, num_elements: int, num_body_bytes: int) 
     """Begin a message: all of it, and the view of its body, to be filled in place before ``seal``."""
     if len(params) > 255:
         raise ValueError(f"codec parameters take {len(params)} bytes, the header has room for 255")
-    head = _head(codec_id, params, num_elements)
-    data = np.empty(len(head) + num_body_bytes, np.uint8)
-    data[: len(head)] = np.frombuffer(head, np.uint8)
-    return data, data[len(head) :]
+    size = HEADER.size + len(params)
+    data = np.empty(size + num_body_bytes, np.uint8)
+    data.data[:size] = _head(codec_id, params, num_elements)
+    return data, data[size:]
 
 
 def seal(data: Bytes) -> Payload:
     """Write the checksum of a message that is complete."""
-    data[CRC_OFFSET : HEADER.size] = np.frombuffer(struct.pack("<I", _checksum(data)), np.uint8)
+    struct.pack_into("<I", data.data, CRC_OFFSET, _checksum(data))
     return Payload(data)
 
 
@@ -114,7 +113,7 @@ def unpack(message: "Payload | Any", *, max_elements: int = MAX_ELEMENTS) -> Par
     data = as_bytes(message)
     if data.size < HEADER.size:
         raise PayloadError(f"payload of {data.size} bytes is shorter than its {HEADER.size}-byte header")
-    magic, version, codec_id, dtype, num_params, num_elements, crc = HEADER.unpack(data[: HEADER.size].tobytes())
+    magic, version, codec_id, dtype, num_params, num_elements, crc = HEADER.unpack_from(data.data)
     if magic != MAGIC:
         raise PayloadError(
             f"payload starts with {magic!r}, expected {MAGIC!r}: these bytes are not an efftrain payload"
@@ -158,4 +157,5 @@ def _head(codec_id: int, params: bytes, num_elements: int) -> bytes:
 
 
 def _checksum(data: Bytes) -> int:
-    return zlib.crc32(data[HEADER.size :].data, zlib.crc32(data[:CRC_OFFSET].data))
+    view = data.data
+    return zlib.crc32(view[HEADER.size :], zlib.crc32(view[:CRC_OFFSET]))

@@ -50,9 +50,16 @@ def top_k(a: Floats, b: Floats | None, k: int, out: Floats | None) -> tuple[Plac
 
 
 def quantize(
-    a: Floats, b: Floats | None, block: int, levels: int, largest_scale: np.float32, q: Levels, left: Floats | None
-) -> Floats | Missing:
-    """Scales of ``a + b``, shape ``(ceil(N / block),)``; its integers, rounded to nearest, go to ``q``.
+    a: Floats,
+    b: Floats | None,
+    block: int,
+    levels: int,
+    largest_scale: float,
+    scales: Bytes,
+    q: Bytes,
+    left: Floats | None,
+) -> Missing | None:
+    """Scales of ``a + b`` and its integers, rounded to nearest, as a payload has them.
 
     Args:
         a: Shape ``(N,)``.
@@ -60,7 +67,8 @@ def quantize(
         block: Elements that share a scale.
         levels: Largest integer, up to 127.
         largest_scale: Larger scales are cut to it.
-        q: Shape ``(N,)``, filled here.
+        scales: Shape ``(4 * ceil(N / block),)``, filled here.
+        q: Shape ``(N,)``, filled here with the bytes of int8.
         left: Shape ``(N,)``, filled with what the integers do not say; may be ``None`` if ``b`` is.
 
     Raises:
@@ -69,29 +77,31 @@ def quantize(
     efc = library()
     if efc is None:
         return MISSING
-    scales = np.empty(-(-a.size // block), np.float32)
-    sizes = (_long(a.size), _long(block), ctypes.c_int32(levels), ctypes.c_float(float(largest_scale)))
+    sizes = (_long(a.size), _long(block), ctypes.c_int32(levels), ctypes.c_float(largest_scale))
     _finite(efc.efc_quantize_f32(_at(a), _at(b), *sizes, _at(scales), _at(q), _at(left)))
-    return scales
+    return None
 
 
-def dequantize(scales: Floats, q: Levels, block: int) -> Floats | Missing:
-    """``q * scale``, shape ``(N,)``."""
+def dequantize(scales: Bytes, q: Levels, block: int, levels: int, largest_scale: float) -> Floats | Missing:
+    """``q * scale``, shape ``(N,)``; ``MISSING`` if a scale or an integer is none that ``quantize`` gives."""
     efc = library()
     if efc is None:
         return MISSING
     out = np.empty(q.size, np.float32)
-    efc.efc_dequantize_f32(_at(scales), _at(q), _long(q.size), _long(block), _at(out))
-    return out
+    sizes = (_long(q.size), _long(block), ctypes.c_int32(levels), ctypes.c_float(largest_scale))
+    return MISSING if efc.efc_dequantize_f32(_at(scales), _at(q), *sizes, _at(out)) else out
 
 
-def dequantize_add(scales: Floats, q: Levels, block: int, weight: float, out: Floats) -> Missing | None:
-    """``out += weight * (q * scale)``."""
+def dequantize_add(
+    scales: Bytes, q: Levels, block: int, levels: int, largest_scale: float, weight: float, out: Floats
+) -> Missing | None:
+    """``out += weight * (q * scale)``; ``MISSING`` as ``dequantize``, and ``out`` is then unchanged."""
     efc = library()
     if efc is None or not out.flags.c_contiguous:
         return MISSING
-    efc.efc_dequantize_add_f32(_at(scales), _at(q), _long(q.size), _long(block), ctypes.c_float(weight), _at(out))
-    return None
+    sizes = (_long(q.size), _long(block), ctypes.c_int32(levels), ctypes.c_float(largest_scale))
+    status = efc.efc_dequantize_add_f32(_at(scales), _at(q), *sizes, ctypes.c_float(weight), _at(out))
+    return MISSING if status else None
 
 
 def add_in_double(a: Floats, weight: float, out: npt.NDArray[np.float64]) -> Missing | None:

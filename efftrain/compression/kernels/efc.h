@@ -42,6 +42,30 @@ static inline uint32_t efc_largest_magnitude(const float *x, int64_t n)
     return largest;
 }
 
+/** The float32 at any address. */
+static inline float efc_read_f32(const uint8_t *at)
+{
+    float x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+/** Whether all scales are in [0, largest_scale], which NaN is not, and all integers at least -levels. */
+static inline int32_t efc_check_quantized(const uint8_t *scales, const int8_t *q, int64_t n, int64_t block,
+                                          int32_t levels, float largest_scale)
+{
+    int32_t num_bad = 0;
+    for (int64_t first = 0; first < n; first += block, scales += sizeof(float)) {
+        const float scale = efc_read_f32(scales);
+        num_bad += !(scale >= 0.0f && scale <= largest_scale);
+    }
+    int8_t least = 0;
+    for (int64_t i = 0; i < n; i++) {
+        least = q[i] < least ? q[i] : least;
+    }
+    return num_bad || least < -levels ? EFC_MALFORMED : EFC_OK;
+}
+
 /** Number of the lowest bit that is set; there is one. */
 static inline int32_t efc_lowest_bit(uint64_t word)
 {
@@ -167,26 +191,29 @@ EFC_API int32_t efc_top_k_f32(const float *restrict a, const float *restrict b, 
  * @param[in]  block   elements that share a scale, >= 1
  * @param[in]  levels  1 to 127
  * @param[in]  largest_scale  levels * largest_scale must not overflow
- * @param[out] scales  [ceil(n / block)]
+ * @param[out] scales  [4 * ceil(n / block)]: float32 as a payload has them, at any address
  * @param[out] q       [n]
  * @param[out] left    [n]; may be NULL if b is
  * @return EFC_OK or EFC_NON_FINITE
  */
 EFC_API int32_t efc_quantize_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t block,
-                                 int32_t levels, float largest_scale, float *restrict scales, int8_t *restrict q,
+                                 int32_t levels, float largest_scale, uint8_t *restrict scales, int8_t *restrict q,
                                  float *restrict left);
 
 /**
  * Back to floats:  out = q * scale.
  *
- * @param[in]  scales  [ceil(n / block)]
+ * @param[in]  scales  [4 * ceil(n / block)]: float32 as a payload has them, at any address
  * @param[in]  q       [n]
  * @param[in]  n       >= 0
  * @param[in]  block   elements that share a scale, >= 1
+ * @param[in]  levels  1 to 127
+ * @param[in]  largest_scale  levels * largest_scale must not overflow
  * @param[out] out     [n]
+ * @return EFC_OK; EFC_MALFORMED if an integer is below -levels, or a scale not in [0, largest_scale]: nothing is written
  */
-EFC_API void efc_dequantize_f32(const float *restrict scales, const int8_t *restrict q, int64_t n, int64_t block,
-                                float *restrict out);
+EFC_API int32_t efc_dequantize_f32(const uint8_t *restrict scales, const int8_t *restrict q, int64_t n, int64_t block,
+                                   int32_t levels, float largest_scale, float *restrict out);
 
 /**
  * Add in double:  out += weight * a.
@@ -201,15 +228,19 @@ EFC_API void efc_add_f64(const float *restrict a, int64_t n, double weight, doub
 /**
  * Back to floats and add:  out += weight * (q * scale).
  *
- * @param[in]     scales  [ceil(n / block)]
+ * @param[in]     scales  [4 * ceil(n / block)]: float32 as a payload has them, at any address
  * @param[in]     q       [n]
  * @param[in]     n       >= 0
  * @param[in]     block   elements that share a scale, >= 1
+ * @param[in]     levels  1 to 127
+ * @param[in]     largest_scale  levels * largest_scale must not overflow
  * @param[in]     weight  any
  * @param[in,out] out     [n]
+ * @return as efc_dequantize_f32
  */
-EFC_API void efc_dequantize_add_f32(const float *restrict scales, const int8_t *restrict q, int64_t n, int64_t block,
-                                    float weight, float *restrict out);
+EFC_API int32_t efc_dequantize_add_f32(const uint8_t *restrict scales, const int8_t *restrict q, int64_t n,
+                                       int64_t block, int32_t levels, float largest_scale, float weight,
+                                       float *restrict out);
 
 /**
  * Signs of the sum of two tensors with the mean magnitude of each block, and what they do not say.

@@ -13,7 +13,7 @@ static inline int32_t round_half_even(float x)
 }
 
 int32_t efc_quantize_f32(const float *restrict a, const float *restrict b, int64_t n, int64_t block, int32_t levels,
-                         float largest_scale, float *restrict scales, int8_t *restrict q, float *restrict left)
+                         float largest_scale, uint8_t *restrict scales, int8_t *restrict q, float *restrict left)
 {
     const float top = (float)levels;
     for (int64_t first = 0; first < n; first += block) {
@@ -35,7 +35,8 @@ int32_t efc_quantize_f32(const float *restrict a, const float *restrict b, int64
         memcpy(&scale, &largest, sizeof scale);
         scale /= top;
         scale = scale > largest_scale ? largest_scale : scale;
-        *scales++ = scale;
+        memcpy(scales, &scale, sizeof scale);
+        scales += sizeof scale;
         if (scale == 0.0f) {
             for (int64_t i = 0; i < count; i++) {
                 out[i] = 0;
