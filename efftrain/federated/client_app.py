@@ -15,18 +15,21 @@ from efftrain.config import from_dict
 from efftrain.errors import ConfigError
 from efftrain.federated.attack import poison_data, poison_update
 from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
-from efftrain.federated.data import client_data, client_train
+from efftrain.federated.data import client_data, client_train, seed_of
 from efftrain.federated.downlink import downlink_mod
 from efftrain.federated.engines import Correction, State, Trained, get_engine
 from efftrain.federated.fleet import client_config
 from efftrain.federated.flower import (
+    ArrayRecord,
     ClientApp,
     ConfigRecord,
     Context,
     Message,
     MetricRecord,
-    RecordDict,
+    make_content,
+    make_metrics,
     record_of,
+    values_of,
     write_arrays,
 )
 from efftrain.federated.gate import NUM_SAMPLES
@@ -74,14 +77,14 @@ def train(message: Message, context: Context) -> Message:
 
     result = train_as(partition)
     state = poison_update(recipe, partition, sent, result.state, lambda number: train_as(number).state)
-    metrics = MetricRecord(
+    metrics = make_metrics(
         {NUM_SAMPLES: result.num_samples, "loss": result.loss, PARTITION: partition, RAM: result.ram_bytes or 0}
     )
     state = {**state, **_mean_gradients(sent, state, offset, result.num_samples, config)}
-    content = RecordDict({"arrays": write_arrays(state), "metrics": metrics})
+    content: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {"arrays": write_arrays(state), "metrics": metrics}
     if result.trained is not None:
         content[PARTS] = _parts(result)
-    return Message(content, reply_to=message)
+    return Message(make_content(content), reply_to=message)
 
 
 @app.evaluate()
@@ -97,15 +100,15 @@ def evaluate(message: Message, context: Context) -> Message:
     data = client_data(recipe.data, partition, recipe.seed).test
     config = client_config(recipe, partition)
     result = get_engine(recipe.client.engine).evaluate(recipe.model, model_of(message.content), data, config)
-    metrics = MetricRecord(
+    metrics = make_metrics(
         {NUM_SAMPLES: result.num_samples, "accuracy": result.accuracy, "loss": result.loss, PARTITION: partition}
     )
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    return Message(make_content({"metrics": metrics}), reply_to=message)
 
 
 def _read(message: Message, context: Context) -> tuple[FederatedRecipe, int, int]:
     """Recipe, number of this client and round."""
-    config = record_of(message.content, "config", ConfigRecord)
+    config = values_of(record_of(message.content, "config", ConfigRecord))
     recipe = _recipe(str(config["recipe"]))
     partition = context.node_config.get(PARTITION)
     if type(partition) is not int:
@@ -128,7 +131,7 @@ def _recipe(text: str) -> FederatedRecipe:
 
 def _correction(message: Message, offset: State) -> Correction | None:
     """What the strategy adds to the gradients: FedProx by Flower's key, SCAFFOLD by tensors beside the model."""
-    mu = record_of(message.content, "config", ConfigRecord).get(PROXIMAL_MU, 0.0)
+    mu = values_of(record_of(message.content, "config", ConfigRecord)).get(PROXIMAL_MU, 0.0)
     if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
         raise ConfigError(f"{PROXIMAL_MU} is {mu!r}, expected a number of at least 0")
     return Correction(float(mu), offset) if mu or offset else None
@@ -154,4 +157,4 @@ def _parts(result: Trained) -> ConfigRecord:
 
 def _client_seed(seed: int, server_round: int, partition: int) -> int:
     """By partition, not by node id: a deployment draws its node ids anew each time."""
-    return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
+    return int(seed_of(seed, server_round, partition).generate_state(1)[0])

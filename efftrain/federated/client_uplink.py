@@ -1,7 +1,7 @@
 """The client's end of the compressed uplink: a Flower mod. See ``uplink`` for both ends and the notes."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -16,9 +16,11 @@ from efftrain.federated.flower import (
     Message,
     RecordDict,
     make_array,
+    make_config,
     make_record,
     read_arrays,
     record_of,
+    values_of,
     write_arrays,
 )
 from efftrain.federated.gate import PAYLOAD_STYPE, is_trained
@@ -32,6 +34,7 @@ RESIDUAL, STAGED, TICKET = "efftrain.residual", "efftrain.residual.staged", "eff
 """Names of the records in ``Context.state``: what error feedback and control variates keep, and what is on trial."""
 
 Tensors = dict[str, npt.NDArray[np.generic]]
+Order = Mapping[str, object]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 """A Flower mod: message, context, and what comes next."""
 
@@ -46,28 +49,28 @@ def uplink_mod(message: Message, context: Context, call_next: Callable[[Message,
         NonFiniteError: Training gave inf or NaN. The client then gives an error reply, its residual stays.
         ConfigError: The reply lacks tensors of the model that was sent, or the order is malformed.
     """
-    if ORDER not in message.content:
-        records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    content = values_of(message.content)
+    if ORDER not in content:
+        records = [record for record in content.values() if isinstance(record, ArrayRecord)]
         if any(name.startswith(CONTROL) for record in records for name in record):
             raise ConfigError(
                 "the message has control variates, but says nothing of which replies were taken, so a client cannot "
                 "know which of its own are valid. Use the strategy scaffold on an UplinkGrid, as efftrain's driver does"
             )
         return call_next(message, context)
-    order = record_of(message.content, ORDER, ConfigRecord)
-    del message.content[ORDER]
+    order = values_of(record_of(message.content, ORDER, ConfigRecord))
+    del content[ORDER]
     kept = _settle(context, order)
     sent = _with_own_controls(message, kept)
     reply = call_next(message, context)
     if not reply.has_content():
         return reply
-    updates = _trained_only(_updates(sent, model_of(reply.content)), reply.content.get(PARTS))
+    updates = _trained_only(_updates(sent, model_of(reply.content)), values_of(reply.content).get(PARTS))
     payloads, keep = _encode(updates, _codec(str(order["codec"])), _client_key(order, context), order, kept)
     if keep is not None:
         context.state[STAGED] = write_arrays(keep)
-        context.state[TICKET] = ConfigRecord({"ticket": order["ticket"]})
-    [record] = [name for name, record in reply.content.items() if isinstance(record, ArrayRecord)]
-    reply.content[record] = make_record(
+        context.state[TICKET] = make_config({"ticket": order["ticket"]})
+    values_of(reply.content)[_name_of_model(reply.content)] = make_record(
         {name: make_array("uint8", (len(data),), PAYLOAD_STYPE, data) for name, data in payloads.items()}
     )
     return reply
@@ -85,10 +88,14 @@ def model_of(content: RecordDict) -> Tensors:
     Raises:
         ConfigError: There is none, or more than one.
     """
-    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
-    if len(records) != 1:
-        raise ConfigError(f"the message has {len(records)} records of arrays, the uplink needs exactly one: the model")
-    return read_arrays(records[0])
+    return read_arrays(record_of(content, _name_of_model(content), ArrayRecord))
+
+
+def _name_of_model(content: RecordDict) -> str:
+    names = [name for name, record in values_of(content).items() if isinstance(record, ArrayRecord)]
+    if len(names) != 1:
+        raise ConfigError(f"the message has {len(names)} records of arrays, the uplink needs exactly one: the model")
+    return names[0]
 
 
 def unpack_mask(data: bytes, num_elements: int) -> npt.NDArray[np.bool_]:
@@ -139,7 +146,7 @@ def _trained_only(updates: dict[str, npt.NDArray[np.float32]], parts: object) ->
     return chosen
 
 
-def _client_key(order: ConfigRecord, context: Context) -> int:
+def _client_key(order: Order, context: Context) -> int:
     """A key of this client: with one for all, their stochastic rounding errors would add up instead of averaging out.
     By partition where there is one, so that it does not depend on the node ids that a deployment draws."""
     client = context.node_config.get("partition-id", context.node_id)
@@ -150,14 +157,14 @@ def _key(key: int, name: str) -> int:
     return zlib.crc32(f"{key}/{name}".encode())
 
 
-def _settle(context: Context, order: ConfigRecord) -> Tensors:
+def _settle(context: Context, order: Order) -> Tensors:
     """What this client keeps, after what it staged became valid or was dropped. See Note [feedback over rounds]."""
-    state = context.state
+    state = values_of(context.state)
     if STAGED in state:
-        if record_of(state, TICKET, ConfigRecord)["ticket"] == order["taken"]:
-            state[RESIDUAL] = record_of(state, STAGED, ArrayRecord)
+        if record_of(context.state, TICKET, ConfigRecord)["ticket"] == order["taken"]:
+            state[RESIDUAL] = record_of(context.state, STAGED, ArrayRecord)
         del state[STAGED]
-    return read_arrays(record_of(state, RESIDUAL, ArrayRecord)) if RESIDUAL in state else {}
+    return read_arrays(record_of(context.state, RESIDUAL, ArrayRecord)) if RESIDUAL in state else {}
 
 
 def _with_own_controls(message: Message, kept: Tensors) -> Tensors:
@@ -170,13 +177,13 @@ def _with_own_controls(message: Message, kept: Tensors) -> Tensors:
     own = {
         name: kept[name].reshape(sent[name].shape) if name in kept else np.zeros_like(sent[name]) for name in controls
     }
-    [record] = [name for name, record in message.content.items() if isinstance(record, ArrayRecord)]
-    message.content[record] = write_arrays({**sent, **{name: np.subtract(sent[name], own[name]) for name in controls}})
+    corrections = {name: np.subtract(sent[name], own[name]) for name in controls}
+    values_of(message.content)[_name_of_model(message.content)] = write_arrays({**sent, **corrections})
     return {**sent, **own}
 
 
 def _encode(
-    updates: dict[str, npt.NDArray[np.float32]], codec: Codec, key: int, order: ConfigRecord, kept: Tensors
+    updates: dict[str, npt.NDArray[np.float32]], codec: Codec, key: int, order: Order, kept: Tensors
 ) -> tuple[dict[str, bytes], Tensors | None]:
     """Payloads; and what to keep should the server take them, None if nothing is kept at all."""
     feedback = Feedback(codec) if order["feedback"] else None

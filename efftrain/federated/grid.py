@@ -9,7 +9,6 @@ Note [isolation in one process]
     bytes, which are shared and immutable.
 """
 
-import copy
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -17,6 +16,7 @@ from efftrain.errors import ConfigError
 from efftrain.federated.flower import (
     SUPERLINK_NODE_ID,
     ClientApp,
+    ConfigValue,
     Context,
     Error,
     ErrorCode,
@@ -24,12 +24,11 @@ from efftrain.federated.flower import (
     Message,
     RecordDict,
     Run,
+    copy_message,
     copy_records,
     identify_process,
 )
 from efftrain.federated.workers import in_order
-
-ConfigValue = bool | float | int | str
 
 FIRST_NODE_ID = 1000  # clear of 0 and of the SuperLink's own id
 
@@ -198,11 +197,8 @@ class InProcessGrid(Grid):
             context = self.context(node_id)
         except KeyError:
             return _error(message, ErrorCode.NODE_UNAVAILABLE, f"there is no node {node_id}"), None
-        received = Message(  # type: ignore[call-overload]  # Flower's own way to copy one, not in its overloads
-            content=copy_records(message.content), metadata=copy.copy(message.metadata)
-        )
         try:
-            reply = self._app()(received, context)
+            reply = self._app()(copy_message(message), context)
             if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
                 raise TypeError(f"the ClientApp returned {type(reply).__name__}, expected a reply to its message")
             if reply.has_content():

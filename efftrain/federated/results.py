@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ class ClientResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON lines and CSV."""
-        return {**asdict(self), "fits": self.fits}
+        return {**vars(self), "fits": self.fits}
 
 
 @dataclass(frozen=True, kw_only=True)

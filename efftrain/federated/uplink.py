@@ -23,7 +23,7 @@ feedback, key, ticket, taken); a reply's array ``data`` is a payload of ``efftra
 
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,16 +45,19 @@ from efftrain.federated.client_uplink import (
 from efftrain.federated.downlink import ModelEncoder
 from efftrain.federated.flower import (
     ConfigRecord,
+    ConfigValue,
     Error,
     ErrorCode,
     Grid,
     Message,
     MessageType,
-    MetricRecord,
     RecordDict,
     Run,
     category,
-    copy_records,
+    make_config,
+    make_content,
+    make_metrics,
+    values_of,
     write_arrays,
 )
 from efftrain.federated.gate import (
@@ -145,15 +148,33 @@ class Traffic:
     refused: list[Refusal] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class _Posted:
+    """What all messages with one content share: a strategy puts the same into all of a round."""
+
+    original: RecordDict
+    """As the strategy made it. Kept, so that its ``id`` stays its own."""
+    content: RecordDict
+    """As it goes out."""
+    num_bytes: int
+    """Of a whole message, orders included."""
+    order: dict[str, ConfigValue] = field(default_factory=dict)
+    """What a training message tells about the reply's encoding, but for the ticket and the last one taken."""
+    tensors: Tensors = field(default_factory=dict)
+    """The model in a training message."""
+    trained_bytes: int = 0
+    """What of it travels back, as plain fp32."""
+    roomy: bool = True
+    """No update that the gate accepts can overflow the sum with this model, so nobody need look."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Sent:
     """A message on its way: what its reply is measured against."""
 
     message: Message
-    tensors: Tensors
+    posted: _Posted
     ticket: int
-    roomy: bool
-    """No update that the gate accepts can overflow the sum with this model, so nobody need look."""
 
 
 class UplinkGrid(Grid):
@@ -252,33 +273,21 @@ class UplinkGrid(Grid):
     def post(self, messages: Iterable[Message]) -> list[str]:
         """As ``push_messages``, with an empty id for each message that could not be sent."""
         messages = list(messages)
-        # A strategy puts one record into all messages of a round: read and count it once. The list keeps the ids valid.
-        originals = [message.content for message in messages]
-        contents: dict[int, RecordDict] = {}
-        models: dict[int, tuple[Tensors, bool]] = {}
-        sizes: dict[int, int] = {}
-        tickets = []
-        for message, original in zip(messages, originals, strict=True):
+        known: dict[tuple[int, str], _Posted] = {}
+        sent = []
+        for message in messages:
+            key = id(message.content), category(message)
+            posted = known.get(key) or known.setdefault(key, self._prepare(message))
             self._num_tickets += 1
-            tickets.append(self._num_tickets)
-            if id(original) not in contents:
-                message.content = self._encoder.encode(original, self._round_of(message))
-                contents[id(original)], sizes[id(original)] = message.content, content_bytes(message)
-            message.content = contents[id(original)]
-            self._traffic.downlink_bytes += sizes[id(original)]
-            if category(message) == MessageType.TRAIN:
-                if id(original) not in models:
-                    model = model_of(original)
-                    models[id(original)] = model, _is_roomy(model, self._gate.max_update_norm)
-                order = self._order(message, self._num_tickets)
-                message.content = copy_records(message.content)
-                message.content[ORDER] = order
-                self._traffic.downlink_bytes += order.count_bytes()
+            message.content = posted.content
+            if posted.order:
+                taken = self._taken.get(message.metadata.dst_node_id, 0)
+                order = make_config({**posted.order, "ticket": self._num_tickets, "taken": taken})
+                message.content = make_content({**values_of(posted.content), ORDER: order})
+            self._traffic.downlink_bytes += posted.num_bytes
+            sent.append(_Sent(message, posted, self._num_tickets))
         ids = [message_id or "" for message_id in self._inner.push_messages(messages)]
-        for message_id, message, original, ticket in zip(ids, messages, originals, tickets, strict=False):
-            if message_id:
-                tensors, roomy = models.get(id(original), ({}, True))
-                self._on_the_way[message_id] = _Sent(message, tensors, ticket, roomy)
+        self._on_the_way |= {message_id: one for message_id, one in zip(ids, sent, strict=False) if message_id}
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -288,7 +297,8 @@ class UplinkGrid(Grid):
             sent = self._expect(reply)
             if sent is not None:
                 arrival = self._receive(reply, sent)
-                self.settle([arrival])
+                if arrival.update is not None:
+                    self.settle({arrival.node_id: arrival.ticket})
                 replies.append(_as_message(reply, arrival, sent, self._metrics))
         return replies
 
@@ -325,11 +335,9 @@ class UplinkGrid(Grid):
             if sent is not None:
                 yield self._receive(reply, sent)
 
-    def settle(self, arrivals: Iterable[Arrival]) -> None:
-        """These updates became part of the model. See Note [feedback over rounds]."""
-        for arrival in arrivals:
-            if arrival.update is not None:
-                self._taken[arrival.node_id] = arrival.ticket
+    def settle(self, tickets: Mapping[int, int]) -> None:
+        """The updates with these tickets, by node, became part of the model. See Note [feedback over rounds]."""
+        self._taken.update(tickets)
 
     def give_up(self, message_ids: Iterable[str], reason: str) -> list[Arrival]:
         """Wait no longer for the replies to these messages: should one still come, it counts for nothing."""
@@ -371,16 +379,23 @@ class UplinkGrid(Grid):
             self._refuse(reply.metadata.src_node_id, "reply to no message that is waiting for one")
         return sent
 
-    def _order(self, message: Message, ticket: int) -> ConfigRecord:
-        return ConfigRecord(
-            {
-                "codec": self._codec_text,
-                "feedback": self._feedback,
-                "key": zlib.crc32(f"{self._seed}/{self._round_of(message)}".encode()),
-                "ticket": ticket,
-                "taken": self._taken.get(message.metadata.dst_node_id, 0),
-            }
-        )
+    def _prepare(self, message: Message) -> _Posted:
+        """Read, encode and count once what goes to many."""
+        original, number = message.content, self._round_of(message)
+        message.content = content = self._encoder.encode(original, number)
+        num_bytes = content_bytes(message)
+        if category(message) != MessageType.TRAIN:
+            return _Posted(original, content, num_bytes)
+        model = model_of(original)
+        order: dict[str, ConfigValue] = {
+            "codec": self._codec_text,
+            "feedback": self._feedback,
+            "key": zlib.crc32(f"{self._seed}/{number}".encode()),
+        }
+        num_bytes += ConfigRecord({**order, "ticket": 0, "taken": 0}).count_bytes()
+        trained_bytes = 4 * sum(tensor.size for tensor in model.values() if is_trained(tensor))
+        roomy = _is_roomy(model, self._gate.max_update_norm)
+        return _Posted(original, content, num_bytes, order, model, trained_bytes, roomy)
 
     def _round_of(self, message: Message) -> int:
         """Number of the round where the strategy says it, as Flower's do; it only varies the rounding."""
@@ -412,26 +427,26 @@ class UplinkGrid(Grid):
             return Arrival(message_id, node_id, problem=str(refusal), refused=True, uplink_bytes=uplink_bytes)
         if update is not None:
             self._traffic.trained.append(node_id)
-            num_elements = sum(tensor.size for tensor in sent.tensors.values() if is_trained(tensor))
-            self._traffic.fp32_uplink_bytes += 4 * num_elements
+            self._traffic.fp32_uplink_bytes += sent.posted.trained_bytes
         return Arrival(message_id, node_id, update, metrics, uplink_bytes=uplink_bytes, ticket=sent.ticket)
 
     def _check_update(self, reply: Message, sent: _Sent) -> PartialUpdate:
         """Through the gate, which sees of the model only the parts that the reply is about; see Note [parts]."""
+        posted = sent.posted
         try:
-            masks, about = _parts(reply, sent.tensors)
+            masks, about = _parts(reply, posted.tensors)
         except Refused:
             raise
         except Exception as error:  # the record was built by somebody else: a border catches everything
             raise Refused(f"malformed reply ({type(error).__name__}: {error})") from error
         update = check_update(reply, about, self._codec, self._gate, self._metrics[MessageType.TRAIN])
-        for name, delta in () if sent.roomy else update.deltas.items():
+        for name, delta in () if posted.roomy else update.deltas.items():
+            tensor = about[name].reshape(-1)
             with np.errstate(over="ignore"):
                 # Added once here, so that what is accepted can be added.
-                if not np.isfinite(np.add(about[name], delta, dtype=about[name].dtype)).all():
+                if not np.isfinite(np.add(tensor, delta, dtype=tensor.dtype)).all():
                     raise Refused(f"tensor {name!r} would overflow with this update")
-        deltas = {name: delta.reshape(-1) for name, delta in update.deltas.items()}
-        return PartialUpdate(deltas, masks, update.num_samples, update.metrics, sent.tensors)
+        return PartialUpdate(update.deltas, masks, update.num_samples, update.metrics, posted.tensors)
 
     def _refuse(self, node_id: int, reason: str) -> None:
         self._traffic.refused.append(Refusal(node_id, reason))
@@ -448,11 +463,10 @@ def _is_roomy(model: Tensors, max_update_norm: float) -> bool:
 
 def _parts(reply: Message, sent: Tensors) -> tuple[dict[str, npt.NDArray[np.bool_]], Tensors]:
     """The masks that a reply declares, and of the model that was sent what it is about. Takes the record out."""
-    content = reply.content
-    if PARTS not in content:
+    records = values_of(reply.content)
+    if PARTS not in records:
         return {}, sent
-    record = content[PARTS]
-    del content[PARTS]
+    record = records.pop(PARTS)
     if not isinstance(record, ConfigRecord) or not len(record):
         raise Refused(f"{PARTS} is no record of parts")
     masks, about = {}, {}
@@ -475,7 +489,7 @@ def _as_message(reply: Message, arrival: Arrival, sent: _Sent, known: dict[str, 
         return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, f"refused: {arrival.problem}"), reply_to=sent.message)
     if arrival.update is None:
         metrics = dict(arrival.metrics or {})
-        reply.content = RecordDict({"metrics": MetricRecord({**metrics, NUM_SAMPLES: int(metrics[NUM_SAMPLES])})})
+        reply.content = make_content({"metrics": make_metrics({**metrics, NUM_SAMPLES: int(metrics[NUM_SAMPLES])})})
         return reply
     reply.content = whole_model(arrival.update, arrival.update.sent)
     return reply
@@ -497,5 +511,5 @@ def whole_model(update: PartialUpdate, base: Tensors) -> RecordDict:
         else:
             after = np.add(before, delta, dtype=before.dtype)
         model[name] = after.reshape(base[name].shape)
-    metrics = MetricRecord({NUM_SAMPLES: update.num_samples, **update.metrics})
-    return RecordDict({"arrays": write_arrays(model), "metrics": metrics})
+    metrics = make_metrics({NUM_SAMPLES: update.num_samples, **update.metrics})
+    return make_content({"arrays": write_arrays(model), "metrics": metrics})

@@ -49,6 +49,8 @@ class _Work(Generic[T, R]):
         self._taken = 0
         # One worker starts when it is asked: two threads that take turns with Python's lock cost more than they save.
         self._ahead = _AHEAD * workers if workers > 1 else 1
+        # Whoever takes the results is woken for several at a time: each time threads change places costs Python's lock.
+        self._enough = max(1, self._ahead // 2)
         self._started: dict[int, float] = {}
         self._serving: dict[int, threading.Thread] = {}
         self._threads: list[threading.Thread] = []
@@ -114,6 +116,7 @@ class _Work(Generic[T, R]):
                 while not self._stopped and self._next - self._taken >= self._ahead and self._next < len(self._items):
                     self._changed.wait()
                 if self._stopped or self._next >= len(self._items):
+                    self._changed.notify_all()  # there may never be enough
                     return
                 number = self._next
                 self._next += 1
@@ -132,4 +135,5 @@ class _Work(Generic[T, R]):
                     self._errors[number] = error
                 else:
                     self._results[number] = result
-                self._changed.notify_all()
+                if len(self._results) + len(self._errors) >= self._enough:
+                    self._changed.notify_all()

@@ -290,10 +290,10 @@ def test_only_the_model_is_the_result_and_both_are_counted() -> None:
 def test_what_is_added_to_gradients_needs_ram_on_the_device() -> None:
     """One vector of the model's size, as momentum does."""
     model_bytes = sum(tensor.nbytes for tensor in get_engine("torch").initial_state(SMALL.model, 0).values())
-    plain = Fleet(SMALL).cost(0).ram_bytes
+    plain = Fleet(SMALL).kind(0).cost.ram_bytes
     heavy = replace(SMALL, client=replace(SMALL.client, momentum=0.9))
     for recipe in (with_strategy(SMALL, "scaffold"), with_strategy(SMALL, "fedprox"), heavy):
-        assert Fleet(recipe).cost(0).ram_bytes == plain + model_bytes
+        assert Fleet(recipe).kind(0).cost.ram_bytes == plain + model_bytes
 
 
 def test_scaffold_is_refused_where_nobody_says_what_was_taken() -> None:

@@ -79,7 +79,7 @@ class DeviceEngine:
             return self._integers.train(model, state, data, config, seed)
         program = self._program(model, data, config.batch_size)
         rng = np.random.default_rng(seed)
-        order = np.stack([rng.permutation(len(data)) for _ in range(config.epochs)])
+        order = np.array([rng.permutation(len(data)) for _ in range(config.epochs)])
         try:
             trained, total = program.train(state, data.inputs, data.targets, order, config.lr, config.momentum)
         except ValueError as error:
