@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -75,8 +76,15 @@ def compile_library(command: tuple[str, ...], output: Path, extra: tuple[str, ..
     )
 
 
+_SWITCH = "EFFTRAIN_KERNELS"
+_SWITCH_KEY = os.environ.encodekey(_SWITCH)
+_VARIABLES: Any = getattr(os.environ, "_data", {_SWITCH_KEY: ""})
+
+
 def _switched_off() -> bool:
-    return os.environ.get("EFFTRAIN_KERNELS", "").lower() in ("off", "0", "false", "no")
+    # Asked at every call of a kernel. ``os.environ.get`` of a variable that is not there raises and catches inside: as
+    # long as a small tensor takes. So the dict behind it is asked first, if this Python has it.
+    return _SWITCH_KEY in _VARIABLES and os.environ.get(_SWITCH, "").lower() in ("off", "0", "false", "no")
 
 
 @functools.cache

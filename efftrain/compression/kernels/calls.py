@@ -390,7 +390,7 @@ def unpack_codes(packed: Bytes, n: int, bits: int) -> Bytes | Missing:
 def _at(array: npt.NDArray[Any] | None) -> Any:
     """An argument of a kernel, which keeps the array's memory until the call is over."""
     if array is None:
-        return ctypes.c_void_p()
+        return None
     flags = array.flags
     assert flags.c_contiguous, "kernels take contiguous arrays"
     if flags.writeable and array.size:  # a third of the time, which small tensors are made of
