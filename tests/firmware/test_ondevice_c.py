@@ -116,16 +116,16 @@ int main(int count, char **arguments)
 
 @pytest.mark.parametrize(("scheme", "rounding"), [("full", "master"), ("sparse", "stochastic")])
 def test_sanitizers_report_nothing_and_extremes_stay_equal(scheme: str, rounding: str, tmp_path: Path) -> None:
-    """300 steps, among them inputs that no sensor sends, at a learning rate that drives weights into their limits."""
+    """1,000 steps, among them inputs that no sensor sends, at a learning rate that drives weights into their limits."""
     program = build(scheme, rounding=rounding, learning_rate=2.0)
     folder = program.write(tmp_path)
     (folder / "main.c").write_text(HARNESS)
     harness = link(sanitized(), sources(folder), "harness")
     rng = np.random.default_rng(1)
-    samples = rng.integers(-128, 128, (300, *program.input_shape)).astype(np.int8)
+    samples = rng.integers(-128, 128, (1000, *program.input_shape)).astype(np.int8)
     samples[::7], samples[1::7], samples[2::7] = -128, 127, 0
     samples[3::7] = rng.choice(np.array([-128, 127], np.int8), samples[3::7].shape)
-    labels = rng.integers(0, 7, 300).astype(np.int32)
+    labels = rng.integers(0, 7, 1000).astype(np.int32)
     data = b"".join(x.tobytes() + y.tobytes() for x, y in zip(samples, labels, strict=True))
     (folder / "data.bin").write_bytes(data)
     result = subprocess.run([harness, "data.bin"], cwd=folder, capture_output=True, text=True)
