@@ -30,11 +30,11 @@ from efftrain.ondevice.ir import (
     TableGrad,
     TensorType,
     WeightUpdate,
-    verify,
 )
 from efftrain.ondevice.quantize import Quantized, fix
 from efftrain.ondevice.scheme import Trained
 from efftrain.ondevice.state import Rounding, moves_biases
+from efftrain.ondevice.verify import verify
 
 
 def differentiate(quantized: Quantized, trained: Mapping[str, Trained], rounding: Rounding = "master") -> StepGraph:

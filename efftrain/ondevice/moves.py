@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from efftrain.ondevice.constants import Layers
-from efftrain.ondevice.ir import ChannelTiles, Move, StepGraph, StepOp, verify
+from efftrain.ondevice.ir import ChannelTiles, Move, StepGraph, StepOp
 from efftrain.ondevice.memory import Arena, plan_arena
+from efftrain.ondevice.verify import verify
 
 
 def plan_with_moves(graph: StepGraph, layers: Layers) -> tuple[StepGraph, Arena]:

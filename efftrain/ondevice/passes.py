@@ -18,10 +18,10 @@ from efftrain.ondevice.ir import (
     StepOp,
     TensorType,
     WeightUpdate,
-    verify,
 )
 from efftrain.ondevice.streams import stream_rows
 from efftrain.ondevice.tiles import tile_channels
+from efftrain.ondevice.verify import verify
 
 Pass = Callable[[StepGraph, Layers, int | None], StepGraph]
 """From a step, the constants of its layers, and the bytes that a board has for the arena, if it matters."""

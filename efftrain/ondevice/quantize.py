@@ -58,9 +58,9 @@ from efftrain.ondevice.ir import (
     TableForward,
     TensorType,
     not_negative,
-    verify,
 )
 from efftrain.ondevice.reference import apply_function
+from efftrain.ondevice.verify import verify
 
 LOGIT_UNIT = 256 * math.log2(math.e)
 """Logits are counted in ln(2) / 256, so that a power of two is a table of 256 entries and a shift."""

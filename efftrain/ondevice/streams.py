@@ -22,10 +22,10 @@ from efftrain.ondevice.ir import (
     StepGraph,
     StepOp,
     TensorType,
-    verify,
 )
 from efftrain.ondevice.memory import step_bytes
 from efftrain.ondevice.overlap import first_row, rows_needed
+from efftrain.ondevice.verify import verify
 
 _MAX_OPS = 255
 

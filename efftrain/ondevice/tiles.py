@@ -22,9 +22,9 @@ from efftrain.ondevice.ir import (
     WeightUpdate,
     inner_ops,
     runs,
-    verify,
 )
 from efftrain.ondevice.memory import step_bytes
+from efftrain.ondevice.verify import verify
 
 _LANES = 4
 """Tiles have a multiple of so many channels: what kernels take at a time."""

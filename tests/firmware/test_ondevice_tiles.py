@@ -17,8 +17,9 @@ from efftrain.models import build_model
 from efftrain.ondevice import Board, Engine, Program, Scheme, compile
 from efftrain.ondevice.backends.toolchain import build, compile_objects
 from efftrain.ondevice.constants import ConvConstants, Optimizer, layer_of
-from efftrain.ondevice.ir import ChannelTiles, verify
+from efftrain.ondevice.ir import ChannelTiles
 from efftrain.ondevice.scheme import LayerShare
+from efftrain.ondevice.verify import verify
 from tests.firmware.compilers import COMPILERS, sanitized, sources
 from tests.firmware.test_ondevice_c import HARNESS
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from efftrain.errors import CompileError
 from efftrain.ondevice.frontend.canonicalize import canonicalize
 from efftrain.ondevice.frontend.operators import IDENTITIES, READERS, VIEWS, Call, shape_of, unsupported
-from efftrain.ondevice.ir import FloatGraph, FloatOp, TensorType, verify
+from efftrain.ondevice.ir import FloatGraph, FloatOp, TensorType
+from efftrain.ondevice.verify import verify
 
 
 def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
