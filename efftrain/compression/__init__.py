@@ -9,6 +9,7 @@
 """
 
 from efftrain.compression.codec import Codec
+from efftrain.compression.deflate import Deflate
 from efftrain.compression.feedback import Feedback, redistribute
 from efftrain.compression.floats import Fp8, Half, Mx
 from efftrain.compression.lowrank import LowRank, orthonormalize, start_factor
@@ -20,6 +21,7 @@ from efftrain.compression.wire import Payload
 
 __all__ = [
     "Codec",
+    "Deflate",
     "Feedback",
     "Fp8",
     "Half",

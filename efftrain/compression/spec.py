@@ -10,13 +10,14 @@ import difflib
 from typing import Any
 
 from efftrain.compression.codec import Codec
+from efftrain.compression.deflate import Deflate
 from efftrain.compression.lowrank import LowRank
 from efftrain.compression.quantize import Identity
 from efftrain.compression.sparsify import DENSE, RandomK, Sparse, Threshold, TopK
 from efftrain.compression.wire import MAX_ELEMENTS, Floats, unpack
 from efftrain.errors import ConfigError, PayloadError
 
-CODECS: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold, LowRank)
+CODECS: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold, LowRank, Deflate)
 
 _BY_NAME = {codec.__name__: codec for codec in CODECS}
 _BY_ID = {codec.codec_id: codec for codec in CODECS}
@@ -42,6 +43,8 @@ def format_codec(codec: Codec) -> str:
     inner = [value for value in knobs.values() if isinstance(value, Codec)]
     told = [f"{f.name}={v!r}" for f, v in knobs.items() if not isinstance(v, Codec) and v != f.default]
     text = f"{type(codec).__name__}({', '.join(told)})"
+    if isinstance(codec, Deflate):
+        return f"{format_codec(codec.codec)} >> {text}"
     return " >> ".join([text, *(format_codec(c) for c in inner if c != Identity())])
 
 
@@ -52,9 +55,18 @@ def codec_of(message: Any) -> Codec:
         PayloadError: The bytes are no payload or name an unknown codec.
     """
     parts = unpack(message)
-    if parts.codec_id not in _BY_ID:
-        raise PayloadError(f"payload names codec {parts.codec_id}, this efftrain knows {sorted(_BY_ID)}")
-    return _BY_ID[parts.codec_id]._from_params(parts.params)
+    return codec_from(parts.codec_id, parts.params)
+
+
+def codec_from(codec_id: int, params: bytes) -> Codec:
+    """The codec of this number and these parameters, as payloads have them.
+
+    Raises:
+        PayloadError: The number is unknown, or the parameters are none of that codec.
+    """
+    if codec_id not in _BY_ID:
+        raise PayloadError(f"payload names codec {codec_id}, this efftrain knows {sorted(_BY_ID)}")
+    return _BY_ID[codec_id]._from_params(params)
 
 
 def decode(message: Any, *, max_elements: int = MAX_ELEMENTS) -> Floats:
@@ -72,10 +84,12 @@ def decode(message: Any, *, max_elements: int = MAX_ELEMENTS) -> Floats:
 def _build(node: ast.expr, text: str) -> Codec:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
         first, then = _build(node.left, text), _build(node.right, text)
+        if isinstance(then, Deflate):
+            return then.__rrshift__(first)
         if not isinstance(first, Sparse):
             raise ConfigError(
-                f"codec {text!r}: {type(first).__name__} sends its values itself, nothing can follow it. "
-                "Only a sparse codec such as TopK can be followed by >>."
+                f"codec {text!r}: {type(first).__name__} sends its values itself, only Deflate can follow it. "
+                "A sparse codec such as TopK can be followed by the codec of its values."
             )
         return first >> then
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efftrain.compression import Codec, Feedback, LowRank, Payload, orthonormalize, start_factor
+from efftrain.compression import Codec, Deflate, Feedback, LowRank, Payload, orthonormalize, start_factor
 from efftrain.compression.compact import add_slot, fill_slot, slot_bytes
 from efftrain.compression.feedback import Owed
 from efftrain.compression.lowrank import expand
 from efftrain.compression.wire import Bytes, Floats
-from efftrain.errors import NonFiniteError
+from efftrain.errors import ConfigError, NonFiniteError
 from efftrain.parallel.backends import Pending, Transport
 
 # W ranks; B bytes of a message
@@ -139,6 +139,16 @@ class Link:
 
 
 Algorithm: TypeAlias = Callable[[Sequence[Piece], Link], Steps]
+
+
+def refuse_deflate(codec: Codec) -> None:
+    """Ranks send each other slots of the largest size, which DEFLATE does not make smaller.
+
+    Raises:
+        ConfigError: ``codec`` is a ``Deflate``.
+    """
+    if isinstance(codec, Deflate):
+        raise ConfigError(f"ranks exchange slots of one size, in which Deflate saves nothing; take {codec.codec}")
 
 
 def gather(pieces: Sequence[Piece], link: Link) -> Steps:

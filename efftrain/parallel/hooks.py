@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from efftrain.compression import Codec, Feedback, LowRank
 from efftrain.errors import ConfigError
 from efftrain.parallel.backends.torch import TorchTransport
-from efftrain.parallel.collectives import Link, Piece, Steps, choose, reduce_scatter
+from efftrain.parallel.collectives import Link, Piece, Steps, choose, reduce_scatter, refuse_deflate
 
 # W ranks; S elements of a shard
 
@@ -94,6 +94,7 @@ def compress_ddp(
     Raises:
         ConfigError: The codec has nothing to encode.
     """
+    refuse_deflate(codec)
     if codec.combine == "sum":
         raise ConfigError(f"{codec} is what DDP does by itself; leave the hook out")
     hook = CompressedHook(model, codec, momentum, seed)
@@ -216,6 +217,7 @@ def compress_fsdp(model: nn.Module, codec: Codec, *, seed: int = 0) -> Compresse
     Raises:
         ConfigError: Nothing is sharded, or the codec is ``LowRank`` or has nothing to encode.
     """
+    refuse_deflate(codec)
     if isinstance(codec, LowRank) or codec.combine == "sum":
         raise ConfigError(f"{codec} cannot encode the shards of a module; take TopK, Int8 or another gathered codec")
     sharded = [(name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)]

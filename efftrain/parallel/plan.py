@@ -12,6 +12,7 @@ from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
 from efftrain.parallel.axes import Axes
 from efftrain.parallel.backends import Transport
+from efftrain.parallel.collectives import refuse_deflate
 from efftrain.parallel.data import DataParallel
 from efftrain.parallel.divided import divided
 from efftrain.parallel.layout import Layout
@@ -361,6 +362,7 @@ class Plan:
             )
 
     def _check_data_axis(self) -> None:
+        refuse_deflate(self.codec)
         plain = isinstance(self.codec, Identity)
         if self.backend == "horovod" and self.is_divided:
             raise ConfigError(

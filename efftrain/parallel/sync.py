@@ -46,6 +46,7 @@ from efftrain.parallel.collectives import (
     hierarchical,
     low_rank,
     num_collectives,
+    refuse_deflate,
     ring_bytes,
 )
 from efftrain.parallel.feedback import AXES, of_replicas
@@ -103,12 +104,14 @@ class GradSync(Replicas):
         config: See ``SyncConfig``.
 
     Raises:
-        ConfigError: Codec and ``node_size`` do not go together, or the nodes do not divide the ranks.
+        ConfigError: See ``refuse_deflate``; codec and ``node_size`` do not go together, or the nodes do not divide the
+            ranks.
     """
 
     is_divided = False
 
     def __init__(self, codec: Codec, transport: Transport, config: SyncConfig | None = None) -> None:
+        refuse_deflate(codec)
         super().__init__(transport)
         self.codec, self.config = codec, config or SyncConfig()
         if self.config.whole_buckets and codec.combine in ("sum", "low_rank"):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 
 from efftrain.compression import (
     Codec,
+    Deflate,
     Feedback,
     Fp8,
     Half,
@@ -76,6 +77,10 @@ CODECS: list[Codec] = [
     LowRank(),
     LowRank(1),
     LowRank(7),
+    Int8(block=16) >> Deflate(),
+    IntN(2, block=9) >> Deflate(6),
+    TopK(0.1) >> Int8(block=5) >> Deflate(9),
+    Identity() >> Deflate(),
 ]
 # What rounds an element to nearest (or sends it whole, or not at all) loses nothing, to the bit: the difference of two
 # numbers within a factor of two is exact. A number replaced by one much larger or of another sign leaves an error of
@@ -520,3 +525,20 @@ def test_any_bytes_at_all(data: bytes) -> None:
 @given(codecs())
 def test_text_and_codec_are_the_same(codec: Codec) -> None:
     assert parse_codec(format_codec(codec)) == codec
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (zlib.compress(bytes(1 << 24), 9, -15), "at most 32 bytes"),  # a bomb: 16 KB that would be 16 MB
+        (zlib.compress(bytes(32), 9, -15) + b"\0", "at most 32 bytes"),
+        (zlib.compress(bytes(32), 9, -15)[:-1], "at most 32 bytes"),
+        (b"\xff", "no DEFLATE stream"),
+    ],
+)
+def test_a_deflated_body_is_one_stream_of_the_right_length(body: bytes, problem: str) -> None:
+    codec = Int8(block=4) >> Deflate()
+    data = bytearray(bytes(codec.encode(np.zeros(16, np.float32)))[:23] + b"\1" + body)
+    data[14:18] = struct.pack("<I", zlib.crc32(data[18:], zlib.crc32(data[:14])))
+    with pytest.raises(PayloadError, match=problem):
+        decode(bytes(data))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efftrain.compression import Int8, LowRank, TopK
+from efftrain.compression import Deflate, Int8, LowRank, TopK
 from efftrain.config import load_recipe
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
@@ -51,6 +51,7 @@ def example(name: str) -> Tensor:
         ({"pipeline": 4, "schedule": "interleaved_1f1b", "microbatches": 10, "data": 1}, None),
         ({"pipeline": 4, "schedule": "interleaved_1f1b", "microbatches": 13}, "take 12"),
         ({"pipeline": 2, "schedule": "zbv", "shard": "full"}, r"Take shard=grads, or schedule=interleaved_1f1b"),
+        ({"codec": Int8() >> Deflate()}, r"Deflate saves nothing; take Int8\(block=256"),
         ({"exchange": "ddp", "codec": Int8()}, r"DDP carries no codec .* take exchange=gradsync"),
         ({"exchange": "ddp", "pipeline": 2, "schedule": "zbv"}, r"DDP's hooks .* schedule zbv; take exchange=gradsync"),
         ({"exchange": "ddp", "tensor": 2}, r"DDP's hooks do not see"),
