@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from efftrain.errors import ConfigError, ReplicaError
-from efftrain.parallel.backends import Transport
+from efftrain.parallel.backends import Pending, Transport
 from efftrain.parallel.local import local
 from efftrain.training.exchange import Agreement, local_grad_norm
 
@@ -28,9 +28,16 @@ def sum_numbers(transport: Transport, values: Sequence[float]) -> list[float]:
 
     Gathered, since a ring takes ``2 (W - 1)`` messages one after the other, and few bytes cost nothing but time.
     """
-    message = torch.from_numpy(np.array(values, np.float64).view(np.uint8)).to(transport.device)
-    rows = transport.all_gather(message).wait().cpu().numpy()
-    return [float(total) for total in rows.view(np.float64).sum(axis=0)]
+    return _total(_send(transport, values))
+
+
+def _send(transport: Transport, values: Sequence[float]) -> Pending:
+    """Start ``sum_numbers``; ``_total`` waits for it."""
+    return transport.all_gather(torch.from_numpy(np.array(values, np.float64).view(np.uint8)).to(transport.device))
+
+
+def _total(pending: Pending) -> list[float]:
+    return [float(total) for total in pending.wait().cpu().numpy().view(np.float64).sum(axis=0)]
 
 
 def count_ranks(transport: Transport, names: Sequence[str], absent: Iterable[str]) -> list[int]:
@@ -79,14 +86,16 @@ class Replicas(TransportLine, ABC):
         self.replica, self.num_replicas = transport.rank, transport.world_size
 
     def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
-        """See ``Exchange``. All ranks hold the whole average, so that its norm needs no question."""
+        """See ``Exchange``. All ranks hold the whole average: its norm needs no question, and is taken meanwhile."""
         own = float(loss)
         healthy = took_part and math.isfinite(own)
-        num_healthy, total, lacking = self.sum([healthy, own if healthy else 0.0, self.lacks_gradients])
+        asked = _send(self._transport, [healthy, own if healthy else 0.0, self.lacks_gradients])
+        norm = local_grad_norm(model)
+        num_healthy, total, lacking = _total(asked)
         healthy = num_healthy == self.world_size
         if lacking and healthy:
             self.leave_out()
-        norm = local_grad_norm(model)
+            norm = local_grad_norm(model)
         return Agreement(healthy and bool(torch.isfinite(norm)), total / self.num_replicas, norm)
 
     @property
