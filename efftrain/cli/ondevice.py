@@ -6,19 +6,17 @@ Without data of the user's, programs are calibrated on noise. Memory, MACs and f
 from __future__ import annotations
 
 import difflib
-import math
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from efftrain.cli.console import JsonOption, print_json, progress, say
+from efftrain.cli.ondevice_choices import compared, scheme_dict
+from efftrain.cli.ondevice_compiler import Compiler, Request, one_model
 from efftrain.cli.ondevice_output import (
-    SchemeRow,
     print_compared,
     print_plan,
     print_run,
@@ -26,27 +24,20 @@ from efftrain.cli.ondevice_output import (
     with_timeline,
     write_report,
 )
-from efftrain.cli.profile import parse_shape
 from efftrain.errors import BudgetError, ClaimError, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from torch import Tensor, nn
 
-    from efftrain.ondevice import Board, BoardEngine, Engine, Program, Scheme
+    from efftrain.ondevice import BoardEngine, Engine, Program
     from efftrain.ondevice.backends.qemu import QemuEngine
-    from efftrain.ondevice.memory import MemoryPlan
 
     Samples = npt.NDArray[np.float32]
 
 app = typer.Typer(no_args_is_help=True, help="Train on a microcontroller: memory plan, C99, emulated runs.")
 
 TARGETS = ("simulator", "host", "unicorn-m7", "unicorn-m4", "qemu-m7", "qemu-m4")
-_NUM_SAMPLES = 16
-_LARGEST_INPUT = 1 << 24
-_UNLIMITED_BYTES = 1 << 40
-_COMPARED = ("last_layer", "bias_only", "sparse", "last_k=3", "full")
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A shipped model's name, or path/to/file.py:Class of your own.")
@@ -97,28 +88,6 @@ CalibrationOption = Annotated[
 SyntheticOption = Annotated[bool, typer.Option("--synthetic", help="Take seeded normal noise as data, and say so.")]
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What all three verbs are told."""
-
-    model: str
-    scheme: str
-    classes: int | None
-    input_shape: str | None
-    board: str
-    ram: int | None
-    rounding: str | None
-    loss: str | None
-    input_in_place: bool
-    momentum: float
-    batch: int
-    lr: float
-    seed: int
-    weights: Path | None
-    calibration: Path | None
-    synthetic: bool
-
-
 @app.command("plan")
 def plan_command(
     model_name: ModelArgument = None,
@@ -150,21 +119,21 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Print RAM by part, flash and MACs of training a model, before anything is compiled."""
-    request = _Request(
-        _one_model(model_name, model),
+    request = Request(
+        one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
         *(weights, calibration, synthetic),
     )
-    compiler = _Compiler(request)
+    compiler = Compiler(request)
     refusal, program = _plan(compiler)
     plan = program.plan
-    rows = _compared(compiler, plan) if (not as_json if compare is None else compare) else []
+    rows = compared(compiler, plan) if (not as_json if compare is None else compare) else []
     steps = _waterfall(compiler, program) if show_waterfall or out is not None else []
     found = {
         **_header(request, program),
         **plan.to_dict(),
         "fits": refusal is None,
-        **({"schemes": [_scheme_dict(*row) for row in rows]} if rows else {}),
+        **({"schemes": [scheme_dict(*row) for row in rows]} if rows else {}),
         **({"waterfall": steps} if steps else {}),
     }
     page = None if out is None else write_report(out, with_timeline(found, program), seed)
@@ -208,12 +177,12 @@ def build_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write a folder of C99 that trains the model on the board."""
-    request = _Request(
-        _one_model(model_name, model),
+    request = Request(
+        one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
         *(weights, calibration, synthetic),
     )
-    compiler = _Compiler(request)
+    compiler = Compiler(request)
     program = compiler.compile(name=name)
     folder = program.write(out)
     planned = {**_header(request, program), **program.plan.to_dict(), "waterfall": _waterfall(compiler, program)}
@@ -249,8 +218,8 @@ def run_command(
     as_json: JsonOption = False,
 ) -> None:
     """Train a few steps on a target, and compare every bit of what it learned with the simulator and the host."""
-    request = _Request(
-        _one_model(model_name, model),
+    request = Request(
+        one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
         *(weights, calibration, synthetic),
     )
@@ -258,7 +227,7 @@ def run_command(
         raise ConfigError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}.{_near(target, TARGETS)}")
     if steps < 1:
         raise ConfigError(f"--steps: expected 1 or more, found {steps}.")
-    compiler = _Compiler(request)
+    compiler = Compiler(request)
     program = compiler.compile()
     found = _run(program, compiler.samples, target, steps, seed)
     result = {**_header(request, program), "target": target, "steps": steps, **program.plan.to_dict(), **found}
@@ -274,79 +243,7 @@ def run_command(
         )
 
 
-# --- compiling --------------------------------------------------------------------------------------------------------
-
-
-class _Compiler:
-    """Everything that was asked for, loaded and checked, ready to compile."""
-
-    def __init__(self, request: _Request) -> None:
-        from efftrain.ondevice import Scheme
-        from efftrain.ondevice.constants import Optimizer
-
-        self.request = request
-        if request.rounding not in (None, "master", "stochastic"):
-            raise ConfigError(f"--rounding: expected master or stochastic, found {request.rounding!r}.")
-        if not 0 <= request.seed < 1 << 32:
-            raise ConfigError(f"--seed: expected 0 or more and less than 2^32, found {request.seed}.")
-        if request.calibration is not None and request.synthetic:
-            raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
-        if request.loss not in (None, "cross_entropy", "squared_error"):
-            raise ConfigError(f"--loss: expected cross_entropy or squared_error, found {request.loss!r}.")
-        try:
-            self.optimizer = Optimizer(momentum=request.momentum, batch=request.batch)
-        except ValueError as error:
-            raise ConfigError(f"--momentum, --batch: {error}.") from error
-        self.scheme = Scheme.parse(request.scheme)
-        self.board = _board(request.board, request.ram)
-        self.model = _model(request)
-        own = getattr(self.model, "loss", None)
-        self.loss = request.loss or (own if isinstance(own, str) else "cross_entropy")
-        self.example = _example(request, self.model)
-        self.samples = self._samples()
-
-    def compile(
-        self, scheme: Scheme | None = None, board: Board | None = None, name: str = "model", *, must_fit: bool = True
-    ) -> Program:
-        """The program, for another scheme or board than asked for if given."""
-        from efftrain.ondevice import compile
-        from efftrain.ondevice.constants import Loss
-        from efftrain.ondevice.scheme import PUBLISHED
-        from efftrain.ondevice.state import Rounding
-
-        scheme = scheme or self.scheme
-        usual = "stochastic" if scheme.name in PUBLISHED else "master"
-        with redirect_stdout(sys.stderr):
-            return compile(
-                self.model,
-                self.example,
-                scheme=scheme,
-                board=board or self.board,
-                calibration=self.samples,
-                learning_rate=self.request.lr,
-                seed=self.request.seed,
-                rounding=cast("Rounding", self.request.rounding or usual),
-                name=name,
-                loss=cast("Loss", self.loss),
-                optimizer=self.optimizer,
-                copy_input=not self.request.input_in_place,
-                must_fit=must_fit,
-            )
-
-    def _samples(self) -> Samples:
-        import numpy as np
-
-        shape = tuple(self.example.shape[1:])
-        if self.request.calibration is not None:
-            samples = _load_samples(self.request.calibration, shape)
-        else:
-            why = "--synthetic" if self.request.synthetic else "no --calibration given"
-            say(f"data: seeded normal noise ({why}); memory and MACs do not depend on it, accuracy does")
-            samples = np.random.default_rng(self.request.seed).normal(size=(_NUM_SAMPLES, *shape)).astype(np.float32)
-        return samples.reshape(*samples.shape, 1, 1) if samples.ndim == 2 else samples
-
-
-def _plan(compiler: _Compiler) -> tuple[BudgetError | None, Program]:
+def _plan(compiler: Compiler) -> tuple[BudgetError | None, Program]:
     """The program, and why it does not fit if it does not."""
     try:
         return None, compiler.compile()
@@ -354,141 +251,15 @@ def _plan(compiler: _Compiler) -> tuple[BudgetError | None, Program]:
         return error, compiler.compile(must_fit=False)
 
 
-def _waterfall(compiler: _Compiler, program: Program) -> list[dict[str, Any]]:
+def _waterfall(compiler: Compiler, program: Program) -> list[dict[str, Any]]:
     from efftrain.ondevice.waterfall import waterfall
 
     return [step.to_dict() for step in waterfall(program, compiler.request.lr)]
 
 
-def _unlimited(board: Board) -> Board:
-    return replace(board, ram_bytes=_UNLIMITED_BYTES, flash_bytes=_UNLIMITED_BYTES)
-
-
-def _one_model(argument: str | None, option: str | None) -> str:
-    if (argument is None) == (option is None):
-        found = "none" if argument is None else "both"
-        raise ConfigError(f"Name one model, as MODEL or with --model; found {found}.")
-    name = cast(str, option if argument is None else argument)
-    if name.endswith(".py"):
-        raise ConfigError(f"Model {name!r}: name the class too, as in {name}:Net.")
-    return name
-
-
-def _board(name: str, ram: int | None) -> Board:
-    from efftrain.ondevice import Board
-
-    board = Board.load(name) if name.endswith(".toml") else Board.named(name)
-    if ram is None:
-        return board
-    if not 0 < ram < _UNLIMITED_BYTES:
-        raise ConfigError(f"--ram: expected bytes above 0, found {ram}.")
-    return replace(board, ram_bytes=ram)
-
-
-def _model(request: _Request) -> nn.Module:
-    """Weights from the seed, or from a file."""
-    import torch
-
-    from efftrain.models import build_model
-
-    options = {} if request.classes is None else {"num_classes": request.classes}
-    # What a user's file prints is not our output: stdout may be read as JSON.
-    with torch.random.fork_rng(devices=[]), redirect_stdout(sys.stderr):
-        torch.manual_seed(request.seed)
-        model = build_model(request.model, **options)
-    if request.weights is None:
-        say(f"weights: random, from seed {request.seed}; give --weights file.safetensors for trained ones")
-    else:
-        _load_weights(model, request.weights)
-    return model
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    path = path / "model.safetensors" if path.is_dir() else path  # as save_pretrained writes it
-    if not path.is_file():
-        raise ConfigError(f"--weights: there is no file {path}.")
-    try:
-        model.load_state_dict(load_file(path))
-    except Exception as error:  # the parser has its own exceptions, load_state_dict raises RuntimeError
-        raise ConfigError(f"--weights: {path} does not fit the model ({error}).") from error
-
-
-def _example(request: _Request, model: nn.Module) -> Tensor:
-    import torch
-
-    shape = parse_shape(request.input_shape) if request.input_shape is not None else getattr(model, "input_shape", None)
-    if not isinstance(shape, tuple):
-        raise ConfigError(
-            f"Model {request.model!r} does not say what its input is. Give the shape of one sample with --input, such "
-            "as --input 3x96x96, or set input_shape in the class."
-        )
-    if math.prod(shape) > _LARGEST_INPUT:
-        raise ConfigError(f"--input: expected at most {_LARGEST_INPUT} elements, found {request.input_shape!r}.")
-    dtype = getattr(model, "input_dtype", torch.float32)
-    if dtype != torch.float32:
-        raise ConfigError(f"Model {request.model!r} takes {dtype}; a device program takes real numbers.")
-    return torch.zeros((1, *shape))
-
-
-def _load_samples(path: Path, shape: tuple[int, ...]) -> Samples:
-    import numpy as np
-
-    if not path.is_file():
-        raise ConfigError(f"--calibration: there is no file {path}.")
-    try:
-        samples = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy lets parsers' own exceptions through
-        raise ConfigError(f"--calibration: {path} is no .npy file of numbers ({error}).") from error
-    if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f" or samples.shape[1:] != shape:
-        found = f"{samples.dtype} {samples.shape}" if isinstance(samples, np.ndarray) else "an archive"
-        raise ConfigError(f"--calibration: {path}: expected real numbers of shape (N, {str(shape)[1:]}, found {found}.")
-    return samples.astype(np.float32)
-
-
 def _near(word: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-# --- the table of schemes ---------------------------------------------------------------------------------------------
-
-
-def _compared(compiler: _Compiler, asked: MemoryPlan) -> list[SchemeRow]:
-    """Plans of the usual schemes, of the published ones if they are for this model, and of the one asked for."""
-    from efftrain.ondevice import Scheme
-    from efftrain.ondevice.scheme import PUBLISHED
-
-    names = [*_COMPARED, *(PUBLISHED if compiler.request.model == "mcunet-5fps" else ())]
-    rows: list[SchemeRow] = [(compiler.scheme.name, asked, _smallest_board(asked))]
-    with progress("planning other schemes") as advance:
-        for done, name in enumerate(names):
-            advance(done, len(names), name)
-            if name == compiler.scheme.name:
-                continue
-            try:
-                plan = compiler.compile(Scheme.parse(name), _unlimited(compiler.board)).plan
-            except ConfigError:  # a scheme for more layers than this model has
-                continue
-            rows.append((name, plan, _smallest_board(plan)))
-        advance(len(names), len(names))
-    return sorted(rows, key=lambda row: row[1].total_ram_bytes)
-
-
-def _smallest_board(plan: MemoryPlan) -> str | None:
-    from efftrain.ondevice import Board
-
-    boards = sorted(map(Board.named, Board.names()), key=lambda board: (board.ram_bytes, board.flash_bytes, board.name))
-    for board in boards:
-        if plan.total_ram_bytes <= board.ram_bytes and plan.flash_bytes <= board.flash_bytes:
-            return board.name
-    return None
-
-
-def _scheme_dict(name: str, plan: MemoryPlan, board: str | None) -> dict[str, Any]:
-    keys = ("total_ram_bytes", "arena_bytes", "trained_state_bytes", "flash_bytes", "macs_forward", "macs_backward")
-    return {"scheme": name, **{key: getattr(plan, key) for key in keys}, "smallest_board": board}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -560,7 +331,7 @@ def _training(steps: int, num_engines: int) -> Iterator[Any]:
         yield step
 
 
-def _header(request: _Request, program: Program) -> dict[str, Any]:
+def _header(request: Request, program: Program) -> dict[str, Any]:
     return {
         "model": request.model,
         "scheme": program.scheme.name,
