@@ -70,7 +70,7 @@ class Compiler:
 
     def __init__(self, request: Request) -> None:
         from efftrain.ondevice import Scheme
-        from efftrain.ondevice.constants import Optimizer
+        from efftrain.ondevice.constants import LOSSES, Optimizer
 
         self.request = request
         if request.rounding not in (None, "master", "stochastic"):
@@ -79,7 +79,7 @@ class Compiler:
             raise ConfigError(f"--seed: expected 0 or more and less than 2^32, found {request.seed}.")
         if request.calibration is not None and request.synthetic:
             raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
-        if request.loss not in (None, "cross_entropy", "squared_error"):
+        if request.loss not in (None, *LOSSES):
             raise ConfigError(f"--loss: expected cross_entropy or squared_error, found {request.loss!r}.")
         try:
             self.optimizer = Optimizer(momentum=request.momentum, batch=request.batch)
@@ -88,8 +88,7 @@ class Compiler:
         self.scheme = Scheme.parse(request.scheme)
         self.board = _board(request.board, request.ram)
         self.model = _model(request)
-        own = getattr(self.model, "loss", None)
-        self.loss = request.loss or (own if isinstance(own, str) else "cross_entropy")
+        self.loss = request.loss or _own_loss(request.model, self.model)
         self.example = _example(request, self.model)
         self.samples = self._samples()
 
@@ -161,6 +160,21 @@ def _model(request: Request) -> nn.Module:
     else:
         _load_weights(model, request.weights)
     return model
+
+
+def _own_loss(name: str, model: nn.Module) -> str:
+    """What a model says with a string ``loss``; a method or a module of that name is the user's own business."""
+    from efftrain.ondevice.constants import LOSSES
+
+    own = getattr(model, "loss", LOSSES[0])
+    if not isinstance(own, str):
+        return LOSSES[0]
+    if own not in LOSSES:
+        raise ConfigError(
+            f"Model {name!r}: its attribute loss is {own!r}; expected {' or '.join(LOSSES)}. Rename it, or choose with "
+            "--loss."
+        )
+    return own
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

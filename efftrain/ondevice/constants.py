@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ Reals = npt.NDArray[np.float64]
 
 _Array = TypeVar("_Array", Ints, Reals)
 Loss = Literal["cross_entropy", "squared_error"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 BIAS_LIMIT = 1 << 30
 MASTER_LOW, MASTER_HIGH = -32640, 32639

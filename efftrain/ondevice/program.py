@@ -16,7 +16,7 @@ from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.calibrate import Method, as_maps, calibrate
-from efftrain.ondevice.constants import ConvConstants, Layers, Loss, Number, Optimizer, layer_of
+from efftrain.ondevice.constants import LOSSES, ConvConstants, Layers, Loss, Number, Optimizer, layer_of
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.code_size import code_bytes
 from efftrain.ondevice.emit.names import check_identifier
@@ -248,6 +248,8 @@ def compile(
     check_identifier(name)
     if rounding not in ("master", "stochastic"):
         raise ConfigError(f"rounding {rounding!r} is not known; known are master and stochastic")
+    if loss not in LOSSES:
+        raise ConfigError(f"loss {loss!r} is not known; known are {' and '.join(LOSSES)}")
     optimizer = optimizer or Optimizer()
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board

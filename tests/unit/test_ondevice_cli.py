@@ -41,6 +41,10 @@ class Gelu(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(144, 2))
 
+class Ce(Net):
+    input_shape = (3, 8, 8)
+    loss = "ce"
+
 class Broken(nn.Module):
     def __init__(self):
         raise KeyError("no such thing")
@@ -292,6 +296,8 @@ def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
     found = object_of(run("run", "fc-autoencoder", "--scheme", "last_layer", "--target", "host", "--json"))
     assert (found["loss"], found["bit_equal"]) == ("squared_error", True)
     assert object_of(run("plan", "watch-cnn", "--json"))["loss"] == "cross_entropy"
+    chosen = object_of(run("plan", "net.py:Ce", "--scheme", "full", "--loss", "cross_entropy", "--json"))
+    assert chosen["loss"] == "cross_entropy", "what is chosen counts, whatever the class says"
 
 
 @pytest.mark.parametrize(
@@ -321,6 +327,7 @@ def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
         (("watch-cnn", "--batch", "3"), "--momentum, --batch: batch is 3"),
         (("watch-cnn", "--rounding", "up"), "expected master or stochastic, found 'up'"),
         (("watch-cnn", "--loss", "mse"), "expected cross_entropy or squared_error, found 'mse'"),
+        (("net.py:Ce",), "'net.py:Ce': its attribute loss is 'ce'; expected cross_entropy or squared_error. Rename it"),
         (("watch-cnn", "--loss", "squared_error"), "compares 7 outputs with 768 inputs"),
         (("watch-cnn", "--lr", "nan"), "the learning rate is nan"),
         (("watch-cnn", "--seed", "-1"), "--seed: expected 0 or more"),

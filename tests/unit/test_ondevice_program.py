@@ -210,6 +210,8 @@ def test_unknown_names_are_refused() -> None:
             build("none", name=bad)
     with pytest.raises(ConfigError, match="rounding"):
         build("none", rounding="up")
+    with pytest.raises(ConfigError, match="loss 'mse' is not known; known are cross_entropy and squared_error"):
+        build("none", loss="mse")
     for rate in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="learning rate"):
             build("none", learning_rate=rate)
