@@ -29,6 +29,7 @@ from efftrain.parallel.stages import StageCut, cut_model, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
+from efftrain.training.job import first_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +299,7 @@ class Plan:
         momentum: float,
         seed: int,
     ) -> Job:
-        device = next(model.parameters()).device
+        device, names = next(model.parameters()).device, first_names(model)
         data = self.replicas(mesh.world_size())
         axes = Axes.make(
             device,
@@ -318,7 +319,15 @@ class Plan:
             sync=replace(self.sync, momentum=momentum, seed=seed),
         )
         optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
-        return Job(part, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange, compute=compute)
+        return Job(
+            part,
+            optimizer=optimizer,
+            step=step,
+            total_steps=total_steps,
+            exchange=exchange,
+            compute=compute,
+            names=names,
+        )
 
     def _exchange(self, transport: Transport, momentum: float, seed: int) -> Exchange:
         plain = isinstance(self.codec, Identity) and self.backend == "torch"

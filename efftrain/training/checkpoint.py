@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from efftrain.errors import CheckpointError
 from efftrain.training.exchange import Exchange, Line
-from efftrain.training.job import Job
+from efftrain.training.job import Job, first_names
 
 FORMAT_VERSION = 2
 KEEP = 2
@@ -171,7 +171,8 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     """
     meta = _read_meta(checkpoint)
     _check_state(checkpoint, meta)
-    own = {f"model/{name}": value for name, value in model.state_dict().items()}
+    first = first_names(model)
+    own = {f"model/{first[name]}": value for name, value in model.state_dict().items()}
     shapes = _shapes(checkpoint / _STATE)
     for name, value in own.items():
         if shapes.get(name) != tuple(value.shape):

@@ -40,6 +40,15 @@ class StepConfig:
             raise ValueError(f"check_replicas_every is {self.check_replicas_every}, expected 0 or more")
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor: layers may share a weight.
+
+    Found before a plan divides the model: a rank that holds one of the layers knows the name as well.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update did."""
@@ -66,6 +75,7 @@ class Job:
             sets it.
         exchange: The other ranks.
         compute: Forward and backward passes; ``WholeModel`` if left out. One that was made with its exchange.
+        names: ``first_names`` of the whole model, if this is a part of it.
     """
 
     def __init__(
@@ -78,8 +88,10 @@ class Job:
         total_steps: int | None = None,
         exchange: Exchange | None = None,
         compute: Compute | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
+        self._first_name = names or first_names(model)
         self.optimizer_config = optimizer or OptimizerConfig()
         self.step_config = step or StepConfig()
         self.total_steps = total_steps
@@ -170,7 +182,7 @@ class Job:
 
         What this rank holds of them: all, equal on all ranks, unless ``exchange.is_divided``.
         """
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors = self._weights()
         numbers: dict[str, Any] = {
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
@@ -198,9 +210,10 @@ class Job:
                 f"checkpoint was written with optimizer {numbers.get('optimizer')!r}, this run has "
                 f"{self.optimizer_config.name!r}; resume with the optimizer of the checkpoint"
             )
-        own = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        own = self._weights()
         saved = {name for name in shapes if name.startswith("model/")}
-        foreign = set() if self.exchange.is_divided else saved - own.keys()
+        second = {f"model/{name}" for name, first in self._first_name.items() if name != first}
+        foreign = saved & second if self.exchange.is_divided else saved - own.keys()
         for name in sorted(own.keys() | foreign):
             if name not in own or name not in saved or tuple(own[name].shape) != tuple(shapes[name]):
                 expected = tuple(own[name].shape) if name in own else "no such tensor"
@@ -226,9 +239,8 @@ class Job:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` gave: the tensors of ``expect``, filled."""
-        self.model.load_state_dict(
-            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        )
+        names = self.model.state_dict().keys()
+        self.model.load_state_dict({name: tensors[f"model/{self._first_name[name]}"] for name in names})
         trained = self._trained()
         self.optimizer.state.clear()
         for full, value in tensors.items():
@@ -239,10 +251,14 @@ class Job:
         self.num_steps, self.num_skipped = int(numbers["num_steps"]), int(numbers["num_skipped"])
         self._skipped_in_a_row = int(numbers["skipped_in_a_row"])
 
+    def _weights(self) -> dict[str, Tensor]:
+        """What this rank holds of the model, each tensor once, under the name that all plans call it by."""
+        return {f"model/{self._first_name[name]}": value for name, value in self.model.state_dict().items()}
+
     def _trained(self) -> dict[str, Tensor]:
         """The optimizer's parameters by name."""
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        return {name: p for name, p in self.model.named_parameters() if id(p) in known}
+        return {self._first_name[name]: p for name, p in self.model.named_parameters() if id(p) in known}
 
     def _count_skip(self) -> None:
         self.num_skipped += 1

@@ -1,0 +1,56 @@
+"""What ranks do with models as users write them: layers that share a weight, scalars, batch norm."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efftrain.parallel import Plan, mesh
+from efftrain.training import Job, OptimizerConfig
+from tests.distributed.jobs import in_group
+
+Facts = dict[str, Any]
+
+OPTIMIZER = OptimizerConfig(name="adamw", lr=0.05)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, as ``head.weight = embedding.weight`` makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.layer(self.embedding(x))))
+        return y
+
+
+def tied() -> Tied:
+    torch.manual_seed(0)
+    return Tied()
+
+
+def tokens(step: int) -> tuple[Tensor, Tensor]:
+    found = torch.randint(16, (8, 5), generator=torch.Generator().manual_seed(step))
+    return found[:, :-1], found[:, 1:]
+
+
+def losses_of(model: nn.Module, num_steps: int) -> list[float]:
+    """On one process."""
+    job = Job(copy.deepcopy(model), optimizer=OPTIMIZER)
+    return [job.step(*tokens(step)).loss for step in range(num_steps)]
+
+
+@in_group
+def go_on(settings: dict[str, Any], folder: str, num_steps: int) -> Facts:
+    """Load what is there, do some steps, save."""
+    job = Plan(**settings).apply(tied(), tokens(0)[0], optimizer=OPTIMIZER)
+    job.load(Path(folder))
+    first = job.num_steps
+    losses = [job.step(*job.share(*tokens(step))).loss for step in range(first, first + num_steps)]
+    job.save(Path(folder))
+    return {"rank": mesh.rank(), "first": first, "losses": losses}

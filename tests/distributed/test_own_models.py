@@ -1,0 +1,45 @@
+"""Models as users write them, under plans: the same as on one process, or one line that says what to change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from efftrain.errors import CheckpointError
+from efftrain.training import Job
+from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, load_model
+from tests.distributed import own_jobs
+from tests.distributed.conftest import StartRanks
+
+
+def test_layers_that_share_a_weight_go_on_under_any_plan(start_ranks: StartRanks, tmp_path: Path) -> None:
+    route = [(1, {}), (2, {"pipeline": 2}), (2, {"shard": "full"}), (1, {}), (2, {}), (2, {"pipeline": 2})]
+    found: list[float] = []
+    for world_size, settings in route:
+        ranks = start_ranks(own_jobs.go_on, world_size, settings, str(tmp_path), 2).results()
+        assert {facts["first"] for facts in ranks} == {len(found)}
+        found += ranks[0]["losses"]
+        names = {name for path in complete_checkpoints(tmp_path)[-1].glob("state/*") for name in load_file(path)}
+        assert {name for name in names if name.startswith("model/")} == {
+            "model/embedding.weight", "model/layer.weight", "model/layer.bias"
+        }  # fmt: skip
+    assert found == pytest.approx(own_jobs.losses_of(own_jobs.tied(), len(found)), abs=2e-6)
+    whole = own_jobs.tied()
+    load_model(complete_checkpoints(tmp_path)[-1], whole)
+    assert whole.head.weight is whole.embedding.weight
+    assert not torch.equal(whole.head.weight, own_jobs.tied().head.weight)
+
+
+@pytest.mark.parametrize(("first", "then"), [("tied", "untied"), ("untied", "tied")])
+def test_a_weight_that_is_shared_in_one_of_two_models_is_named(first: str, then: str, tmp_path: Path) -> None:
+    def job(kind: str) -> Job:
+        model = own_jobs.tied()
+        if kind == "untied":
+            model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
+        return Job(model, optimizer=own_jobs.OPTIMIZER)
+
+    job(first).save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tensor 'head\.weight': expected .*, found .*; is it of another model"):
+        load_checkpoint(tmp_path, job(then), seed=0)
