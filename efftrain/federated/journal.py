@@ -49,7 +49,7 @@ class Journal:
         folder: ``runs/NAME/journal``; made if it is not there.
 
     Raises:
-        CheckpointError: A line in the middle is damaged, or of another format version.
+        CheckpointError: A line in the middle is damaged, of another format version, or not of the next round.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -153,6 +153,11 @@ class Journal:
                 raise CheckpointError(
                     f"{self._path} has format version {line['format_version']}, expected {FORMAT_VERSION}; resume it "
                     "with the efftrain that wrote it"
+                )
+            if line["round"] != number:
+                raise CheckpointError(
+                    f"{self._path}, line {number} is of round {line['round']}, expected round {number}: two processes "
+                    "wrote it, or lines were taken out; start a new run"
                 )
             lines.append(line)
         if len(whole) != len(data):  # a line that was cut off: its round is not done

@@ -7,10 +7,13 @@ one of kind ``eval`` a round), ``clients.jsonl`` and ``clients.csv`` (a row a cl
 """
 
 import csv
+import fcntl
 import json
+import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -58,8 +61,8 @@ def federate(
 
     Raises:
         CheckpointError: ``initial`` or the journal is missing or damaged.
-        ConfigError: ``initial`` is another model, the run to resume was started with another recipe, or the recipe does
-            not fit its data or its devices.
+        ConfigError: ``initial`` is another model, the run to resume was started with another recipe, has more rounds
+            than are asked for or is still going on, or the recipe does not fit its data or its devices.
         RoundError: Too many rounds were abandoned.
     """
     check_model(recipe)
@@ -68,7 +71,7 @@ def federate(
     if note and on_note is not None:
         on_note(f"clients are trained by the torch engine. {note}")
     path = run_path(out, recipe.name, _run_number(recipe, out, resume))
-    with _Writer(path, recipe) as writer:
+    with _owned(path), _Writer(path, recipe) as writer:
 
         def on_each(result: RoundResult) -> None:
             writer.round(result)
@@ -123,6 +126,27 @@ def peak_rss_bytes() -> int:
     """Most memory that this process has had in RAM, as the system counts it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def _owned(path: Path) -> Iterator[None]:
+    """Keep a run folder to this process. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ConfigError(
+            f"{path} belongs to a run that is still going on; wait for its end, or start a new run without --resume"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 class _Writer:
@@ -240,7 +264,19 @@ def _run_number(recipe: FederatedRecipe, out: Path, resume: bool) -> int:
                 "recipe (only server.rounds, fleet.workers and client.timeout_s may change), or start a new run "
                 "without --resume"
             )
+    done = _num_rounds(path.parent)
+    if done > recipe.server.rounds:
+        raise ConfigError(
+            f"{path.parent} has {done} rounds already, but server.rounds is {recipe.server.rounds}, and no round can "
+            "be taken back; ask for at least as many, or start a new run without --resume"
+        )
     return number
+
+
+def _num_rounds(path: Path) -> int:
+    """Finished rounds in the journal of a run folder."""
+    lines = path / "journal" / "rounds.jsonl"
+    return lines.read_bytes().count(b"\n") if lines.exists() else 0
 
 
 def _same_run(recipe: FederatedRecipe) -> FederatedRecipe:

@@ -101,6 +101,27 @@ def test_it_can_be_interrupted_and_resumed(efftrain: Run, tmp_path: Path) -> Non
     assert json.loads(done.stdout)["resumed_after"] >= 1, done.stderr
 
 
+def test_a_run_belongs_to_one_process(efftrain: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "efftrain", "federate", str(RECIPE), "--set", "server.rounds=10000"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stderr is not None
+            assert first.stderr.readline().startswith("round   1")
+            second = efftrain("federate", RECIPE, "--set", "server.rounds=10000", "--resume")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    assert (second.returncode, second.stdout) == (1, "")
+    assert "belongs to a run that is still going on" in second.stderr
+    assert second.stderr.count("\n") == 1, second.stderr
+    fewer = efftrain("federate", RECIPE, "--set", "server.rounds=1", "--resume")
+    assert fewer.returncode == 1
+    assert "rounds already, but server.rounds is 1, and no round can" in fewer.stderr
+    lines = (tmp_path / "runs" / "watch_people" / "journal" / "rounds.jsonl").read_bytes().count(b"\n")
+    done = efftrain("federate", RECIPE, "--set", f"server.rounds={lines + 1}", "--resume", "--json")
+    assert json.loads(done.stdout)["resumed_after"] == lines, done.stderr
+
+
 def test_a_terminal_gets_a_dashboard(tmp_path: Path) -> None:
     main_end, other_end = pty.openpty()
     command = [sys.executable, "-m", "efftrain", "federate", str(RECIPE), *SMALLEST]

@@ -130,6 +130,15 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 1, 2], [0, 2], [1, 2], [1, 0]])
+def test_rounds_that_are_not_one_two_three_are_refused(order: list[int], tmp_path: Path) -> None:
+    killed_after(SMALL, 3, tmp_path)
+    lines = (tmp_path / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "rounds.jsonl").write_bytes(b"".join(lines[number] for number in order))
+    with pytest.raises(CheckpointError, match=r"line \d is of round \d, expected round \d"):
+        Journal(tmp_path)
+
+
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     (tmp_path / "journal").rmdir()
