@@ -226,15 +226,18 @@ class Job:
         trained = self._trained()
         for full, shape in shapes.items():
             kind, _, rest = full.partition("/")
-            name = rest.rpartition("/")[0]
+            name, _, key = rest.rpartition("/")
             if kind != "optimizer" or (name not in trained and self.exchange.is_divided):
                 continue
-            if name not in trained or tuple(shape) not in (tuple(trained[name].shape), ()):
+            like = trained.get(name)
+            if like is not None and key == "step":
+                like = torch.empty(())  # torch counts on the CPU, wherever the parameter is
+            if like is None or tuple(shape) != tuple(like.shape):
                 raise CheckpointError(
                     f"checkpoint tensor {full!r} of shape {tuple(shape)} fits no trained parameter here; are other "
                     "layers frozen?"
                 )
-            tensors[full] = torch.empty_like(trained[name]).detach() if tuple(shape) else torch.empty(())
+            tensors[full] = torch.empty_like(like.detach())
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

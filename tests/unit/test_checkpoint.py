@@ -70,6 +70,27 @@ def test_a_job_comes_back(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
+def test_the_optimizer_state_of_a_scalar_is_like_the_scalar(tmp_path: Path) -> None:
+    """Its dtype here; on a GPU its device by the same line."""
+
+    def make() -> Job:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2).double()
+        model.register_parameter("scale", nn.Parameter(torch.tensor(2.0, dtype=torch.float64)))
+        model.register_forward_hook(lambda module, _, output: output * module.scale)
+        return Job(model, optimizer=OptimizerConfig(name="adamw", lr=0.1))
+
+    job, other = make(), make()
+    x = torch.randn(8, 4, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)
+    job.step(*x)
+    job.save(tmp_path)
+    assert other.load(tmp_path)
+    found = other.state_dict()[0]
+    assert found["optimizer/scale/exp_avg"].dtype == torch.float64
+    assert found["optimizer/scale/step"].dtype == torch.float32
+    assert other.step(*x).loss == job.step(*x).loss
+
+
 def test_the_count_of_skips_in_a_row_goes_on(tmp_path: Path) -> None:
     from efftrain.errors import NonFiniteError
 
