@@ -19,7 +19,7 @@ from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
 from efftrain.parallel.local import local, local_grad
-from efftrain.parallel.replicas import TransportLine, broadcast
+from efftrain.parallel.replicas import TransportLine, broadcast, check_replicas
 from efftrain.training import Exchange
 from efftrain.training.exchange import Agreement
 
@@ -99,7 +99,7 @@ class ManyAxes(TransportLine):
         self._model = model
         for parameter in model.parameters():
             if isinstance(parameter, DTensor) and parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_settle_layout)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(settle_layout)  # type: ignore[no-untyped-call]
         wrapped = self._inner.wrap(model)
         for shared, ranks in self._shared:
             broadcast(ranks, shared)
@@ -115,8 +115,11 @@ class ManyAxes(TransportLine):
         self._inner.sync_buffers(model)
 
     def check_replicas(self, model: nn.Module) -> None:
-        """Over the data axis."""
+        """Over the data axis, and what is not divided over the tensor axis, too."""
         self._inner.check_replicas(model)
+        if self._axes.tensor > 1:
+            whole = [p for p in model.parameters() if not _is_divided(p)]
+            check_replicas(self._axes.transport("tensor"), whole, "tensor")
 
     @property
     def lacks_gradients(self) -> bool:
@@ -131,7 +134,7 @@ class ManyAxes(TransportLine):
         """See ``Exchange``."""
         assert self._model is not None, "finish() before wrap()"
         for parameter in self._model.parameters():
-            _settle_layout(parameter)  # of schedules whose weight gradients come past the hooks
+            settle_layout(parameter)  # of schedules whose weight gradients come past the hooks
         took_part = self._inner.finish()
         for shared, ranks in self._shared:
             ranks.all_reduce(local_grad(shared)).wait()
@@ -202,7 +205,14 @@ class ManyAxes(TransportLine):
         return stages * self._axes.data * self._axes.tensor / divided
 
 
-def _settle_layout(parameter: Tensor) -> None:
+def _is_divided(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and any(
+        name == "tensor" and not placement.is_replicate()
+        for name, placement in zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
+    )
+
+
+def settle_layout(parameter: Tensor) -> None:
     """Give a gradient the layout of its parameter: it may come as parts that the ranks of the tensor axis add up."""
     grad = parameter.grad
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:

@@ -18,12 +18,13 @@ from efftrain.parallel.graph import part_of
 from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import Pipeline, holders, stages_of
 from efftrain.parallel.recompute import blocks, compile_blocks, recompute
-from efftrain.parallel.replicas import refuse_other_models
+from efftrain.parallel.replicas import start_equal
 from efftrain.parallel.sharded import Sharded
 from efftrain.parallel.stages import StageCut, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import TensorPlan, divide
-from efftrain.training import Exchange, Objective, SingleProcess, StepConfig
+from efftrain.parallel.trial import try_divided
+from efftrain.training import Exchange, Objective, SingleProcess, StepConfig, cross_entropy
 from efftrain.training.compute import Compute, WholeModel
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ def divided(
     tensor_plan, cuts = layout.tensor, layout.cuts
     bf16 = step.precision == "bf16"
     world = axes.world()
-    refuse_other_models(world, model)
+    start_equal(world, model)
+    if tensor_plan is not None:
+        if objective is not cross_entropy:  # the one that is known to take parts of the classes
+            tensor_plan = tensor_plan.with_whole_output()
+        try_divided(model, tensor_plan, axes)
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     if tensor_plan is not None and tensor_plan.divides_classes:
         around = loss_parallel

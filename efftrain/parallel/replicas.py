@@ -114,7 +114,7 @@ class Replicas(TransportLine, ABC):
 
     def check_replicas(self, model: nn.Module) -> None:
         """See ``check_replicas``."""
-        check_replicas(self._transport, model)
+        check_replicas(self._transport, model.parameters(), "data")
 
 
 def refuse_other_models(transport: Transport, model: nn.Module) -> None:
@@ -134,14 +134,14 @@ def refuse_other_models(transport: Transport, model: nn.Module) -> None:
         )
 
 
-def check_replicas(transport: Transport, model: nn.Module) -> None:
-    """Compare the weights of all ranks by their CRC-32.
+def check_replicas(transport: Transport, parameters: Iterable[Tensor], axis: str) -> None:
+    """Compare weights that the ranks of an axis all hold by their CRC-32.
 
     Raises:
         ReplicaError: They differ; on all ranks.
     """
     crc = 0
-    for parameter in model.parameters():
+    for parameter in parameters:
         data = local(parameter.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy()
         crc = zlib.crc32(data.data, crc)
     found = _gather(transport, crc)
@@ -149,7 +149,8 @@ def check_replicas(transport: Transport, model: nn.Module) -> None:
         common = max(found, key=found.count)  # of a tie, the first: rank 0's
         others = [str(rank) for rank, value in enumerate(found) if value != common]
         raise ReplicaError(
-            f"the weights of rank {', '.join(others)} differ from those of the other {found.count(common)}: something "
+            f"the weights of rank {', '.join(others)} of the {axis} axis differ from those of the other "
+            f"{found.count(common)}: something "
             "outside the exchange changes them on some ranks only; resume from the last checkpoint"
         )
 

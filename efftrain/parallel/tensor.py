@@ -15,9 +15,9 @@ all ranks in this process, and refused where the result is another.
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,10 +35,11 @@ from torch.nn import functional as F
 from efftrain.errors import ConfigError
 from efftrain.parallel.graph import evaluating, facts, trace
 
-Style: TypeAlias = Literal["columns", "rows", "entries", "classes", "sequence", "whole"]
-"""How a module is divided: ``whole`` is on every rank, ``sequence`` whole too but works on a part of the positions."""
+Style: TypeAlias = Literal["columns", "rows", "entries", "classes", "gathered", "sequence", "whole"]
+"""How a module is divided: ``gathered`` by columns, of which every rank gets all; ``whole`` is on every rank,
+``sequence`` whole too but works on a part of the positions."""
 
-STYLES: tuple[Style, ...] = ("columns", "rows", "entries", "classes", "sequence", "whole")
+STYLES: tuple[Style, ...] = ("columns", "rows", "entries", "classes", "gathered", "sequence", "whole")
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Dropout, nn.Identity)
@@ -63,6 +64,8 @@ class TensorPlan:
     """Module name -> style."""
     together: tuple[frozenset[str], ...] = ()
     """Modules between which features are in parts: no pipeline stage may end there."""
+    example: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    """A few inputs that the ranks try the divided model out on (``trial``)."""
     position_dims: Mapping[str, int] = field(default_factory=dict)
     """Module name -> dimension of positions in its output; empty unless positions are divided, too.
     Between the divided layers a rank holds a part of the positions only (Korthikanti et al., arXiv:2205.05198)."""
@@ -76,6 +79,11 @@ class TensorPlan:
     def divides_classes(self) -> bool:
         """Whether the output of the model is in parts."""
         return "classes" in self.styles.values()
+
+    def with_whole_output(self) -> "TensorPlan":
+        """The same, but for a last layer whose parts all ranks get: any loss can be computed from that."""
+        styles = {name: "gathered" if style == "classes" else style for name, style in self.styles.items()}
+        return replace(self, styles=cast(dict[str, Style], styles))
 
 
 def plan_tensor(
@@ -117,7 +125,7 @@ def plan_tensor(
     if sequence:
         styles |= _sequence(model, graph, styles, example, size)
         dims = {str(n.target): values[n].ndim - 2 for n in graph.nodes if str(n.target) in styles}
-    found = TensorPlan(styles, tuple(together), dims)
+    found = TensorPlan(styles, tuple(together), example[:2].detach().clone(), dims)
     _try_out(model, graph, found, example, size)
     return found
 
@@ -131,8 +139,11 @@ def divide(model: nn.Module, plan: TensorPlan, mesh: DeviceMesh) -> None:
         mesh: The tensor axis.
     """
     names = dict(model.named_modules())
+    # In one order on all ranks: each layer is scattered from the first of them.
     styles = {
-        name: _torch_style(style, plan.position_dims.get(name)) for name, style in plan.styles.items() if name in names
+        name: _torch_style(style, plan.position_dims.get(name))
+        for name, style in sorted(plan.styles.items())
+        if name in names
     }
     if styles:
         parallelize_module(model, mesh, styles)
@@ -164,16 +175,20 @@ def _walk(
 ) -> tuple[dict[str, Style], list[frozenset[str]]]:
     """One pass over the graph. A value is described by the column-divided layers whose parts it holds: none, if whole.
 
-    Whole tensors that no layer had a part in (masks, scales) may meet parts; whole activations may not.
+    Whole tensors that no layer had a part in (masks, scales) may meet parts; whole activations may not, nor may
+    trained parameters, whose gradient would be a rank's part of it. A layer whose weights another one has, too, stays
+    whole: divided, each would train its own.
 
     Raises:
         _Conflict: Some candidate has to stay whole.
     """
     used_directly = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    refused |= _tied(model)
     whole: frozenset[str] = frozenset()
     parts: dict[fx.Node, frozenset[str]] = {}
     activations: set[fx.Node] = set()
+    learned: set[fx.Node] = set()
     styles: dict[str, Style] = {}
     candidates: set[str] = set()
     together: list[frozenset[str]] = []
@@ -184,6 +199,8 @@ def _walk(
         free = name not in used_directly and name not in refused and called.count(name) == 1
         if module is not None or node.op == "placeholder" or not activations.isdisjoint(node.all_input_nodes):
             activations.add(node)
+        elif _is_trained(model, node) or not learned.isdisjoint(node.all_input_nodes):
+            learned.add(node)
         if node.op == "output":
             _finish(node, given, styles)
         elif not isinstance(values[node], Tensor):
@@ -207,7 +224,8 @@ def _walk(
             parts[node] = whole
         elif given:
             mixed = any(
-                not parts[n] and n in activations and isinstance(values[n], Tensor) for n in node.all_input_nodes
+                not parts[n] and (n in activations or n in learned) and isinstance(values[n], Tensor)
+                for n in node.all_input_nodes
             )
             if mixed or not _keeps_parts(node, module):
                 raise _Conflict(given)
@@ -239,10 +257,32 @@ def _keeps_parts(node: fx.Node, module: nn.Module | None) -> bool:
     return node.op == "call_method" and node.target in _METHODS
 
 
+def _tied(model: nn.Module) -> frozenset[str]:
+    """Names of modules that hold a parameter that another module holds, too."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return frozenset(name for names in holders.values() if len(names) > 1 for name in names)
+
+
+def _is_trained(model: nn.Module, node: fx.Node) -> bool:
+    if node.op != "get_attr":
+        return False
+    path, _, name = str(node.target).rpartition(".")
+    value = getattr(model.get_submodule(path), name)
+    return isinstance(value, nn.Parameter) and value.requires_grad
+
+
 def _checked_override(model: nn.Module, name: str, style: str) -> Style:
     modules = dict(model.named_modules())
     if name not in modules:
         raise ConfigError(f"parallel.tensor_styles names {name!r}, which is no module of {type(model).__name__}")
+    if style != "whole" and name in _tied(model):
+        raise ConfigError(
+            f"parallel.tensor_styles divides {name!r}, whose weights another module has, too: each would train its "
+            "own. Leave it 'whole'"
+        )
     for known in STYLES:
         if style == known:
             return known
@@ -255,6 +295,7 @@ def _check_sizes(model: nn.Module, styles: Mapping[str, Style], size: int) -> No
         sizes = {
             "columns": getattr(module, "out_features", None),
             "classes": getattr(module, "out_features", None),
+            "gathered": getattr(module, "out_features", None),
             "rows": getattr(module, "in_features", None),
             "entries": getattr(module, "num_embeddings", None),
             "sequence": 0,
@@ -378,6 +419,8 @@ def _torch_style(style: Style, position_dim: int | None) -> ParallelStyle:
     between = Replicate() if position_dim is None else Shard(position_dim)
     if style in ("columns", "classes"):
         return ColwiseParallel(input_layouts=between)
+    if style == "gathered":
+        return ColwiseParallel(input_layouts=between, output_layouts=Replicate())
     if style == "rows":
         return RowwiseParallel(output_layouts=between)
     if style == "entries":

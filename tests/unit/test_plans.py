@@ -277,6 +277,31 @@ class Stack(nn.Module):
         return F.relu(y) + x
 
 
+class Scaled(nn.Module):
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.exp()
+
+
+def test_a_trained_parameter_keeps_what_it_meets_whole() -> None:
+    """Its gradient would be that of a rank's part."""
+    assert dict(plan_tensor(Stack(Scaled(False)), torch.randn(3, 6), 2).styles) == {"a": "columns", "b": "rows"}
+    with pytest.raises(ConfigError, match="no layer of Stack can be divided by 2"):
+        plan_tensor(Stack(Scaled(True)), torch.randn(3, 6), 2)
+
+
+def test_layers_that_share_weights_stay_whole() -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    assert set(plan_tensor(model, torch.randn(3, 6), 2).styles) == {"0", "1", "2", "3"}
+    model[1].weight = model[0].weight
+    assert set(plan_tensor(model, torch.randn(3, 6), 2).styles) == {"2", "3"}
+    with pytest.raises(ConfigError, match=r"divides '0', whose weights another module has, too: .* Leave it 'whole'"):
+        plan_tensor(model, torch.randn(3, 6), 2, {"0": "rows"})
+
+
 @pytest.mark.parametrize("between", [nn.GELU(), nn.Dropout(0.5), nn.Identity()])
 def test_a_pair_is_divided_across_element_wise_work(between: nn.Module) -> None:
     assert dict(plan_tensor(Stack(between), torch.randn(3, 6), 2).styles) == {"a": "columns", "b": "rows"}
