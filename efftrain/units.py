@@ -28,10 +28,15 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``75.2`` -> ``"1 min 15 s"``; below a minute one decimal, below a second milliseconds."""
+    """``75.2`` -> ``"1 min 15 s"``, ``3700`` -> ``"1 h 2 min"``; below a minute one decimal, below a second
+    milliseconds."""
     if round(1000 * seconds) < 1000:
         return f"{1000 * seconds:.0f} ms"
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
+    for unit, smaller, size, most in (("min", "s", 1, 60), ("h", "min", 60, 24)):
+        whole, rest = divmod(round(seconds / size), 60)
+        if whole < most:  # what is shown decides: never "60 min 0 s"
+            return f"{whole} {unit} {rest} {smaller}"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h"

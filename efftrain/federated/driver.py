@@ -280,7 +280,8 @@ class Driver:
                     break
                 self._busy.add(node_id)
                 chosen.append(node_id)
-            if chosen or box.num_waiting or not isinstance(box, VirtualMailbox):
+            # Busy, but on no way: their replies have come, and are about to be looked at.
+            if chosen or box.num_waiting or self._busy or not isinstance(box, VirtualMailbox):
                 break
             box.wait(_WAIT_S)
             time_s = box.now_s

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -193,6 +194,30 @@ def test_fedbuff_is_repeatable_learns_and_does_not_wait_for_the_slow() -> None:
     synchronous = rounds_of(with_server(replace(DIGITS, fleet=MIXED), rounds=10, cohort=4))
     assert seen[-1].virtual_s < 0.5 * synchronous[-1].virtual_s  # type: ignore[operator]
     assert seen[-1].loss < seen[0].loss
+
+
+@pytest.mark.parametrize("drop_out", [0.0, 0.1])
+@pytest.mark.parametrize("buffer", [8, 20])
+def test_fedbuff_does_not_wait_for_clients_whose_replies_have_come(buffer: int, drop_out: float) -> None:
+    """With a buffer as large as the population all clients are due together, and none is left to be asked meanwhile."""
+    recipe = with_server(
+        replace(
+            DIGITS,
+            data=replace(DIGITS.data, clients=8),
+            fleet=replace(MIXED, drop_out=drop_out),
+            fedbuff=FedBuffConfig(buffer=buffer),
+        ),
+        rounds=6,
+        timeout_s=1e6,
+    )
+    for before, one in itertools.pairwise(rounds_of(recipe)):
+        assert before.virtual_s is not None
+        assert one.virtual_s is not None
+        longest = max(row.ended_s - row.started_s for row in one.clients)
+        # Each client is asked as soon as it is free: so many trainings of it, one after the other, and no waiting.
+        turns = max(Counter(row.node_id for row in one.clients).values())
+        assert one.virtual_s == pytest.approx(max(row.ended_s for row in one.clients))
+        assert one.virtual_s <= before.virtual_s + turns * longest
 
 
 def test_a_stale_update_counts_less() -> None:

@@ -46,7 +46,12 @@ def test_counts(value: float, text: str) -> None:
         (59.96, "1 min 0 s"),
         (75.2, "1 min 15 s"),
         (119.6, "2 min 0 s"),
-        (3700, "61 min 40 s"),
+        (3599, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (3700, "1 h 2 min"),
+        (86_369, "23 h 59 min"),
+        (86_399, "1 d 0 h"),
+        (604_807, "7 d 0 h"),
     ],
 )
 def test_seconds(value: float, text: str) -> None:
