@@ -19,7 +19,7 @@ from datetime import timedelta
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from efftrain.errors import PeerError
+from efftrain.errors import ConfigError, PeerError
 
 _PREFIX = "efftrain/join"
 _POLL_S = (0.005, 0.2)
@@ -72,6 +72,30 @@ def call_roll(store: Store, rank: int, world_size: int, timeout_s: float) -> str
             )
         time.sleep(pause)
         pause = min(1.5 * pause, _POLL_S[1])
+
+
+def refuse_other_devices(store: Store, rank: int, world_size: int, kind: str) -> None:
+    """Compare what the ranks train on before they choose a back end: NCCL and gloo would wait for each other.
+
+    Args:
+        store: From ``meet``; so are rank and number of ranks.
+        kind: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: Some rank has another kind than rank 0; on all ranks.
+    """
+    store.set(f"{_PREFIX}/device/{rank}", kind)
+    if rank == 0:
+        kinds = [
+            word.decode() for word in store.multi_get([f"{_PREFIX}/device/{other}" for other in range(world_size)])
+        ]
+        others = [f"rank {other} trains on {found}" for other, found in enumerate(kinds) if found != kind]
+        store.set(f"{_PREFIX}/devices", f"{', '.join(others[:4])}, rank 0 on {kind}" if others else "equal")
+    found = bytes(store.get(f"{_PREFIX}/devices")).decode()
+    if found != "equal":
+        raise ConfigError(
+            f"{found}; start as many processes a machine as it has GPUs, or set CUDA_VISIBLE_DEVICES= on all of them"
+        )
 
 
 def launch_id(store: Store) -> str | None:

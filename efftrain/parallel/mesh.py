@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -16,10 +17,13 @@ from efftrain.errors import ConfigError, PeerError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 from efftrain.parallel.joining import launch_id as launch_id_in
-from efftrain.parallel.joining import meet
+from efftrain.parallel.joining import meet, refuse_other_devices
 
 _world: Transport | None = None
 """Horovod's, while its group is joined; torch.distributed keeps its own."""
+
+_device: torch.device | None = None
+"""Of this rank, while a group of torch is joined."""
 
 _launch: str | None = None
 """See ``launch_id``; while a group is joined."""
@@ -38,10 +42,12 @@ def process_group(
             horovodrun.
 
     Returns:
-        A context manager that gives the device of this rank.
+        A context manager that gives the device of this rank: its own GPU, or the CPU on a machine that has fewer GPUs
+        than ranks. Models go there before a plan is applied.
 
     Raises:
-        ConfigError: The processes were started by the other launcher, or its variables are incomplete.
+        ConfigError: The processes were started by the other launcher, its variables are incomplete, or only some
+            machines have a GPU for each of their ranks.
         ToolError: Horovod is asked for and not installed.
         PeerError: Inside the block another rank died or did not answer in time.
     """
@@ -65,16 +71,16 @@ def process_group(
 
 @contextmanager
 def _torch_group(timeout_s: float) -> Iterator[torch.device]:
-    global _launch
-    device = _device("LOCAL_RANK")
+    global _device, _launch
+    device = _own_device("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or unset WORLD_SIZE")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    _launch = _join(backend, timeout_s)
+    _launch = _join(device, timeout_s)
+    _device = device
     try:
         yield device
     except RuntimeError as error:
@@ -82,7 +88,7 @@ def _torch_group(timeout_s: float) -> Iterator[torch.device]:
             raise
         raise _peer_error(str(error)) from error
     finally:
-        _launch = None
+        _device = _launch = None
         # Whatever holds the group (DDP does, in circles of its own) must be gone before: the group ends its threads
         # when the last reference goes. See Note [no Python on gloo threads].
         gc.collect()
@@ -93,10 +99,12 @@ def _torch_group(timeout_s: float) -> Iterator[torch.device]:
         gc.collect()
 
 
-def _join(backend: str, timeout_s: float) -> str | None:
+def _join(device: torch.device, timeout_s: float) -> str | None:
     """Make torch's group; returns the id of the launch."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, world_size = meet(timeout_s)
+        refuse_other_devices(store, rank, world_size, device.type)
         launch = launch_id_in(store)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
@@ -109,7 +117,7 @@ def _join(backend: str, timeout_s: float) -> str | None:
 @contextmanager
 def _horovod_group(timeout_s: float) -> Iterator[torch.device]:
     global _world
-    device = _device("HOROVOD_LOCAL_RANK")
+    device = _own_device("HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
     if "HOROVOD_SIZE" not in os.environ:
         yield device
         return
@@ -129,11 +137,22 @@ def _horovod_group(timeout_s: float) -> Iterator[torch.device]:
         horovod.leave()
 
 
-def _device(variable: str) -> torch.device:
-    """This process's GPU by its number on the machine, or the CPU."""
-    if not torch.cuda.is_available():
+def _own_device(rank_variable: str, size_variable: str) -> torch.device:
+    """This process's GPU by its number on the machine; the CPU for all of a machine that has not one for each."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not num_gpus:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get(variable, "0")))
+    local_rank = int(os.environ.get(rank_variable, "0"))
+    local_size = int(os.environ.get(size_variable, local_rank + 1))
+    if local_size > num_gpus:
+        if local_rank == 0:
+            warnings.warn(
+                f"{local_size} processes were started on a machine with {num_gpus} GPU{'s' * (num_gpus > 1)}, so all "
+                f"of them train on the CPU; start {num_gpus} a machine to use the GPUs",
+                stacklevel=4,
+            )
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -171,6 +190,22 @@ def rank() -> int:
     if _world is not None:
         return _world.rank
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a model that is elsewhere than the group's collectives.
+
+    Args:
+        device: Of the model.
+
+    Raises:
+        ConfigError: It is not that of this rank.
+    """
+    if _device is not None and device != _device:
+        raise ConfigError(
+            f"rank {rank()}: the model is on {device}, the ranks exchange on {_device}; move it there before the plan "
+            "is applied: with mesh.process_group() as device: ... model.to(device)"
+        )
 
 
 def transport(device: torch.device) -> Transport:

@@ -269,9 +269,9 @@ class Plan:
             ConfigError: The plan does not fit the processes started, or the model.
         """
         step = step or StepConfig()
-        world_size = mesh.world_size()
+        world_size, device = mesh.world_size(), next(model.parameters()).device
+        mesh.check_device(device)
         if layout is None:
-            device = next(model.parameters()).device
             layout = self.check(world_size, model, None if example is None else example.to(device), step)
         optimizer = optimizer or OptimizerConfig()
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
@@ -282,7 +282,7 @@ class Plan:
             compile_blocks(model)
         exchange: Exchange = SingleProcess()
         if world_size > 1:
-            exchange = self._exchange(mesh.transport(next(model.parameters()).device), momentum, seed)
+            exchange = self._exchange(mesh.transport(device), momentum, seed)
             optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
         return Job(
             model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efftrain.errors import ConfigError
 from efftrain.parallel import Plan, mesh
 from efftrain.training import Job, OptimizerConfig
 from tests.distributed.jobs import in_group
@@ -54,3 +55,13 @@ def go_on(settings: dict[str, Any], folder: str, num_steps: int) -> Facts:
     losses = [job.step(*job.share(*tokens(step))).loss for step in range(first, first + num_steps)]
     job.save(Path(folder))
     return {"rank": mesh.rank(), "first": first, "losses": losses}
+
+
+@in_group
+def apply_elsewhere() -> str:
+    """A model on another device than this rank's."""
+    try:
+        Plan().apply(tied().to("meta"))
+    except ConfigError as error:
+        return str(error)
+    return "applied"

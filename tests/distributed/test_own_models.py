@@ -43,3 +43,8 @@ def test_a_weight_that_is_shared_in_one_of_two_models_is_named(first: str, then:
     job(first).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"tensor 'head\.weight': expected .*, found .*; is it of another model"):
         load_checkpoint(tmp_path, job(then), seed=0)
+
+
+def test_a_model_on_another_device_is_refused(start_ranks: StartRanks) -> None:
+    for rank, message in enumerate(start_ranks(own_jobs.apply_elsewhere, 2).results()):
+        assert message.startswith(f"rank {rank}: the model is on meta, the ranks exchange on cpu; move it there")
