@@ -1,7 +1,8 @@
 """What a Plan costs beside the same plan written by hand in plain torch: step times in pairs, in one run.
 
 Two processes over gloo, one thread each, a character transformer. Both sides take turns step by step, in an order that
-changes, each step behind a barrier; the figure is the median of the ratios of the pairs.
+changes, each step behind a barrier; the figure is the median of the ratios of the pairs. Besides, what it costs to look
+whether all ranks still hold the same weights, which a job does every 100 steps.
 
     python benchmarks/plan_overhead.py --pairs 40
 """
@@ -20,9 +21,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from efftrain.training import StepConfig
+
 HERE = Path(__file__).parent
 MODEL = {"width": 256, "depth": 4, "heads": 4, "context": 64}
 BATCH, WARM_UP, GOAL = 16, 4, 1.02
+EVERY = StepConfig().check_replicas_every
 CASES = ("data", "shard", "tensor", "pipeline")
 
 
@@ -94,8 +98,8 @@ def by_hand(case: str) -> Callable[[Any, Any], None]:
     return step
 
 
-def by_plan(case: str) -> Callable[[Any, Any], None]:
-    """The same through a Plan."""
+def by_plan(case: str) -> tuple[Callable[[Any, Any], None], Callable[[], None]]:
+    """The same through a Plan, and a look at the replicas."""
     import torch
 
     from efftrain.models import build_model
@@ -118,7 +122,7 @@ def by_plan(case: str) -> Callable[[Any, Any], None]:
     def step(inputs: Any, targets: Any) -> None:
         job.step(*job.share(inputs, targets))
 
-    return step
+    return step, lambda: job.exchange.check_replicas(job.model)
 
 
 def worker(case: str, pairs: int) -> None:
@@ -130,7 +134,8 @@ def worker(case: str, pairs: int) -> None:
 
     def compare() -> None:
         tokens = torch.randint(0, 256, (BATCH, MODEL["context"] + 1), generator=torch.Generator().manual_seed(1))
-        sides = {"by hand": by_hand(case), "plan": by_plan(case)}
+        plan, look = by_plan(case)
+        sides = {"by hand": by_hand(case), "plan": plan}
         times: dict[str, list[float]] = {name: [] for name in sides}
         cpu: dict[str, list[float]] = {name: [] for name in sides}
         order = random.Random(0)
@@ -145,8 +150,14 @@ def worker(case: str, pairs: int) -> None:
                 if number >= WARM_UP:
                     times[name].append(time.perf_counter() - started)
                     cpu[name].append(time.process_time() - cpu_started)
+        looks = []
+        for _ in range(WARM_UP + pairs):
+            dist.barrier()
+            started = time.perf_counter()
+            look()
+            looks.append(time.perf_counter() - started)
         if dist.get_rank() == 0:
-            print(json.dumps({"times": times, "cpu": cpu}))
+            print(json.dumps({"times": times, "cpu": cpu, "looks": looks[WARM_UP:]}))
 
     torch.set_num_threads(1)
     with mesh.process_group():
@@ -178,6 +189,8 @@ def measure(case: str, pairs: int) -> dict[str, Any]:
         "ratio": median(ratios),
         "quartiles": [low, high],
         "cpu_ratio": median(cpu),
+        "look_ms": 1000 * median(found["looks"]),
+        "look_share": median(found["looks"]) / (EVERY * median(times["plan"])),
     }
 
 
@@ -213,13 +226,16 @@ def main() -> None:
         f"`{report['command']}`, torch {torch.__version__}, {os.cpu_count()} cores, two gloo processes of one thread, "
         f"character transformer {MODEL}, batch {BATCH}. Goal: a ratio of at most {GOAL}.",
         "",
-        "| plan | by hand, ms a step | Plan, ms a step | ratio, median of the pairs | quartiles | ratio of CPU time |",
-        "|---|---|---|---|---|---|",
+        "| plan | by hand, ms a step | Plan, ms a step | ratio, median of the pairs | quartiles | ratio of CPU time "
+        f"| look at the replicas, ms | share of {EVERY} steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case, one in found.items():
         times = f"{one['by_hand_ms']:.1f} | {one['plan_ms']:.1f}"
         low, high = one["quartiles"]
-        lines.append(f"| {case} | {times} | {one['ratio']:.3f} | {low:.3f} to {high:.3f} | {one['cpu_ratio']:.3f} |")
+        look = f"{one['look_ms']:.2f} | {one['look_share']:.3%}"
+        ratio = f"{one['ratio']:.3f} | {low:.3f} to {high:.3f} | {one['cpu_ratio']:.3f}"
+        lines.append(f"| {case} | {times} | {ratio} | {look} |")
     lines += [
         "",
         "A Plan also asks all ranks once a step whether loss and gradient are finite, and returns their norm. Its "
