@@ -18,6 +18,7 @@ from efftrain.federated.data import client_train
 from efftrain.federated.driver import Driver
 from efftrain.federated.engines import State, get_engine
 from efftrain.federated.engines.modules import blank_module
+from efftrain.federated.fleet import Fleet
 from efftrain.federated.flower import Grid, RecordDict, Strategy, quiet, read_arrays
 from efftrain.federated.grid import InProcessGrid
 from efftrain.federated.journal import Journal
@@ -90,10 +91,7 @@ def drive_rounds(
     except ToolError:
         if isinstance(grid, InProcessGrid):
             raise  # clients on a network have a compiler of their own, or say that they have none
-    if strategy is None:
-        options, population = recipe.server.strategy_options, recipe.num_clients
-        strategy = build_strategy(recipe.server.strategy, options, seed=recipe.seed, population=population)
-    driver = Driver(grid, recipe, strategy)
+    driver = Driver(grid, recipe, strategy or _strategy_of(recipe))
     book = None if journal is None else Journal(journal)
     rounds = [] if book is None else book.results()
     if book is not None and book.round:
@@ -141,6 +139,16 @@ def check_model(recipe: FederatedRecipe) -> None:
     )
 
 
+def check_run(recipe: FederatedRecipe) -> None:
+    """Build what a simulated run is made of, before it leaves anything on the disk.
+
+    Raises:
+        ConfigError: The strategy is unknown, or no device of the fleet can do the training.
+    """
+    _strategy_of(recipe)
+    Fleet(recipe).check()
+
+
 def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:
     """The recipe with the ``torch`` engine where the ``device`` engine cannot train the model.
 
@@ -165,6 +173,11 @@ def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:
     if schemes != {"fp32"}:
         raise ConfigError(f"{reason} And leave out fleet.schemes: the torch engine trains in fp32 only.")
     return replace(recipe, client=replace(client, engine="torch")), reason
+
+
+def _strategy_of(recipe: FederatedRecipe) -> Strategy:
+    server = recipe.server
+    return build_strategy(server.strategy, server.strategy_options, seed=recipe.seed, population=recipe.num_clients)
 
 
 def _client_states(grid: Grid, result: RoundResult) -> dict[int, RecordDict]:

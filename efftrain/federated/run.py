@@ -28,7 +28,7 @@ from efftrain.errors import CheckpointError, ConfigError, ToolError
 from efftrain.federated.journal import Journal
 from efftrain.federated.recipe import FederatedRecipe, is_own
 from efftrain.federated.results import ClientResult, FederatedResult, RoundResult
-from efftrain.federated.rounds import check_model, run_federated, with_usable_engine
+from efftrain.federated.rounds import check_model, check_run, run_federated, with_usable_engine
 from efftrain.models import load_pretrained, model_class
 from efftrain.models.pretrained import WEIGHTS_FILE
 from efftrain.report.federated import federated_page
@@ -51,8 +51,8 @@ def federate(
         recipe: What to do.
         initial: Folder of the model to start from, as ``save_pretrained`` wrote it; None starts from fresh weights.
         out: Folder of the run folders.
-        resume: Go on with the newest run of this recipe's name, after its last finished round. If there is none, or it
-            was killed before its first round was done, it starts from the beginning.
+        resume: Go on with the newest run of this recipe's name that has finished a round, after its last one. If there
+            is none, it starts from the beginning.
         on_round: Called after each round.
         on_note: Told before the first round what the run does otherwise than the recipe says.
 
@@ -68,6 +68,7 @@ def federate(
     check_model(recipe)
     state = None if initial is None else read_model(initial, recipe)
     recipe, note = with_usable_engine(recipe)
+    check_run(recipe)
     if note and on_note is not None:
         on_note(f"clients are trained by the torch engine. {note}")
     path = run_path(out, recipe.name, _run_number(recipe, out, resume))
@@ -250,33 +251,47 @@ def _write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...])
 
 
 def _run_number(recipe: FederatedRecipe, out: Path, resume: bool) -> int:
-    """Claim a new run folder, or find the one to resume."""
-    number = next_run_number(out, recipe.name) - 1
-    if not resume or number < 1:
-        return claim_run(out, recipe.name)
-    path = run_path(out, recipe.name, number) / "recipe.toml"
-    if path.exists():  # else it was killed before it wrote one
-        old = load_recipe(FederatedRecipe, path)
+    """Claim a new run folder, or find the one to resume: the newest that has rounds to go on from, else the newest that
+    this recipe started and that was killed before its first round was done."""
+    numbers = range(next_run_number(out, recipe.name) - 1, 0, -1) if resume else range(0)
+    for number in numbers:
+        path = run_path(out, recipe.name, number)
+        done = _num_rounds(path)
+        if not done:
+            continue
+        old = load_recipe(FederatedRecipe, path / "recipe.toml")
         if _same_run(old) != _same_run(recipe):
             changed = [spec.name for spec in fields(recipe) if getattr(old, spec.name) != getattr(recipe, spec.name)]
             raise ConfigError(
-                f"{path.parent} was started with other settings in {', '.join(changed)}; resume it with its own "
+                f"{path} was started with other settings in {', '.join(changed)}; resume it with its own "
                 "recipe (only server.rounds, fleet.workers and client.timeout_s may change), or start a new run "
                 "without --resume"
             )
-    done = _num_rounds(path.parent)
-    if done > recipe.server.rounds:
-        raise ConfigError(
-            f"{path.parent} has {done} rounds already, but server.rounds is {recipe.server.rounds}, and no round can "
-            "be taken back; ask for at least as many, or start a new run without --resume"
-        )
-    return number
+        if done > recipe.server.rounds:
+            raise ConfigError(
+                f"{path} has {done} rounds already, but server.rounds is {recipe.server.rounds}, and no round can be "
+                "taken back; ask for at least as many, or start a new run without --resume"
+            )
+        return number
+    for number in numbers:
+        if _was_started_with(run_path(out, recipe.name, number) / "recipe.toml", recipe):
+            return number
+    return claim_run(out, recipe.name)
 
 
 def _num_rounds(path: Path) -> int:
     """Finished rounds in the journal of a run folder."""
     lines = path / "journal" / "rounds.jsonl"
     return lines.read_bytes().count(b"\n") if lines.exists() else 0
+
+
+def _was_started_with(path: Path, recipe: FederatedRecipe) -> bool:
+    if not path.exists():  # it was killed before it wrote one
+        return path.parent.is_dir()
+    try:
+        return _same_run(load_recipe(FederatedRecipe, path)) == _same_run(recipe)
+    except ConfigError:  # a run of another kind
+        return False
 
 
 def _same_run(recipe: FederatedRecipe) -> FederatedRecipe:

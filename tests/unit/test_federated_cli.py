@@ -74,6 +74,22 @@ def test_initial_and_what_is_refused(efftrain: Run, tmp_path: Path) -> None:
         assert reason in last
 
 
+def test_a_failed_start_leaves_nothing_behind(efftrain: Run, tmp_path: Path) -> None:
+    first = efftrain("federate", RECIPE, *SMALLEST, "--set", "server.rounds=1")
+    assert first.returncode == 0, first.stderr
+    no_device = ("--set", "fleet.devices={rp2040=1.0}", "--set", "client.batch_size=4000")
+    for arguments, reason in ((("--set", "server.strategy=krumm"), "krum"), (no_device, "no device of the fleet")):
+        refused = efftrain("federate", RECIPE, *SMALLEST, *arguments)
+        assert refused.returncode == 1
+        assert reason in refused.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["watch_people"]
+    # Killed before its first round, a later run of other settings is no run to go on with.
+    (tmp_path / "runs" / "watch_people-2" / "journal").mkdir(parents=True)
+    (tmp_path / "runs" / "watch_people-2" / "recipe.toml").write_text("seed = 7\n")
+    done = efftrain("federate", RECIPE, *SMALLEST, "--resume", "--json")
+    assert json.loads(done.stdout)["resumed_after"] == 1, done.stderr
+
+
 def test_without_flower_one_line_says_so() -> None:
     code = "import sys; sys.modules['flwr'] = None; from efftrain.cli.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "federate", str(RECIPE)]
