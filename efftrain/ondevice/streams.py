@@ -128,6 +128,9 @@ def _stream(
     ops: Sequence[RowOp], x: str, tensors: Mapping[str, TensorType], layers: Layers
 ) -> tuple[RowStream, dict[str, TensorType]]:
     maker = {op.y: index for index, op in enumerate(ops)}
+    sources = [[maker[name] for name in op.reads if name in maker] for op in ops]
+    readers = [[number for number, reader in enumerate(ops) if op.y in reader.reads] for op in ops]
+    heights = [tensors[op.y].shape[0] for op in ops]
     schedule: list[int] = []
     done = [0] * len(ops)
     wanted = {op.y: 1 for op in ops}
@@ -135,22 +138,17 @@ def _stream(
     def make(index: int) -> None:
         """Compute the next row of an op, and before it the rows that it needs."""
         op = ops[index]
-        for name in op.reads:
-            while name in maker and done[maker[name]] < rows_needed(op, done[index], layers):
-                make(maker[name])
+        for source in sources[index]:
+            while done[source] < rows_needed(op, done[index], layers):
+                make(source)
         oldest = min(
-            (
-                first_row(reader, done[number], layers)
-                for number, reader in enumerate(ops)
-                if op.y in reader.reads and done[number] < tensors[reader.y].shape[0]
-            ),
-            default=done[index],
+            (first_row(ops[i], done[i], layers) for i in readers[index] if done[i] < heights[i]), default=done[index]
         )
         wanted[op.y] = max(wanted[op.y], done[index] + 1 - oldest)
         schedule.append(index)
         done[index] += 1
 
-    for _ in range(tensors[ops[-1].y].shape[0]):
+    for _ in range(heights[-1]):
         make(len(ops) - 1)
     rings = {op.y: replace(tensors[op.y], shape=(wanted[op.y], *tensors[op.y].shape[1:])) for op in ops[:-1]}
     stream = RowStream(
