@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import torch
 import efftrain
 from efftrain.errors import ConfigError
 from efftrain.parallel.backends import Transport
+from efftrain.parallel.layout import Layout
 
 _NOTHING = "nothing"
 _LENGTH_BYTES = 8
 
 
-def check_agreement(transport: Transport, facts: Mapping[str, str]) -> None:
+def check_agreement(
+    transport: Transport, facts: Mapping[str, str], same: str = "the same recipe, the same --set and the same efftrain"
+) -> None:
     """Compare facts of all ranks with those of rank 0.
 
     One small collective if all agree; a second one finds out who does not and in what.
@@ -26,6 +30,7 @@ def check_agreement(transport: Transport, facts: Mapping[str, str]) -> None:
     Args:
         transport: All ranks.
         facts: What must be equal, by its name.
+        same: What all ranks are to be started with, for the message.
 
     Raises:
         ConfigError: Some rank has others; on all ranks, with the first that has, its rank, expected and found.
@@ -44,13 +49,36 @@ def check_agreement(transport: Transport, facts: Mapping[str, str]) -> None:
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     raise ConfigError(
         f"rank {rank} was started with {names[0]} = {other}{more}, expected {expected} as on rank 0; "
-        "start all ranks with the same recipe, the same --set and the same efftrain"
+        f"start all ranks with {same}"
     )
+
+
+def facts_of_job(plan: object, layout: Layout, **settings: object) -> dict[str, str]:
+    """A plan, what it made of the model, and how it is trained, field by field.
+
+    Args:
+        plan: A dataclass.
+        layout: Of the plan and the model.
+        settings: Dataclasses and plain values, by name.
+    """
+    found = {"efftrain": _version()}
+    for name, value in {"plan": plan, **settings}.items():
+        if is_dataclass(value):
+            found |= {f"{name}.{field.name}": repr(getattr(value, field.name)) for field in fields(value)}
+        else:
+            found[name] = repr(value)
+    found["the layers divided"] = repr(sorted(layout.tensor.styles.items())) if layout.tensor is not None else "none"
+    found["the stages"] = repr([cut.names for cut in layout.cuts])
+    return found
 
 
 def facts_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     """A resolved recipe as plain values, key by key, and the code that is to run it."""
-    return {**dict(_flatten(recipe, "")), "efftrain": f"{efftrain.__version__} ({code_digest()})"}
+    return {**dict(_flatten(recipe, "")), "efftrain": _version()}
+
+
+def _version() -> str:
+    return f"{efftrain.__version__} ({code_digest()})"
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from efftrain.compression import Codec, Identity, LowRank
 from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
+from efftrain.parallel.agreement import check_agreement, facts_of_job
 from efftrain.parallel.axes import Axes
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.collectives import refuse_deflate
@@ -266,7 +267,8 @@ class Plan:
             layout: What ``check`` found for this model and example; found now if left out.
 
         Raises:
-            ConfigError: The plan does not fit the processes started, or the model.
+            ConfigError: The plan does not fit the processes started, or the model; or another rank was given something
+                else.
         """
         step = step or StepConfig()
         world_size, device = mesh.world_size(), next(model.parameters()).device
@@ -274,6 +276,17 @@ class Plan:
         if layout is None:
             layout = self.check(world_size, model, None if example is None else example.to(device), step)
         optimizer = optimizer or OptimizerConfig()
+        if world_size > 1:
+            facts = facts_of_job(
+                self,
+                layout,
+                objective=getattr(objective, "__qualname__", type(objective).__qualname__),
+                optimizer=optimizer,
+                step=step,
+                total_steps=total_steps,
+                seed=seed,
+            )
+            check_agreement(mesh.transport(device), facts, "the same plan, the same settings and the same efftrain")
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         if self.is_divided and world_size > 1:
             return self._divided_job(model, layout, objective, optimizer, step, total_steps, momentum, seed)

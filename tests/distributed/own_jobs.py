@@ -65,3 +65,15 @@ def apply_elsewhere() -> str:
     except ConfigError as error:
         return str(error)
     return "applied"
+
+
+@in_group
+def apply_something_else(settings: list[dict[str, Any]]) -> str:
+    """Each rank has its own plan and, under ``lr``, its own learning rate."""
+    own = dict(settings[mesh.rank()])
+    optimizer = OptimizerConfig(lr=own.pop("lr", 0.1))
+    try:
+        Plan(**own).apply(tied(), tokens(0)[0], optimizer=optimizer)
+    except ConfigError as error:
+        return str(error)
+    return "applied"

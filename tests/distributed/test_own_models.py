@@ -1,12 +1,14 @@
 """Models as users write them, under plans: the same as on one process, or one line that says what to change."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from efftrain.compression import Int8
 from efftrain.errors import CheckpointError
 from efftrain.training import Job
 from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, load_model
@@ -48,3 +50,28 @@ def test_a_weight_that_is_shared_in_one_of_two_models_is_named(first: str, then:
 def test_a_model_on_another_device_is_refused(start_ranks: StartRanks) -> None:
     for rank, message in enumerate(start_ranks(own_jobs.apply_elsewhere, 2).results()):
         assert message.startswith(f"rank {rank}: the model is on meta, the ranks exchange on cpu; move it there")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([{}, {}], "applied"),
+        (
+            [{"lr": 0.1}, {"lr": 0.2}],
+            "rank 1 was started with optimizer.lr = 0.2, expected 0.1 as on rank 0; start all",
+        ),
+        ([{"codec": Int8()}, {"codec": Int8(block=8)}], "rank 1 was started with plan.codec = Int8(block=8, "),
+        ([{}, {"pipeline": 2}], "rank 1 was started with plan.pipeline = 2 (and 1 more), expected 1 as on rank 0; "),
+        (
+            [{"pipeline": 2, "schedule": "gpipe"}, {"pipeline": 2, "schedule": "1f1b"}],
+            "rank 1 was started with plan.schedule = '1f1b', expected 'gpipe' as on rank 0; start all ranks with the "
+            "same plan, the same settings and the same efftrain",
+        ),
+    ],
+)
+def test_ranks_of_a_script_that_were_given_something_else_are_refused(
+    settings: list[dict[str, Any]], said: str, start_ranks: StartRanks
+) -> None:
+    found = start_ranks(own_jobs.apply_something_else, 2, settings).results()
+    assert len(set(found)) == 1, "all ranks say the same"
+    assert found[0].startswith(said)

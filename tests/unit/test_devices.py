@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
