@@ -127,7 +127,7 @@ def plan_command(
     compiler = Compiler(request)
     refusal, program = _plan(compiler)
     plan = program.plan
-    rows = compared(compiler, plan) if (not as_json if compare is None else compare) else []
+    rows = compared(compiler, program) if (not as_json if compare is None else compare) else []
     steps = _waterfall(compiler, program) if show_waterfall or out is not None else []
     found = {
         **_header(request, program),

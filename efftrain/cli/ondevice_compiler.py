@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _NUM_SAMPLES = 16
 _LARGEST_INPUT = 1 << 24
-UNLIMITED_BYTES = 1 << 40
-"""Of RAM or flash: more than any board has."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,7 @@ class Compiler:
 
 def _board(name: str, ram: int | None) -> Board:
     from efftrain.ondevice import Board
+    from efftrain.ondevice.fitting import UNLIMITED_BYTES
 
     board = Board.load(name) if name.endswith(".toml") else Board.named(name)
     if ram is None:

@@ -14,11 +14,11 @@ from efftrain.units import format_bytes, format_count
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from efftrain.ondevice import Program
+    from efftrain.ondevice import Board, Program
     from efftrain.ondevice.memory import MemoryPlan
 
-SchemeRow = tuple[str, "MemoryPlan", str | None]
-"""A scheme, its plan, and the smallest board that holds it."""
+SchemeRow = tuple[str, "MemoryPlan", "tuple[Board, MemoryPlan] | None"]
+"""A scheme, its plan, and the smallest board that can run it, with the plan there."""
 
 
 def print_plan(model: str, program: Program, plan: MemoryPlan) -> None:
@@ -56,16 +56,23 @@ def print_compared(rows: list[SchemeRow]) -> None:
     for heading in ("RAM", "trained state", "flash", "MACs backward"):
         table.add_column(heading, justify="right")
     table.add_column("smallest board that can run it")
-    for name, plan, board in rows:
+    for name, plan, smallest in rows:
         table.add_row(
             escape(name),
             format_bytes(plan.total_ram_bytes),
             format_bytes(plan.trained_state_bytes),
             format_bytes(plan.flash_bytes),
             format_count(plan.macs_backward),
-            "none of those known" if board is None else escape(board),
+            escape(_board_of(plan, smallest)),
         )
     print_table(table)
+
+
+def _board_of(plan: MemoryPlan, smallest: tuple[Board, MemoryPlan] | None) -> str:
+    if smallest is None:
+        return "none of those known"
+    board, there = smallest
+    return board.name if there is plan else f"{board.name}, in tiles: {format_bytes(there.total_ram_bytes)}"
 
 
 def print_run(found: dict[str, Any], target: str, steps: int) -> None:

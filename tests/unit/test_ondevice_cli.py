@@ -45,6 +45,12 @@ class Ce(Net):
     input_shape = (3, 8, 8)
     loss = "ce"
 
+class Wide(nn.Sequential):
+    input_shape = (3, 16, 16)
+    def __init__(self):
+        block = [nn.Conv2d(8, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 8, 1)]
+        super().__init__(nn.Conv2d(3, 8, 1), *block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
 class Broken(nn.Module):
     def __init__(self):
         raise KeyError("no such thing")
@@ -156,6 +162,23 @@ def test_the_table_of_schemes(run: Command) -> None:
     sizes = [row["total_ram_bytes"] for row in found["schemes"]]
     assert sizes == sorted(sizes)
     assert {row["smallest_board"] for row in found["schemes"]} <= {*Board.names(), None}
+
+
+def test_the_smallest_board_is_one_that_needs_tiles(run: Command) -> None:
+    """Planned for much RAM it takes more than the smallest board has, but there the compiler makes do with less."""
+    arguments = ("plan", "net.py:Wide", "--scheme", "bias_only", "--rounding", "stochastic")
+    found = object_of(run(*arguments, "--compare", "--json"))
+    rows = {row["scheme"]: row for row in found["schemes"]}
+    small = Board.named("stm32l433")
+    assert found["total_ram_bytes"] == rows["bias_only"]["total_ram_bytes"] > small.ram_bytes
+    assert rows["bias_only"]["smallest_board"] == small.name
+    there = object_of(run(*arguments, "--board", small.name, "--json"))
+    assert there["tiled_blocks"]
+    assert there["total_ram_bytes"] == rows["bias_only"]["smallest_board_total_ram_bytes"] <= small.ram_bytes
+    for name, row in rows.items():
+        _, out, _ = run("plan", "net.py:Wide", "--scheme", name, *arguments[4:], "--board", small.name, "--json")
+        assert json.loads(out)["fits"] == (row["smallest_board"] == small.name), name
+    assert f"{small.name}, in tiles: " in run(*arguments)[1]
 
 
 def test_a_plan_that_does_not_fit_is_printed_and_refused(run: Command) -> None:
