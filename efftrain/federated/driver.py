@@ -322,13 +322,15 @@ class Driver:
             outcomes: Mapping[str, Outcome] = {SURPLUS: "surplus", TOO_LATE: "late"}
             outcome = "refused" if arrival.refused else outcomes.get(arrival.problem, "dropped")
         ram_bytes = device_ram_bytes = 0
-        device = None
+        device, integers = None, False
         if self.fleet is not None and delivery.partition is not None:
             kind = self.fleet.kind(delivery.partition)
             ram_bytes, device = kind.cost.ram_bytes, kind.device
+            integers = kind.cost.number_format == "int8"
             device_ram_bytes = 0 if kind.profile is None else kind.profile.ram_bytes
-        if update is not None and self.fleet is None:
-            ram_bytes = int(update.metrics.get(RAM, 0))
+        # What a plan was made for in floating point is this machine, not the simulated device.
+        if update is not None and (self.fleet is None or integers):
+            ram_bytes = int(update.metrics.get(RAM, 0)) or ram_bytes
         if outcome == "trained":
             self.peak_ram_bytes = max(self.peak_ram_bytes, ram_bytes)
         return ClientResult(

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from efftrain.errors import BudgetError, CompileError, ConfigError
+from efftrain.errors import ConfigError
 from efftrain.federated.data import client_train
 from efftrain.federated.devices import DeviceProfile
 from efftrain.federated.local import corrects_gradients
@@ -111,8 +111,8 @@ class Fleet:
             refusals.append(cost.refusal)
         if all(refusals):
             raise ConfigError(
-                f"no device of the fleet can do this training: {refusals[-1]}. Lower client.batch_size, give an update "
-                "scheme of the device engine (fleet.schemes), or name other devices."
+                f"no device of the fleet can do this training: {refusals[-1].rstrip('.')}. Lower client.batch_size, "
+                "give an update scheme of the device engine (fleet.schemes), or name other devices."
             )
 
     def num_samples(self, partition: int) -> int:
@@ -200,7 +200,12 @@ def _config_of(client: ClientConfig, scheme: str | None, device: str) -> ClientC
 
 def _cost(recipe: FederatedRecipe, client: ClientConfig, device: str | None) -> Cost:
     """Of one plan on one device; all clients with the same device share it."""
-    cost = _float_cost(recipe, client) if client.scheme == "fp32" else _int8_cost(recipe, client)
+    samples = client_train(recipe.data, 0, recipe.seed)
+    if client.scheme == "fp32":
+        vectors = (client.momentum > 0) + corrects_gradients(recipe)
+        cost = _float_cost(recipe.model, samples.input_shape, min(client.batch_size, len(samples)), vectors)
+    else:
+        cost = _int8_cost(recipe.model, client, samples.name)
     if device is None or cost.refusal:
         return cost
     ram_bytes = DeviceProfile.named(device).ram_bytes
@@ -210,14 +215,8 @@ def _cost(recipe: FederatedRecipe, client: ClientConfig, device: str | None) -> 
     return cost
 
 
-def _float_cost(recipe: FederatedRecipe, client: ClientConfig) -> Cost:
-    samples = client_train(recipe.data, 0, recipe.seed)
-    vectors = (client.momentum > 0) + corrects_gradients(recipe)
-    return _model_cost(recipe.model, samples.input_shape, min(client.batch_size, len(samples)), vectors)
-
-
 @lru_cache(maxsize=16)
-def _model_cost(model_config: ModelConfig, input_shape: tuple[int, ...], batch_size: int, vectors: int) -> Cost:
+def _float_cost(config: ModelConfig, input_shape: tuple[int, ...], batch_size: int, vectors: int) -> Cost:
     """Weights, gradients and what the backward pass needs of a batch, counted by running the model once; and so many
     vectors of the model's size besides: velocities, what a strategy adds to the gradients."""
     import torch
@@ -226,34 +225,22 @@ def _model_cost(model_config: ModelConfig, input_shape: tuple[int, ...], batch_s
     from efftrain.profile import profile_model
 
     with torch.random.fork_rng(devices=[]):
-        model = build_model(model_config.name, **model_config.options)
+        model = build_model(config.name, **config.options)
     profile = profile_model(model, torch.zeros(batch_size, *input_shape))
     macs = (profile.macs + profile.backward_macs) / batch_size
     ram_bytes = profile.training_bytes + vectors * 4 * sum(parameter.numel() for parameter in model.parameters())
     return Cost(ram_bytes=ram_bytes, macs_per_sample=macs, number_format="fp32")
 
 
-def _int8_cost(recipe: FederatedRecipe, client: ClientConfig) -> Cost:
-    """Of the compiler's plan: every byte of it is known before anything runs."""
-    import torch
+@lru_cache(maxsize=16)
+def _int8_cost(model: ModelConfig, client: ClientConfig, dataset: str) -> Cost:
+    """Of the plan of the very program that the clients will run: every byte of it is known before anything runs."""
+    from efftrain.federated.engines.int8_clients import compile_clients
+    from efftrain.federated.engines.modules import fresh_state
 
-    from efftrain.models import build_model
-    from efftrain.ondevice import compile
-
-    samples = client_train(recipe.data, 0, recipe.seed)
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(recipe.model.name, **recipe.model.options)
-    example = torch.from_numpy(samples.inputs[:1])
     try:
-        program = compile(
-            model,
-            example,
-            scheme=client.scheme,
-            board=client.board,
-            calibration=samples.inputs,
-            learning_rate=client.lr,
-        )
-    except (BudgetError, CompileError) as error:
+        plan = compile_clients(model, fresh_state(model, 0), client, dataset).program.plan
+    except ConfigError as error:
         return Cost(ram_bytes=0, macs_per_sample=0.0, number_format="int8", refusal=str(error))
-    macs = program.plan.macs_forward + program.plan.macs_backward
-    return Cost(ram_bytes=program.plan.total_ram_bytes, macs_per_sample=macs, number_format="int8")
+    macs = plan.macs_forward + plan.macs_backward
+    return Cost(ram_bytes=plan.total_ram_bytes, macs_per_sample=macs, number_format="int8")

@@ -137,6 +137,24 @@ def test_a_device_that_cannot_hold_the_training_is_never_asked() -> None:
         run_federated(replace(recipe, fleet=FleetConfig(devices={"rp2040": 1.0})))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_is_planned_before_a_round_is_what_its_clients_need(momentum: float) -> None:
+    client = ClientConfig(engine="device", scheme="sparse", epochs=1, momentum=momentum)
+    recipe = with_server(replace(DIGITS, client=client, fleet=FleetConfig(devices={"stm32f746": 1.0})), rounds=1)
+    [one] = rounds_of(recipe)
+    assert one.clients_trained == 8
+    assert {row.ram_bytes for row in one.clients} == {Fleet(recipe).kind(0).cost.ram_bytes}
+
+
+def test_momentum_is_part_of_what_must_fit() -> None:
+    client = ClientConfig(engine="device", scheme="full", momentum=0.9)
+    big = replace(DIGITS, client=client, model=ModelConfig(name="fashion-cnn", options={"size": 8, "hidden": 600}))
+    recipe = replace(big, fleet=FleetConfig(devices={"stm32f746": 1.0}))
+    with pytest.raises(ConfigError, match=r"no device of the fleet can do this training.*stm32f746 has 262144 B"):
+        run_federated(recipe)
+    Fleet(replace(recipe, client=replace(client, momentum=0.0))).check()
+
+
 def test_pace_steering_gives_clients_a_rest() -> None:
     fleet = FleetConfig(devices={"phone_high": 1.0})
     seen = rounds_of(with_server(replace(DIGITS, fleet=fleet), rounds=5, pace_s=1e9))

@@ -57,7 +57,7 @@ class Int8Clients:
     def __init__(self, back_end: Literal["host", "board"]) -> None:
         self._back_end = back_end
         self._compiling = threading.Lock()
-        self._programs: OrderedDict[str, _Compiled] = OrderedDict()
+        self._programs: OrderedDict[str, Compiled] = OrderedDict()
 
     def train(self, model: ModelConfig, state: State, data: ArrayDataset, config: ClientConfig, seed: int) -> Trained:
         """Train what ``config.scheme`` names, one sample at a time.
@@ -88,21 +88,21 @@ class Int8Clients:
         accuracy = engine.evaluate(program.quantize_input(data.inputs), data.targets)
         return Measured(accuracy, _loss(model, state, data), len(data))
 
-    def _compiled(self, model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> "_Compiled":
+    def _compiled(self, model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> "Compiled":
         """See Note [a program a round]. Whoever comes while it is compiled waits."""
         key = _digest(model, state, config, dataset)
         with self._compiling:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
-            compiled = self._programs[key] = _compile(model, state, config, dataset)
+            compiled = self._programs[key] = compile_clients(model, state, config, dataset)
             if len(self._programs) > _PROGRAMS_KEPT:
                 self._programs.popitem(last=False)
             return compiled
 
 
 @dataclass(frozen=True, eq=False)
-class _Compiled:
+class Compiled:
     """A program for one model with its weights, and what runs it."""
 
     program: Program
@@ -164,7 +164,12 @@ def _channels(tensor: npt.NDArray[_Element], layer: ConvConstants, count: int) -
     return tensor.reshape(shape.out_c, -1, shape.kernel_h, shape.kernel_w)[:, :count]
 
 
-def _compile(model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> _Compiled:
+def compile_clients(model: ModelConfig, state: State, config: ClientConfig, dataset: str) -> Compiled:
+    """The program of all clients that are sent this model. What it needs of a device depends on no weight.
+
+    Raises:
+        ConfigError: The model, scheme or board cannot be used, or the plan needs more memory than the board has.
+    """
     module = loaded_module(model, state)
     samples = calibration_samples(dataset)
     try:
@@ -178,7 +183,7 @@ def _compile(model: ModelConfig, state: State, config: ClientConfig, dataset: st
             optimizer=Optimizer(momentum=config.momentum),
             name="client",
         )
-        return _Compiled(program, _masks(program, state))
+        return Compiled(program, _masks(program, state))
     except CompileError as error:
         raise ConfigError(
             f'{model.name} cannot be trained in integers: {error} Set client.engine="torch" and client.scheme="fp32".'
