@@ -83,6 +83,20 @@ def from_dict(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(f"section {where!r}: {error}" if where else str(error)) from error
 
 
+def check_value(hint: Any, value: Any, where: str) -> None:
+    """Refuse a value that a recipe could not give a field, for settings that are made in code.
+
+    Args:
+        hint: Type of the field; no dataclass.
+        value: What it was given.
+        where: Name of the field, for the message.
+
+    Raises:
+        ConfigError: Another type, or none of the words; the nearest is named.
+    """
+    _convert(hint, value, where)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a config dataclass, ``None`` left out, tuples as lists: what TOML and JSON can hold."""
     return {
@@ -117,6 +131,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:  # in code; TOML has no such value
+            return None
         inner = [a for a in args if a is not type(None)]
         if len(inner) == 1:
             return _convert(inner[0], value, where)

@@ -1,13 +1,15 @@
 """The plan: how one training run is spread over processes. Valid by construction, or refused with the remedy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from efftrain.compression import Codec, Identity, LowRank
+from efftrain.config import check_value
 from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
 from efftrain.parallel.agreement import check_agreement, facts_of_job
@@ -18,7 +20,6 @@ from efftrain.parallel.data import DataParallel
 from efftrain.parallel.divided import divided
 from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import (
-    SCHEDULES,
     SPLIT_BACKWARD,
     Schedule,
     check_micro_batches,
@@ -31,6 +32,8 @@ from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
 from efftrain.training.job import first_names
+
+_OBJECTS = ("codec", "sync", "tensor_styles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class Plan:
     backend: Literal["torch", "horovod"] = "torch"
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("data", "tensor", "pipeline", "shard_size"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -356,9 +360,21 @@ class Plan:
             )
         return self.momentum_correction and self.codec.combine != "sum"
 
+    def _check_types(self) -> None:
+        """In code nobody else does; a word that is no setting would act as some other one."""
+        for name, hint in _plain_fields().items():
+            check_value(hint, getattr(self, name), f"plan.{name}")
+        if not isinstance(self.codec, Codec):
+            raise ConfigError(
+                f"plan.codec is {self.codec!r}, expected a codec such as Int8() of efftrain.compression; a text "
+                "becomes one by parse_codec"
+            )
+        if not isinstance(self.sync, SyncConfig):
+            raise ConfigError(f"plan.sync is {self.sync!r}, expected a SyncConfig")
+        if not isinstance(self.tensor_styles, Mapping):
+            raise ConfigError(f"plan.tensor_styles is {self.tensor_styles!r}, expected names of modules and styles")
+
     def _check_pipeline(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"plan.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.pipeline == 1:
             if self.microbatches is not None:
                 raise ConfigError(
@@ -411,3 +427,10 @@ class Plan:
                 "momentum correction, warm-up, local clipping, nodes and algorithms belong to gradsync; leave them out "
                 "or set shard=none"
             )
+
+
+@cache
+def _plain_fields() -> dict[str, Any]:
+    """Type hints of what a recipe could hold."""
+    hints = get_type_hints(Plan)
+    return {field.name: hints[field.name] for field in fields(Plan) if field.name not in _OBJECTS}
