@@ -27,6 +27,7 @@ from efftrain.parallel.pipeline import (
     stages_a_rank,
 )
 from efftrain.parallel.recompute import Checkpointing, check_blocks, compile_blocks, recompute
+from efftrain.parallel.sharded import check_shards
 from efftrain.parallel.stages import StageCut, cut_model, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
@@ -170,7 +171,10 @@ class Plan:
             check_blocks(model, self.checkpointing)
         step = step or StepConfig()
         share = self._share(world_size, example, step)
-        return self.lay_out(model, share, bf16=step.precision == "bf16")
+        layout = self.lay_out(model, share, bf16=step.precision == "bf16")
+        if self.shard != "none" and world_size > 1:
+            check_shards([cut.build(model) for cut in layout.cuts] or [model])
+        return layout
 
     def lay_out(self, model: nn.Module, share: Tensor, *, bf16: bool = False) -> Layout:
         """Find out how the tensor and pipeline axis divide a model.

@@ -64,9 +64,9 @@ class Sharded(Replicas):
         start_equal(self._transport, model)
         for part in self._stages or [model]:
             self._num_parameters += sum(p.numel() for p in part.parameters())
-            for name, layer in list(part.named_modules()):
-                if name and _is_layer(part, name, layer):
-                    fully_shard(layer, mesh=self._mesh, reshard_after_forward=self._free_weights)
+            for name in reversed(_layers(part)):  # the inner one of two first: what is left goes to the outer one
+                layer = part.get_submodule(name)
+                fully_shard(layer, mesh=self._mesh, reshard_after_forward=self._free_weights)
             self._roots.append(fully_shard(part, mesh=self._mesh, reshard_after_forward=self._free_weights))
             if not isinstance(self._codec, Identity):
                 self._codecs.append(compress_fsdp(part, self._codec, seed=self._seed))
@@ -153,6 +153,40 @@ class Sharded(Replicas):
         for i, codec in enumerate(self._codecs):
             prefix = f"{i}/"
             codec.load_state_dict({n.removeprefix(prefix): v for n, v in own.items() if n.startswith(prefix)})
+
+
+def check_shards(parts: Sequence[nn.Module]) -> None:
+    """Refuse what ``fully_shard`` cannot divide, before the ranks meet.
+
+    Args:
+        parts: The whole model, or its stages.
+
+    Raises:
+        ConfigError: A parameter is a scalar, or layers that are gathered one by one share it.
+    """
+    for part in parts:
+        layers = _layers(part)
+        places: dict[int, tuple[str, str]] = {}
+        for path, module in part.named_modules():
+            layer = max((name for name in layers if f"{path}.".startswith(f"{name}.")), key=len, default="")
+            for last, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{last}" if path else last
+                if not parameter.ndim:
+                    raise ConfigError(
+                        f"parameter {name!r} is a scalar, which a sharded data axis cannot divide; give it the shape "
+                        "(1,), or set parallel.shard=none"
+                    )
+                first, other = places.setdefault(id(parameter), (name, layer))
+                if layer != other:
+                    raise ConfigError(
+                        f"parameters {first!r} and {name!r} are one and the same, in layers that a sharded data axis "
+                        "gathers one by one; set parallel.shard=none, or give each layer its own"
+                    )
+
+
+def _layers(part: nn.Module) -> list[str]:
+    """Names of the modules that are gathered on their own; an outer one is before those inside of it."""
+    return [name for name, layer in part.named_modules() if name and _is_layer(part, name, layer)]
 
 
 def _is_layer(part: nn.Module, name: str, layer: nn.Module) -> bool:

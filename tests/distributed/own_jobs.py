@@ -77,3 +77,40 @@ def apply_something_else(settings: list[dict[str, Any]]) -> str:
     except ConfigError as error:
         return str(error)
     return "applied"
+
+
+class Block(nn.Module):
+    """Blocks of its own in a list, and a parameter beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.gain = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x) * self.gain)
+        return x
+
+
+def nested() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(16, 8), InOrder(Block(), Block()), nn.Linear(8, 16))
+
+
+class InOrder(nn.ModuleList):
+    """A list that can be called."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
+@in_group
+def sharded_in_each_other() -> list[float]:
+    """Losses of blocks that hold blocks."""
+    job = Plan(shard="full").apply(nested(), optimizer=OPTIMIZER)
+    return [job.step(*job.share(*tokens(step))).loss for step in range(3)]

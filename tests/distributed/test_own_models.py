@@ -75,3 +75,8 @@ def test_ranks_of_a_script_that_were_given_something_else_are_refused(
     found = start_ranks(own_jobs.apply_something_else, 2, settings).results()
     assert len(set(found)) == 1, "all ranks say the same"
     assert found[0].startswith(said)
+
+
+def test_blocks_inside_of_blocks_are_sharded(start_ranks: StartRanks) -> None:
+    for losses in start_ranks(own_jobs.sharded_in_each_other, 2).results():
+        assert losses == pytest.approx(own_jobs.losses_of(own_jobs.nested(), 3), abs=2e-6)

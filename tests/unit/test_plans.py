@@ -123,6 +123,55 @@ def test_a_model_that_does_not_fit_is_refused_without_processes() -> None:
         Plan(pipeline=2, microbatches=2, shard="grads").check(4, tied, inputs)
 
 
+class Blocks(nn.Module):
+    """Blocks in a list, and more."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        y: Tensor = self.head(x)
+        return y
+
+
+def test_what_a_sharded_data_axis_cannot_divide_is_refused_without_processes() -> None:
+    plan = Plan(shard="full")
+    scalar = Blocks(nn.Linear(8, 8))
+    scalar.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(
+        ConfigError, match=r"'scale' is a scalar, .* give it the shape \(1,\), or set parallel\.shard=no"
+    ):
+        plan.check(2, scalar)
+    plan.check(1, scalar)
+    for place in ("blocks.1", "head"):
+        tied = Blocks(nn.Linear(8, 8), nn.Linear(8, 8))
+        tied.get_submodule(place).weight = tied.get_submodule("blocks.0").weight
+        with pytest.raises(ConfigError, match=rf"weight' and '{place}\.weight' are one .* or give each layer its own"):
+            plan.check(2, tied)
+    twice = nn.Linear(8, 8)
+    plan.check(2, Blocks(twice, twice))  # one layer, called twice
+    within = Blocks(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    within.get_submodule("blocks.0.1").weight = within.get_submodule("blocks.0.0").weight
+    plan.check(2, within)
+    with pytest.raises(ConfigError, match="is a scalar"):
+        Plan(shard="grads", pipeline=2, microbatches=1).check(2, _scaled(), torch.randn(4, 8))
+
+
+def _scaled() -> Blocks:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    return Blocks(nn.Linear(8, 8), Scale())
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
