@@ -58,7 +58,8 @@ def plan_command(
             write.write_text(dump_toml(cluster), encoding="utf-8")
             say(f"wrote {write}; use it with --hardware {write}")
     planner = Planner(setting, cluster)
-    found, refused = planner.rank(world, list(enumerate_plans(settings.parallel.plan(), world)))
+    plans = list(enumerate_plans(settings.parallel.plan(), world, node_size=cluster.ranks_per_node))
+    found, refused = planner.rank(world, plans)
     if as_json:
         print_json(
             {

@@ -16,8 +16,8 @@ from efftrain.compression import Identity, Int8, LowRank, TopK
 from efftrain.config import dump_toml
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
-from efftrain.parallel import Plan
-from efftrain.parallel.planner import Planner, Prediction, Refusal, Setting, enumerate_plans, reasons
+from efftrain.parallel import Plan, SyncConfig
+from efftrain.parallel.planner import Planner, Prediction, Refusal, Setting, describe, enumerate_plans, reasons
 from efftrain.parallel.planner.calibrate import Axis, calibrate
 from efftrain.parallel.planner.exchange import codec_speed
 from efftrain.parallel.planner.hardware import Hardware, Link, load_hardware, shipped_hardware
@@ -149,6 +149,33 @@ def test_every_way_to_spread_four_ranks_is_judged(planner: Planner) -> None:
         assert reason in said
     with pytest.raises(ConfigError, match=r"parallel\.tensor must divide the heads"):
         planner.predict(Plan(tensor=8), 8)
+
+
+def test_machines_joined_by_a_slow_link_sum_up_inside_first() -> None:
+    """Of 2 sites x 4 ranks: a rank sends a quarter of each bucket between sites; the planner finds that by itself."""
+    sites = load_hardware("sites_100mbit")
+    planner = Planner(language_model(64, width=256), sites)
+    flat, nodes = (Plan(codec=Int8(), sync=SyncConfig(node_size=size)) for size in (1, 4))
+    one, other = planner.predict(flat, 8), planner.predict(nodes, 8)
+    assert other.wire_bytes == pytest.approx(one.wire_bytes * (1 / 2 * 1 / 4) / (7 / 8), rel=0.02)
+    assert other.time.exchange < one.time.exchange / 4
+    assert other.memory.total > one.memory.total
+    plans = list(enumerate_plans(Plan(), 8, node_size=sites.ranks_per_node))
+    assert nodes in [replace(plan, data=None) for plan in plans if isinstance(plan, Plan)]
+    best = planner.rank(8, plans)[0][0]
+    assert best.plan.sync.node_size == 4, describe(best.plan)
+    assert "node_size" in describe(best.plan)
+
+
+def test_weights_sharded_inside_a_machine_are_gathered_inside_it() -> None:
+    sites = load_hardware("sites_100mbit")
+    planner = Planner(language_model(64, width=256), sites)
+    whole, inside = (planner.predict(Plan(shard="full", shard_size=size), 8) for size in (None, 4))
+    assert inside.time.exchange < whole.time.exchange / 2
+    assert inside.memory.total > whole.memory.total
+    assert describe(inside.plan)["shard_size"] == 4
+    plans = [p for p in enumerate_plans(Plan(), 8, node_size=4) if isinstance(p, Plan) and p.shard == "full"]
+    assert {p.shard_size for p in plans if p.data == 8} == {None, 4}
 
 
 def test_a_plan_that_needs_too_much_memory_is_refused(planner: Planner) -> None:

@@ -59,6 +59,7 @@ class _Bucket:
     compute: list[float]
     wire_bytes: list[float]
     messages: list[float]
+    links: list[Link]
     buffer_bytes: int
     done: list[float] = field(default_factory=list)
 
@@ -75,6 +76,7 @@ def replicated(
     hardware: Hardware,
     slowdown: float,
     link: Link,
+    inside: Link,
 ) -> Exchange:
     """Replicas that average their gradients.
 
@@ -83,32 +85,34 @@ def replicated(
         ready: Parameter -> seconds after the start of the backward pass when its gradient is there.
         backward_s: Length of the backward pass.
         codec: What gradients go through.
-        sync: Buckets and algorithm.
+        sync: Buckets, algorithm, and neighbors on the data axis that sum up in fp32 first (``node_size``).
         by_ddp: torch's DDP exchanges, which has buckets of its own.
         world_size: ``W``.
         hardware: For codecs and memory.
         slowdown: Of everything that computes.
         link: Of the data axis.
+        inside: Of those neighbors.
     """
     if world_size == 1:
         return Exchange()
     buckets = [
-        _bucket(group, ready, codec, sync, by_ddp, world_size, hardware, slowdown)
+        _bucket(group, ready, codec, sync, by_ddp, world_size, hardware, slowdown, link, inside)
         for group in _groups(parameters, sync, by_ddp)
     ]
-    clock, wire_free, codec_s = 0.0, 0.0, 0.0
+    clock, codec_s = 0.0, 0.0
+    wire_free = {link: 0.0, inside: 0.0}
     # Bytes cost CPU time, too; with no core to spare it is taken from the threads that compute.
     crowded = bool(hardware.cores) and min(world_size, hardware.ranks_per_node) >= hardware.cores
-    stolen = link.cpu_ns_per_byte / 1e9 * slowdown if crowded else 0.0
     started = hardware.collective_us / 1e6 * slowdown
 
     def issue(bucket: _Bucket, number: int) -> None:
-        nonlocal clock, wire_free
+        nonlocal clock
         clock += started
-        busy = link.seconds(bucket.wire_bytes[number], bucket.messages[number])
-        slowest = bucket.wire_bytes[number] * link.cpu_ns_per_byte / 1e9 * slowdown
-        wire_free = max(clock, wire_free) + max(busy, slowest)
-        bucket.done.append(wire_free)
+        wire = bucket.links[number]
+        busy = wire.seconds(bucket.wire_bytes[number], bucket.messages[number])
+        slowest = bucket.wire_bytes[number] * wire.cpu_ns_per_byte / 1e9 * slowdown
+        wire_free[wire] = max(clock, wire_free[wire]) + max(busy, slowest)
+        bucket.done.append(wire_free[wire])
 
     def advance(bucket: _Bucket) -> bool:
         """Wait for a collective, compute, start the next; whether there is one."""
@@ -136,8 +140,11 @@ def replicated(
     clock += max(0.0, backward_s - computed)
     while running:
         running = [bucket for bucket in running if advance(bucket)]
-    sent = sum(sum(bucket.wire_bytes) for bucket in buckets)
-    exposed = max(clock - backward_s - codec_s, sent * stolen)
+    messages = [one for bucket in buckets for one in zip(bucket.wire_bytes, bucket.links, strict=True)]
+    stolen = sum(num_bytes * wire.cpu_ns_per_byte for num_bytes, wire in messages) / 1e9 * slowdown if crowded else 0.0
+    exposed = max(clock - backward_s - codec_s, stolen)
+    # As GradSync counts: what goes between nodes.
+    sent = sum(num_bytes for num_bytes, wire in messages if wire is link or sync.node_size == 1)
     # DDP's buckets are the gradients; autograd makes each one elsewhere first.
     single = 4 * max(parameter.size for parameter in parameters) if by_ddp else 0
     return Exchange(codec_s, max(0.0, exposed), sent, single + sum(bucket.buffer_bytes for bucket in buckets))
@@ -151,9 +158,11 @@ def sharded(
     gathers: int,
     codec: Codec,
     world_size: int,
+    copies: int,
     hardware: Hardware,
     slowdown: float,
     link: Link,
+    between: Link,
 ) -> Exchange:
     """``fully_shard``: weights gathered, gradients reduced and scattered.
 
@@ -164,11 +173,13 @@ def sharded(
         gathers: 1, or 2 if weights are given back after the forward pass.
         codec: Of the gradients.
         world_size: Ranks that share one copy.
+        copies: Of the weights; their gradients' shards are all-reduced in fp32.
         hardware: For the codec.
         slowdown: Of everything that computes.
-        link: Of the data axis.
+        link: Of the ranks that share a copy.
+        between: Of the copies.
     """
-    if world_size == 1:
+    if world_size * copies == 1:
         return Exchange()
     share = (world_size - 1) / world_size
     speed = codec_speed(codec, hardware)
@@ -178,8 +189,11 @@ def sharded(
     gradient = 4.0 * num_parameters * twice if plain else _slot(codec, num_parameters)
     sent = share * (4.0 * num_parameters * gathers + gradient)
     collectives = num_units * (gathers + 1)
+    reduced = ring_bytes(num_parameters, copies) / world_size
     wire = link.seconds(sent, collectives * (world_size - 1))
-    cpu = sent * link.cpu_ns_per_byte / 1e9 * slowdown
+    wire += between.seconds(reduced, 2.0 * (copies - 1) * num_units)
+    cpu = (sent * link.cpu_ns_per_byte + reduced * between.cpu_ns_per_byte) / 1e9 * slowdown
+    sent += reduced
     coding = 0.0
     if not plain:
         coding = (speed.encode_ns + speed.decode_ns) * num_parameters / 1e9 * slowdown
@@ -189,8 +203,8 @@ def sharded(
     exposed = alone + max(0.0, max(wire, cpu) - alone - compute_s)
     calls = collectives * hardware.gathered_layer_us / 1e6 * slowdown
     copied = 4.0 * num_parameters * (gathers + 1)
-    copies = copied * (2 / hardware.memory_gb_s + hardware.gathered_ns_per_byte) / 1e9 * slowdown
-    return Exchange(coding + copies + calls, exposed, sent, 4 * num_parameters // max(1, num_units))
+    copying = copied * (2 / hardware.memory_gb_s + hardware.gathered_ns_per_byte) / 1e9 * slowdown
+    return Exchange(coding + copying + calls, exposed, sent, 4 * num_parameters // max(1, num_units))
 
 
 def codec_speed(codec: Codec, hardware: Hardware) -> CodecSpeed:
@@ -237,6 +251,8 @@ def _bucket(
     world_size: int,
     hardware: Hardware,
     slowdown: float,
+    link: Link,
+    inside: Link,
 ) -> _Bucket:
     num = sum(parameter.size for parameter in group)
     at = max(ready[parameter.name] for parameter in group)
@@ -254,13 +270,19 @@ def _bucket(
             copy_s = hardware.operator_us / 1e6 * len(group) + 8 * num / (hardware.memory_gb_s * 1e9)
             before = after = copy_s * slowdown
         kept = 0 if by_ddp else 4 * num
-        return _Bucket(at, [before, after], [ring_bytes(num, world_size)], [2.0 * (world_size - 1)], kept)
+        return _Bucket(at, [before, after], [ring_bytes(num, world_size)], [2.0 * (world_size - 1)], [link], kept)
     sizes = [num] if sync.whole_buckets else [parameter.size for parameter in group]
     shapes = [(num,)] if sync.whole_buckets else [parameter.shape for parameter in group]
+    fitted = [codec.for_tensor(shape) for shape, _ in zip(shapes, sizes, strict=False)]
+    node, whole = sync.node_size, num
+    if node > 1:  # of a node, each rank is in charge of a part of the bucket
+        share = cut(sizes, node)[0]
+        fitted, sizes = [fitted[i] for i, _ in share], [part.stop - part.start for i, part in share]
+        num, world_size = sum(sizes), world_size // node
     nothing = np.broadcast_to(np.float32(0), 1)
     pieces = [
-        Piece(parameter.name, codec.for_tensor(shape), np.broadcast_to(nothing, (size,)), nothing, 0, size)
-        for parameter, shape, size in zip(group, shapes, sizes, strict=False)
+        Piece(str(i), one, np.broadcast_to(nothing, (size,)), nothing, 0, size)
+        for i, (one, size) in enumerate(zip(fitted, sizes, strict=True))
     ]
     algorithm = choose(pieces, world_size)
     algorithm = algorithm if algorithm is low_rank else ALGORITHMS.get(sync.algorithm, algorithm)
@@ -268,8 +290,8 @@ def _bucket(
     if algorithm is low_rank:
         sent = [ring_bytes(n, world_size) for n in _factors(pieces)]
         compute = [encoding(num, tensors) / 2] * 2 + [decoding(num, tensors)]
-        return _Bucket(at, compute, sent, [2.0 * (world_size - 1)] * 2, 8 * num)
-    if algorithm is two_phase:
+        messages, kept = [2.0 * (world_size - 1)] * 2, 8 * num
+    elif algorithm is two_phase:
         shares = cut(sizes, world_size)
         first = [share_bytes(pieces, share, second=False) for share in shares]
         second = max(share_bytes(pieces, share, second=True) for share in shares)
@@ -282,10 +304,19 @@ def _bucket(
             decoding(num, parts),
         ]
         sent = [sum(first) * others, second * (world_size - 1.0)]
-        return _Bucket(at, compute, sent, [1.0, 1.0], sum(first) + second * world_size)
-    size = gather_bytes(pieces)
-    compute = [encoding(num, tensors), decoding(num * world_size, tensors * world_size)]
-    return _Bucket(at, compute, [size * (world_size - 1.0)], [world_size - 1.0], size * (world_size + 1))
+        messages, kept = [1.0, 1.0], sum(first) + second * world_size
+    else:
+        size = gather_bytes(pieces)
+        compute = [encoding(num, tensors), decoding(num * world_size, tensors * world_size)]
+        sent, messages, kept = [size * (world_size - 1.0)], [world_size - 1.0], size * (world_size + 1)
+    links = [link] * len(sent)
+    if node > 1:  # summed up and spread in fp32 inside, over memory once to join, to add up and to copy back
+        copy_s = 8 * whole / (hardware.memory_gb_s * 1e9) * slowdown
+        moved = 4.0 * (whole - num)
+        compute = [copy_s, copy_s + compute[0], *compute[1:], copy_s]
+        sent, messages = [moved, *sent, moved], [node - 1.0, *messages, node - 1.0]
+        links, kept = [inside, *links, inside], kept + 12 * whole
+    return _Bucket(at, compute, sent, messages, links, kept)
 
 
 def _factors(pieces: Sequence[Piece]) -> tuple[int, int]:

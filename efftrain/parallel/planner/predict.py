@@ -217,10 +217,12 @@ class Planner:
                 num_units=_num_units(work),
                 gathers=2 if plan.shard == "full" else 1,
                 codec=plan.codec,
-                world_size=plan.shard_size or data,
+                world_size=self._shard_size(plan),
+                copies=data // self._shard_size(plan),
                 hardware=hardware,
                 slowdown=slowdown,
-                link=link,
+                link=hardware.link(self._shard_size(plan) * plan.tensor),
+                between=link,
             )
         ready, end = ready_times(work, hardware, bf16=self.setting.bf16)
         scale = backward / end if end else 0.0
@@ -231,12 +233,14 @@ class Planner:
             {name: at * scale for name, at in ready.items()},
             backward,
             codec=plan.codec,
-            sync=plan.sync,
+            # Ranks of the tensor axis are neighbors, so a node has so many fewer of the data axis.
+            sync=replace(plan.sync, node_size=max(1, plan.sync.node_size // plan.tensor)),
             by_ddp=_by_ddp(plan),
             world_size=data,
             hardware=hardware,
             slowdown=slowdown,
             link=link,
+            inside=hardware.link(plan.sync.node_size),
         )
 
     def _update_s(self, plan: Plan, work: Work, divisor: int) -> float:
