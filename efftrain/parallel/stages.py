@@ -57,8 +57,8 @@ def cut_model(
         bf16: It runs under autocast; what travels between stages has another dtype then.
 
     Raises:
-        ConfigError: The model cannot be traced, has fewer than ``S`` parts with one tensor between them, or uses a
-            buffer in two stages.
+        ConfigError: The model cannot be traced, has fewer than ``S`` parts that train something, with one tensor
+            between them, or uses a buffer in two stages.
     """
     opened: set[str] = set()
     while True:
@@ -71,8 +71,8 @@ def cut_model(
         if not units:
             raise ConfigError(
                 f"model {type(model).__name__} can be cut into {len(ends)} stages at most, the plan wants {num_stages} "
-                "(parallel.pipeline x stages a rank). Lower parallel.pipeline, take a schedule with one stage a rank, "
-                "or give the model more layers with one tensor between them"
+                "(parallel.pipeline x stages a rank), each with parameters that are trained. Lower parallel.pipeline, "
+                "take a schedule with one stage a rank, or give the model more layers with one tensor between them"
             )
         dearest = model.get_submodule(str(max(units, key=lambda node: found[node].cost).target))
         opened |= {str(n.target) for n in units if type(model.get_submodule(str(n.target))) is type(dearest)}
@@ -144,7 +144,8 @@ def _places(
 
     Every part between two of them trains something.
     """
-    trained = {node for node, _ in uses(graph, model)}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {node for node, name in uses(graph, model) if name in trainable}
     nodes = list(graph.nodes)
     number = {node: i for i, node in enumerate(nodes)}
     last_use = {node: max((number[user] for user in node.users), default=-1) for node in nodes}

@@ -114,3 +114,18 @@ def sharded_in_each_other() -> list[float]:
     """Losses of blocks that hold blocks."""
     job = Plan(shard="full").apply(nested(), optimizer=OPTIMIZER)
     return [job.step(*job.share(*tokens(step))).loss for step in range(3)]
+
+
+def frozen() -> nn.Module:
+    """The embedding and all blocks but the last are not trained."""
+    model = nested()
+    model[0].requires_grad_(False)  # type: ignore[index]
+    model[1][0].requires_grad_(False)  # type: ignore[index]
+    return model
+
+
+@in_group
+def frozen_in_a_pipeline() -> list[float]:
+    """Losses where the first stage holds what is frozen."""
+    job = Plan(pipeline=2).apply(frozen(), tokens(0)[0], optimizer=OPTIMIZER)
+    return [job.step(*job.share(*tokens(step))).loss for step in range(3)]

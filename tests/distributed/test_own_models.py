@@ -80,3 +80,8 @@ def test_ranks_of_a_script_that_were_given_something_else_are_refused(
 def test_blocks_inside_of_blocks_are_sharded(start_ranks: StartRanks) -> None:
     for losses in start_ranks(own_jobs.sharded_in_each_other, 2).results():
         assert losses == pytest.approx(own_jobs.losses_of(own_jobs.nested(), 3), abs=2e-6)
+
+
+def test_frozen_layers_in_a_pipeline(start_ranks: StartRanks) -> None:
+    for losses in start_ranks(own_jobs.frozen_in_a_pipeline, 2).results():
+        assert losses == pytest.approx(own_jobs.losses_of(own_jobs.frozen(), 3), abs=2e-6)

@@ -241,6 +241,18 @@ def test_what_no_stage_uses_is_with_the_last() -> None:
         assert not {"spare.weight", "spare.bias", "blocks.0.scale"} & set(first.names)
 
 
+@pytest.mark.parametrize("frozen", [[0], [0, 1, 2], [2, 3], [1, 3]])
+def test_frozen_layers_are_with_layers_that_are_trained(frozen: list[int]) -> None:
+    model = Blocks(*(nn.Linear(8, 8) for _ in range(4)))
+    for number in frozen:
+        model.blocks[number].requires_grad_(False)
+    num_stages = 5 - len(frozen)
+    for cut in cut_model(model, torch.randn(4, 8), num_stages):
+        assert any(parameter.requires_grad for parameter in cut.build(model).parameters()), cut.names
+    with pytest.raises(ConfigError, match=rf"into {num_stages} stages at most, .* each with parameters that are train"):
+        cut_model(model, torch.randn(4, 8), num_stages + 1)
+
+
 def test_blocks_are_opened_only_if_need_be() -> None:
     model = build_model("char-transformer", width=32, depth=2, heads=2, context=32)
     inputs = example("char-transformer")
