@@ -341,5 +341,7 @@ def _header(request: Request, program: Program) -> dict[str, Any]:
         "batch": request.batch,
         "input_in_place": request.input_in_place,
         "input_shape": list(program.input_shape),
+        "input_scale": program.input_scale,
+        "input_zero_point": program.input_zero_point,
         "num_classes": program.num_classes,
     }

@@ -95,6 +95,11 @@ class Program:
         return self.numbers[self.graph.input].scale
 
     @property
+    def input_zero_point(self) -> int:
+        """What the input stores for the real value 0: always 0, so that zero padding is one of its values."""
+        return self.numbers[self.graph.input].zero_point
+
+    @property
     def num_classes(self) -> int:
         """Outputs of the last layer."""
         return self.graph.tensors[self.graph.logits].num_elements
@@ -194,8 +199,8 @@ class Program:
 
     def write(self, folder: Path | str) -> Path:
         """Write the program, its kernels, an example and a README into a folder, and return the folder."""
-        folder = Path(folder)
-        write_project(folder, self.name, self.code, self.plan, self.target, self.scheme.name)
+        folder, number = Path(folder), self.numbers[self.graph.input]
+        write_project(folder, self.name, self.code, self.plan, self.target, self.scheme.name, number)
         return folder
 
 
@@ -263,7 +268,8 @@ def compile(
     initial = initial_state(layout, quantized.layers)
     arena_bytes = target.ram_bytes - layout.ram_bytes - target.stack_bytes - STATIC_BYTES
     graph, arena = _place(step, quantized.layers, switch_off, arena_bytes)
-    code = emit_c(name, graph, quantized.layers, layout, arena, layout.unpack(initial), loss, optimizer)
+    unpacked, number = layout.unpack(initial), quantized.numbers[graph.input]
+    code = emit_c(name, graph, quantized.layers, layout, arena, unpacked, number, loss, optimizer)
     flash_bytes = code_bytes(graph, code.source) + code.constant_bytes
     plan = _plan(graph, quantized.layers, trained, layout, arena, target, flash_bytes)
     if must_fit:

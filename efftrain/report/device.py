@@ -33,8 +33,8 @@ def device_page(plan: Mapping[str, Any], facts: Mapping[str, str]) -> Page:
 
     Args:
         plan: What ``efftrain ondevice plan --json --waterfall`` prints: ``MemoryPlan.to_dict()`` with ``model, scheme,
-            rounding, input_shape``, ``num_forward_ops``, ``alive_bytes`` (one number an op) and ``waterfall`` (a list
-            of steps; may be empty).
+            rounding, input_shape, input_scale, input_zero_point``, ``num_forward_ops``, ``alive_bytes`` (one number an
+            op) and ``waterfall`` (a list of steps; may be empty).
         facts: Versions, seed, command.
     """
     gap = plan["arena_bytes"] - plan["arena_lower_bound_bytes"]
@@ -45,7 +45,8 @@ def device_page(plan: Mapping[str, Any], facts: Mapping[str, str]) -> Page:
     lead = (
         f"Scheme {plan['scheme']}, input {channels}x{height}x{width}, batch 1: a training step needs "
         f"{plan['total_ram_bytes']:,} B of RAM, {100 * share:.1f} % of {plan['board']}, stack included; "
-        f"the arena is {proof}.{fits}"
+        f"the arena is {proof}.{fits} Inputs are int8: real value / {plan['input_scale']:.6g}, to the nearest, plus "
+        f"{plan['input_zero_point']}."
     )
     sections = [_ram(plan), _arena(plan, proof), _largest(plan)]
     if plan["waterfall"]:

@@ -184,6 +184,44 @@ def test_the_written_folder_builds_by_its_readme(board: str, tmp_path: Path) -> 
     assert b"no vector table" in bare.stderr
 
 
+CONVERSION = """
+#include <stdio.h>
+#include "model.h"
+int main(void)
+{
+    int value;
+    while (scanf("%d", &value) == 1) {
+        const int32_t s = MODEL_INPUT_SHIFT + 16;
+        const int64_t scaled = (int64_t)value * MODEL_INPUT_MULTIPLIER;
+        const int64_t q = ((scaled + ((int64_t)1 << (s - 1))) >> s) + MODEL_INPUT_ZERO_POINT;
+        printf("%d\\n", (int)(q < -128 ? -128 : q > 127 ? 127 : q));
+    }
+    return 0;
+}
+"""
+
+
+def test_real_values_become_inputs_by_the_header_alone(tmp_path: Path) -> None:
+    """What firmware computes in integers is what ``quantize_input`` does, but for halves between two units."""
+    program = build("none")
+    folder = program.write(tmp_path)
+    (folder / "main.c").write_text(CONVERSION)
+    subprocess.run(["gcc", "-std=c99", "-Wall", "-Wextra", "-Wconversion", "-Werror", "main.c"], cwd=folder, check=True)
+    fixed = np.random.default_rng(0).integers(-(5 << 16), 5 << 16, 768)
+    fixed[:2] = (1 << 31) - 1, -(1 << 31)
+    done = subprocess.run(
+        [folder / "a.out"], input="\n".join(map(str, fixed)), capture_output=True, text=True, check=True
+    )
+    real = fixed / 65536
+    expected = program.quantize_input(real.reshape(1, 6, 128)).transpose(0, 3, 1, 2).ravel()
+    half = np.abs(np.abs(real / program.input_scale) % 1 - 0.5) < 1e-4
+    assert half.mean() < 0.01
+    assert ((np.array(done.stdout.split(), int) == expected) | half).all()
+    scale = repr(program.input_scale)
+    assert f"scale = {scale}" in program.code.header
+    assert f"scale {scale}, zero point 0" in (folder / "README.md").read_text()
+
+
 HOSTILE = ["*/ int x; /*", 'a"b', "a\nb", "a\\", "??/", "%s%n", "§é中", "_" * 300, "int", "../../x", "${name}"]
 
 

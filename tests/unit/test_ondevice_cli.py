@@ -222,6 +222,10 @@ def test_build_writes_a_project(run: Command, tmp_path: Path) -> None:
     files = {path.name for path in (tmp_path / "c").iterdir()}
     assert {"watch.c", "watch.h", "main.c", "README.md", "report.html", "plan.json", "CMakeLists.txt"} <= files
     assert found["report"] == "c/report.html"
+    assert found["input_zero_point"] == 0
+    assert json.loads((tmp_path / "c" / "plan.json").read_text())["input_scale"] == found["input_scale"] > 0
+    assert f"scale = {found['input_scale']!r}" in (tmp_path / "c" / "watch.h").read_text()
+    assert f"real value / {found['input_scale']:.6g}" in (tmp_path / "c" / "report.html").read_text()
     status, out, err = run("build", "watch-cnn", "--out", "d")
     assert status == 0
     assert "RAM in all" in out

@@ -7,12 +7,15 @@ cannot end one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efftrain.ondevice.constants import Layers, Loss, Optimizer
+import numpy as np
+
+from efftrain.ondevice.constants import Layers, Loss, Number, Optimizer
 from efftrain.ondevice.emit.calls import Calls
 from efftrain.ondevice.emit.names import check_identifier
 from efftrain.ondevice.emit.tables import Initial, Tables
 from efftrain.ondevice.ir import StepGraph
 from efftrain.ondevice.memory import Arena, Buffer
+from efftrain.ondevice.quantize import fix
 from efftrain.ondevice.state import StateLayout
 
 _SGD = Optimizer()
@@ -36,6 +39,7 @@ def emit_c(
     layout: StateLayout,
     arena: Arena,
     initial: Initial,
+    number: Number,
     loss: Loss = "cross_entropy",
     optimizer: Optimizer = _SGD,
 ) -> CSource:
@@ -48,10 +52,11 @@ def emit_c(
         layout: Of the trained state.
         arena: Offsets of every buffer.
         initial: ``layout.unpack`` of the initial state.
+        number: How the input stores real values.
         loss: What a call returns: the predicted class, or the squared error of an autoencoder.
         optimizer: How steps become moves.
     """
-    emitter = _Emitter(name, graph, layers, layout, arena, initial, loss, optimizer)
+    emitter = _Emitter(name, graph, layers, layout, arena, initial, number, loss, optimizer)
     return CSource(emitter.header(), emitter.source(), emitter.tables.num_bytes, graph.copies_input)
 
 
@@ -64,10 +69,11 @@ class _Emitter:
         layout: StateLayout,
         arena: Arena,
         initial: Initial,
+        number: Number,
         loss: Loss,
         optimizer: Optimizer,
     ) -> None:
-        self.loss = loss
+        self.number, self.loss = number, loss
         self.name, self.graph, self.layout, self.arena = check_identifier(name), graph, layout, arena
         self.ids = {layer: f"layer{index}" for index, layer in enumerate(layers)}
         self.tables = Tables(graph, layers, self.ids, layout, initial)
@@ -88,6 +94,7 @@ int8_t *{n}_input({n}_context *context);
 /* Inputs are read where they are, in flash or in memory of the caller, and must not change during a call. */
 
 """
+        inverse = fix(np.array(1 / self.number.scale))
         height, width, channels = self.graph.tensors[self.graph.input].shape
         classes = self.graph.tensors[self.graph.logits].num_elements
         return f"""\
@@ -102,6 +109,20 @@ int8_t *{n}_input({n}_context *context);
 #include "eft.h"
 
 #define {upper}_INPUT_BYTES {height * width * channels}u /**< int8, [{height}][{width}][{channels}], channel last */
+/**
+ * Of one real value, prepared as in training, the model takes
+ *
+ *   q = round(real / scale) + {upper}_INPUT_ZERO_POINT, held to [-128, 127], with scale = {self.number.scale!r}
+ *
+ * and in integers, of a value with F fractional bits (int64, halves upward; s in [1, 62]):
+ *
+ *   s = {upper}_INPUT_SHIFT + F
+ *   q = ((value * {upper}_INPUT_MULTIPLIER + (1 << (s - 1))) >> s) + {upper}_INPUT_ZERO_POINT, held to [-128, 127]
+ */
+#define {upper}_INPUT_ZERO_POINT {self.number.zero_point}
+#define {upper}_INPUT_MULTIPLIER {int(inverse.multiplier)}
+#define {upper}_INPUT_SHIFT {int(inverse.shift)}
+
 #define {upper}_NUM_CLASSES {classes}
 #define {upper}_STATE_BYTES {self.layout.num_bytes}u
 #define {upper}_ARENA_BYTES {self.arena.num_bytes}u

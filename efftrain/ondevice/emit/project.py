@@ -3,6 +3,7 @@
 from pathlib import Path
 from string import Template
 
+from efftrain.ondevice.constants import Number
 from efftrain.ondevice.emit.c_source import CSource
 from efftrain.ondevice.emit.names import safe
 from efftrain.ondevice.memory import MemoryPlan
@@ -47,7 +48,9 @@ def linker_script(board: Board, plan: MemoryPlan) -> str:
     )
 
 
-def write_project(folder: Path, name: str, code: CSource, plan: MemoryPlan, board: Board, scheme: str) -> None:
+def write_project(
+    folder: Path, name: str, code: CSource, plan: MemoryPlan, board: Board, scheme: str, number: Number
+) -> None:
     """A self-contained folder: program, kernels, an example and what it costs."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
@@ -61,7 +64,7 @@ def write_project(folder: Path, name: str, code: CSource, plan: MemoryPlan, boar
             "CMakeLists.txt", name=name, board=safe(board.name), kernels="\n    ".join(_kernel_files())
         ),
         "arm-none-eabi.cmake": template("arm-none-eabi.cmake", board=safe(board.name), cpu=board.cpu),
-        "README.md": _readme(name, plan, board, scheme),
+        "README.md": _readme(name, plan, board, scheme, number),
     }
     for file, text in files.items():
         (folder / file).write_text(text)
@@ -71,7 +74,7 @@ def _kernel_files() -> list[str]:
     return [name for name in runtime_sources() if name.endswith(".c")]
 
 
-def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str) -> str:
+def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str, number: Number) -> str:
     rows = {
         "arena": plan.arena_bytes,
         "trained state": plan.trained_state_bytes,
@@ -98,6 +101,10 @@ Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion
 | `startup.c` | vector table and reset handler of a bare Cortex-M |
 | `board.ld` | a linker script that holds the program to the board's memory |
 | `CMakeLists.txt`, `arm-none-eabi.cmake` | both builds below, for CMake |
+
+Inputs are int8, channel last. Of a real value, prepared as in training, the model takes
+`round(real / scale)`, held to [-128, 127]: scale {number.scale!r}, zero point {number.zero_point}.
+`{name}.h` has the same in integers.
 
 With CMake, as a library for this machine, and as firmware for {board.name}:
 
