@@ -194,8 +194,10 @@ def _uniform(*parts: object) -> float:
 def _config_of(client: ClientConfig, scheme: str | None, device: str) -> ClientConfig:
     from efftrain.ondevice.target import Board
 
-    board = device if device in Board.names() else client.board
-    return replace(client, scheme=scheme or client.scheme, board=board)
+    client = replace(client, scheme=scheme or client.scheme)
+    # A device that is no board has memory to plan for all the same, but nothing that an emulator could be.
+    is_planned_for = device in Board.names() or client.engine != "board"
+    return replace(client, board=device) if is_planned_for and client.scheme != "fp32" else client
 
 
 def _cost(recipe: FederatedRecipe, client: ClientConfig, device: str | None) -> Cost:

@@ -118,7 +118,8 @@ class ClientConfig:
     """What the ``device`` and ``board`` engines train: ``fp32`` is every parameter in floating point, anything else an
     update scheme in int8 as ``efftrain.ondevice.Scheme.parse`` reads it. ``torch`` and ``vmap`` know only ``fp32``."""
     board: str = "stm32f746"
-    """The board that an int8 scheme is planned for; see ``efftrain.ondevice.Board``."""
+    """The board that an int8 scheme is planned for, see ``efftrain.ondevice.Board``; a device of ``fleet.devices`` is
+    one of its own. The ``board`` engine emulates this one where the device is none that it knows."""
     epochs: int = 2
     batch_size: int = 16
     lr: float = 0.1

@@ -155,6 +155,21 @@ def test_momentum_is_part_of_what_must_fit() -> None:
     Fleet(replace(recipe, client=replace(client, momentum=0.0))).check()
 
 
+def test_a_device_that_is_no_board_is_bounded_by_its_own_memory() -> None:
+    client = ClientConfig(engine="device", scheme="full", epochs=1)
+    big = ModelConfig(name="fashion-cnn", options={"size": 8, "hidden": 2048})
+    recipe = with_server(replace(DIGITS, client=client, model=big), rounds=1, cohort=2)
+    on_pi = replace(recipe, fleet=FleetConfig(devices={"raspberry_pi": 1.0}))
+    [one] = rounds_of(on_pi)
+    assert one.clients_trained == 2
+    assert all(262_144 < row.ram_bytes < row.device_ram_bytes == 1 << 30 for row in one.clients)
+    with pytest.raises(ConfigError, match=r"stm32f746 has 262144 B"):
+        run_federated(replace(recipe, fleet=FleetConfig(devices={"stm32f746": 1.0})))
+    for name in DEVICES:  # the compiler refuses what does not fit a board's RAM, and what does not fit its flash
+        device, board = DeviceProfile.named(name), DeviceProfile.named(name).board(name)
+        assert (board.ram_bytes, board.flash_bytes) == (device.ram_bytes, device.flash_bytes)
+
+
 def test_pace_steering_gives_clients_a_rest() -> None:
     fleet = FleetConfig(devices={"phone_high": 1.0})
     seen = rounds_of(with_server(replace(DIGITS, fleet=fleet), rounds=5, pace_s=1e9))

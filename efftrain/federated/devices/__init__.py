@@ -12,6 +12,7 @@ from pathlib import Path
 from efftrain.config.load import load_recipe
 from efftrain.errors import ConfigError
 from efftrain.federated.recipe import DEVICES
+from efftrain.ondevice.target import Board
 
 _DAY_S = 86_400.0
 _FOLDER = Path(__file__).parent
@@ -76,6 +77,10 @@ class DeviceProfile:
             ConfigError: The file is missing, no TOML, or has an unknown key or a value out of range.
         """
         return load_recipe(DeviceProfile, path, what="device profile")
+
+    def board(self, name: str) -> Board:
+        """Its memory, for the compiler to plan for. No plan depends on processor or clock, so these are any."""
+        return Board(name=name, cpu="cortex-m7", clock_hz=1, ram_bytes=self.ram_bytes, flash_bytes=self.flash_bytes)
 
     def compute_s(self, macs: float, number_format: str) -> float:
         """Seconds for so many multiply-accumulates in ``"fp32"`` or ``"int8"``."""

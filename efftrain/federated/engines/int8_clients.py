@@ -28,10 +28,11 @@ import torch
 
 from efftrain.data import ArrayDataset, load_dataset, load_watch, standardize
 from efftrain.errors import BudgetError, CompileError, ConfigError
+from efftrain.federated.devices import DeviceProfile
 from efftrain.federated.engines import Measured, State, Trained
 from efftrain.federated.engines.modules import loaded_module, torch_threads
-from efftrain.federated.recipe import DATASETS, ClientConfig, ModelConfig, is_own
-from efftrain.ondevice import Program, Scheme, compile
+from efftrain.federated.recipe import DATASETS, DEVICES, ClientConfig, ModelConfig, is_own
+from efftrain.ondevice import Board, Program, Scheme, compile
 from efftrain.ondevice.backends.board import BoardEngine
 from efftrain.ondevice.backends.engine import Engine
 from efftrain.ondevice.backends.host import HostEngine, build_library
@@ -177,7 +178,7 @@ def compile_clients(model: ModelConfig, state: State, config: ClientConfig, data
             module,
             torch.zeros(1, *samples.shape[1:]),
             scheme=Scheme.parse(config.scheme),
-            board=config.board,
+            board=_board(config.board),
             calibration=samples,
             learning_rate=config.lr,
             optimizer=Optimizer(momentum=config.momentum),
@@ -190,6 +191,15 @@ def compile_clients(model: ModelConfig, state: State, config: ClientConfig, data
         ) from error
     except BudgetError as error:
         raise ConfigError(f"{model.name} does not fit with client.scheme={config.scheme!r}: {error}") from error
+
+
+def _board(name: str) -> Board:
+    """A board, or what a device profile says of its memory.
+
+    Raises:
+        ConfigError: There is neither of that name.
+    """
+    return DeviceProfile.named(name).board(name) if name in DEVICES and name not in Board.names() else Board.named(name)
 
 
 def _masks(program: Program, state: State) -> Masks:
