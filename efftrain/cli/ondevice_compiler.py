@@ -197,8 +197,13 @@ def _example(request: Request, model: nn.Module) -> Tensor:
             f"Model {request.model!r} does not say what its input is. Give the shape of one sample with --input, such "
             "as --input 3x96x96, or set input_shape in the class."
         )
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise ConfigError(
+            f"Model {request.model!r}: input_shape is {shape!r}; expected whole numbers above 0, such as (3, 96, 96)."
+        )
     if math.prod(shape) > _LARGEST_INPUT:
-        raise ConfigError(f"--input: expected at most {_LARGEST_INPUT} elements, found {request.input_shape!r}.")
+        found = "x".join(map(str, shape))
+        raise ConfigError(f"--input: expected at most {_LARGEST_INPUT} elements, found {found!r}.")
     dtype = getattr(model, "input_dtype", torch.float32)
     if dtype != torch.float32:
         raise ConfigError(f"Model {request.model!r} takes {dtype}; a device program takes real numbers.")

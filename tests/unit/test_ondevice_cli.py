@@ -51,6 +51,22 @@ class Wide(nn.Sequential):
         block = [nn.Conv2d(8, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 8, 1)]
         super().__init__(nn.Conv2d(3, 8, 1), *block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
+class Real(Net):
+    input_shape = (3, 8.0, 8)
+
+class Negative(Net):
+    input_shape = (3, -8, 8)
+
+class Empty(Net):
+    input_shape = ()
+
+class Depends(Net):
+    input_shape = (3, 8, 8)
+    def forward(self, x):
+        if x.sum() > 0:
+            x = -x
+        return super().forward(x)
+
 class Broken(nn.Module):
     def __init__(self):
         raise KeyError("no such thing")
@@ -341,6 +357,10 @@ def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
         (("net.py:Net", "--input", "3x0x8"), "sizes above 0 with x between them"),
         (("net.py:Net", "--input", "4x8x8"), "cannot trace the model"),
         (("net.py:Gelu",), "aten.gelu"),
+        (("net.py:Real",), "input_shape is (3, 8.0, 8); expected whole numbers above 0, such as (3, 96, 96)"),
+        (("net.py:Negative",), "input_shape is (3, -8, 8); expected whole numbers above 0"),
+        (("net.py:Empty",), "the example must be a tensor of shape (1, channels, length)"),
+        (("net.py:Depends",), f"net.py:{NET[: NET.index('if x.sum')].count(chr(10)) + 1}: Could not guard"),
         (("net.py:Gelu", "--classes", "3"), "unexpected keyword argument 'num_classes'"),
         (("char-transformer",), "takes torch.int64"),
         (("watch-cnn", "--scheme", "ful"), "scheme 'ful' is not known"),

@@ -10,7 +10,10 @@ read after its memory was changed is refused.
 
 import contextlib
 import copy
+import io
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from operator import getitem
@@ -51,9 +54,10 @@ def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
             exported = torch.export.export(model, (example[:1].detach().to(device="cpu", dtype=torch.float32),))
     except Exception as error:  # torch.export raises many types; none of them is an answer for a user
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        place = _users_line("".join(traceback.format_exception(error)))
         raise CompileError(
-            f"torch.export cannot trace the model: {first_line.rstrip('. ')}. Its forward must be free of "
-            "control flow that depends on data, and take one tensor."
+            f"torch.export cannot trace the model{f' at {place}' if place else ''}: {first_line.rstrip('. ')}. Its "
+            "forward must be free of control flow that depends on data, and take one tensor."
         ) from error
     graph = canonicalize(Reader(exported).read())
     verify(graph)
@@ -62,15 +66,18 @@ def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch logs a failed trace over some twenty lines; our error says it in one. Its warnings are about speed."""
+    """Torch logs and prints a failed trace over some twenty lines; our error says it in one. Its warnings are about
+    speed. What a user's ``forward`` prints while the trace succeeds is shown."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+    sys.stderr.write(printed.getvalue())
 
 
 class Reader:
@@ -284,12 +291,17 @@ def _module(node: Any) -> str:
 
 def _place(node: Any) -> str:
     """Where the user wrote it: the last frame outside PyTorch if there is one, and the module's name."""
-    place = ""
-    torch_folder = str(Path(torch.__file__).parent)
-    for line in (node.meta.get("stack_trace") or "").splitlines():
-        line = line.strip()
-        if line.startswith('File "') and torch_folder not in line:
-            file, _, rest = line.removeprefix('File "').partition('"')
-            place = f"{file}:{rest.removeprefix(', line ').split(',')[0]}"
+    place = _users_line(node.meta.get("stack_trace") or "")
     module = _module(node)
     return " ".join(filter(None, (place, f"(module {module})" if module else ""))) or f"node {node.name}"
+
+
+def _users_line(stack: str) -> str:
+    """``file:line`` of the last frame of a printed stack that is neither PyTorch's nor of this file; may be empty."""
+    place = ""
+    others = (str(Path(torch.__file__).parent), __file__)
+    for line in map(str.strip, stack.splitlines()):
+        if line.startswith('File "') and not any(other in line for other in others):
+            file, _, rest = line.removeprefix('File "').partition('"')
+            place = f"{file}:{rest.removeprefix(', line ').split(',')[0]}"
+    return place
