@@ -263,13 +263,13 @@ def train_with_the_library(include: Path, library: Path, folder: Path) -> None:
 
 
 @pytest.mark.firmware
-@pytest.mark.parametrize("board", ["stm32f746", "rp2040"])
-def test_cmake_builds_the_project(run: Command, tmp_path: Path, board: str) -> None:
+@pytest.mark.parametrize(("board", "more"), [("stm32f746", ()), ("rp2040", ("--input-in-place",))])
+def test_cmake_builds_the_project(run: Command, tmp_path: Path, board: str, more: tuple[str, ...]) -> None:
     if shutil.which("cmake") is None or shutil.which("arm-none-eabi-gcc") is None:
         pytest.skip("needs cmake and arm-none-eabi-gcc: apt install cmake gcc-arm-none-eabi")
     out = tmp_path / "with space"
     arguments = ("build", "watch-cnn", "--out", out, "--name", "test", "--scheme", "full", "--board", board, "--json")
-    found = object_of(run(*arguments))
+    found = object_of(run(*arguments, *more))
 
     def build(folder: str, *options: str) -> str:
         where = tmp_path / folder
@@ -288,6 +288,12 @@ def test_cmake_builds_the_project(run: Command, tmp_path: Path, board: str) -> N
     printed = build("board", "-DCMAKE_TOOLCHAIN_FILE=arm-none-eabi.cmake")
     (used,) = (line.split()[1] for line in printed.splitlines() if line.split()[:1] == ["RAM:"])
     assert int(used) == found["total_ram_bytes"], "the linker places what was planned"
+    names = subprocess.run(
+        ["arm-none-eabi-nm", tmp_path / "board" / "test.elf"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"test_train_step", "test_predict", "eft_softmax_loss_s16"} <= set(names), "the example trains"
+    (flash,) = (line.split()[1] for line in printed.splitlines() if line.split()[:1] == ["FLASH:"])
+    assert 0.8 * found["flash_bytes"] < int(flash) <= found["flash_bytes"]
     commands = (tmp_path / "board" / "CMakeFiles" / "eft_test.dir" / "flags.make").read_text()
     assert f"-mcpu={Board.named(board).cpu} " in commands
     assert "-O2" in commands
