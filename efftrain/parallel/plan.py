@@ -15,6 +15,7 @@ from efftrain.parallel import mesh
 from efftrain.parallel.agreement import check_agreement, facts_of_job
 from efftrain.parallel.axes import Axes
 from efftrain.parallel.backends import Transport
+from efftrain.parallel.batch_norm import refuse_waiting, warn_of_pieces
 from efftrain.parallel.collectives import refuse_deflate
 from efftrain.parallel.data import DataParallel
 from efftrain.parallel.divided import divided
@@ -169,6 +170,8 @@ class Plan:
             return Layout()
         if self.checkpointing != "none":
             check_blocks(model, self.checkpointing)
+        if self.pipeline > 1:
+            refuse_waiting(model)
         step = step or StepConfig()
         share = self._share(world_size, example, step)
         layout = self.lay_out(model, share, bf16=step.precision == "bf16")
@@ -295,6 +298,8 @@ class Plan:
                 seed=seed,
             )
             check_agreement(mesh.transport(device), facts, "the same plan, the same settings and the same efftrain")
+        if mesh.rank() == 0:
+            warn_of_pieces(model, self.replicas(world_size), self.num_micro_batches * step.micro_batches)
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
         if self.is_divided and world_size > 1:
             return self._divided_job(model, layout, objective, optimizer, step, total_steps, momentum, seed)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
 )
 
 from efftrain.errors import ConfigError
+from efftrain.parallel.batch_norm import refuse_twice
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 
@@ -42,7 +43,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def check_blocks(model: nn.Module, kind: Checkpointing) -> None:
-    """Refuse a model without blocks.
+    """Refuse a model without blocks, or with blocks that must not be computed twice.
 
     Raises:
         ConfigError: With the remedy.
@@ -52,6 +53,7 @@ def check_blocks(model: nn.Module, kind: Checkpointing) -> None:
             f"{type(model).__name__} has no ModuleList of blocks, which parallel.checkpointing={kind} works on; put "
             "its layers into one or set parallel.checkpointing=none"
         )
+    refuse_twice(model, blocks(model))
 
 
 def recompute(model: nn.Module, kind: Checkpointing) -> None:

@@ -23,7 +23,8 @@ class StepConfig:
     """How one update is computed."""
 
     micro_batches: int = 1
-    """The batch of a rank is cut into so many pieces; gradients are accumulated. Less memory, same result."""
+    """The batch of a rank is cut into so many pieces; gradients are accumulated. Less memory, and the same result
+    but for batch norm, which sees one piece at a time."""
     clip_norm: float | None = None
     """Largest Euclidean norm of the averaged gradient; larger ones are scaled down to it."""
     precision: Literal["fp32", "bf16"] = "fp32"

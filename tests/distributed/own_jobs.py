@@ -1,6 +1,7 @@
 """What ranks do with models as users write them: layers that share a weight, scalars, batch norm."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,14 @@ def frozen_in_a_pipeline() -> list[float]:
     """Losses where the first stage holds what is frozen."""
     job = Plan(pipeline=2).apply(frozen(), tokens(0)[0], optimizer=OPTIMIZER)
     return [job.step(*job.share(*tokens(step))).loss for step in range(3)]
+
+
+@in_group
+def batch_norm_in(settings: dict[str, Any]) -> list[str]:
+    """What is warned of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        Plan(**settings).apply(model, torch.randn(8, 8))
+    return [str(one.message) for one in told if "BatchNorm" in str(one.message)]

@@ -85,3 +85,11 @@ def test_blocks_inside_of_blocks_are_sharded(start_ranks: StartRanks) -> None:
 def test_frozen_layers_in_a_pipeline(start_ranks: StartRanks) -> None:
     for losses in start_ranks(own_jobs.frozen_in_a_pipeline, 2).results():
         assert losses == pytest.approx(own_jobs.losses_of(own_jobs.frozen(), 3), abs=2e-6)
+
+
+@pytest.mark.parametrize(("settings", "pieces"), [({}, 2), ({"pipeline": 2, "microbatches": 4}, 4)])
+def test_one_rank_warns_of_batch_norm(settings: dict[str, Any], pieces: int, start_ranks: StartRanks) -> None:
+    first, other = start_ranks(own_jobs.batch_norm_in, 2, settings).results()
+    assert len(first) == 1
+    assert f"BatchNorm1d '1' normalizes each of the {pieces} pieces of a batch" in first[0]
+    assert other == []

@@ -16,11 +16,12 @@ from efftrain.config import load_recipe
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import ClusterRecipe, Plan, SyncConfig, train
+from efftrain.parallel.batch_norm import warn_of_pieces
 from efftrain.parallel.pipeline import SCHEDULES, stages_a_rank, stages_of
 from efftrain.parallel.recompute import recompute
 from efftrain.parallel.stages import balance, cut_model
 from efftrain.parallel.tensor import plan_tensor
-from efftrain.training import cross_entropy
+from efftrain.training import StepConfig, cross_entropy
 from tests.conftest import ROOT
 
 SHAPES = {
@@ -195,6 +196,44 @@ def test_a_recipe_is_refused_before_the_processes_meet(
     with pytest.raises(ConfigError, match=message):
         train(load_recipe(ClusterRecipe, path, overrides), out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# Batch norm -------------------------------------------------------------------------------------------------------
+
+
+def _synced(model: nn.Module) -> nn.Module:
+    found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return found
+
+
+def test_batch_norm_in_pieces_of_a_batch_is_told_once() -> None:
+    model = build_model("resnet8")
+    said = (
+        r"BatchNorm2d 'norm' \(and 6 more\) normalizes each of the 4 pieces .* gradients are not those of one process"
+        r".*\.convert_sync_batchnorm\(model\) .* nn\.GroupNorm is right with every plan"
+    )
+    with pytest.warns(UserWarning, match=said) as told:
+        Plan().apply(model, step=StepConfig(micro_batches=4))
+    assert len(told) == 1
+    Plan().apply(model)  # warnings are errors here
+    Plan().apply(build_model("fashion-cnn"), step=StepConfig(micro_batches=4))
+    warn_of_pieces(_synced(model), 2, 1)
+    with pytest.warns(UserWarning, match=r"SyncBatchNorm 'norm' .* each of the 4 pieces"):
+        warn_of_pieces(_synced(model), 2, 2)
+
+
+def test_batch_norm_that_would_wait_or_count_twice_is_refused() -> None:
+    model, inputs = _synced(build_model("resnet8")), example("resnet8")
+    with pytest.raises(ConfigError, match=r"those of other pipeline stages do not answer; .* parallel\.pipeline=1"):
+        Plan(pipeline=2).check(2, model, inputs)
+    Plan(pipeline=2).check(2, build_model("resnet8"), inputs)
+    for kind in ("full", "selective"):
+        with pytest.raises(
+            ConfigError, match=r"'blocks\.0\.1' would update its running statistics twice .* nn\.GroupNorm"
+        ):
+            Plan(checkpointing=kind).check(1, Blocks(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))))
+    without = nn.BatchNorm1d(8, track_running_stats=False)
+    Plan(checkpointing="full").check(1, Blocks(nn.Sequential(nn.Linear(8, 8), without)))
 
 
 # Stages -----------------------------------------------------------------------------------------------------------

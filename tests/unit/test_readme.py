@@ -51,25 +51,6 @@ def test_your_own_script_as_printed(torchrun: Run, tmp_path: Path) -> None:
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
-def test_a_plain_script_and_what_it_becomes_have_the_same_losses(torchrun: Run, tmp_path: Path) -> None:
-    text = (ROOT / "parallel" / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```diff\n(.*?)```", text, re.S)
-    for name, dropped in (("before.py", "+"), ("after.py", "-")):
-        lines = [line[1:] for line in block.splitlines() if not line.startswith(dropped)]
-        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    runs = [
-        subprocess.run([sys.executable, name], capture_output=True, text=True, cwd=tmp_path, timeout=200)
-        for name in ("before.py", "after.py")
-    ]
-    losses = []
-    for done in (*runs, torchrun(4, "after.py")):
-        assert done.returncode == 0, done.stderr
-        losses.append([float(line.removeprefix("loss ")) for line in done.stdout.splitlines()])
-    assert len(losses[0]) == 50
-    assert losses[1] == losses[0]
-    assert losses[2] == pytest.approx(losses[0], abs=2e-4)
-
-
 def test_the_tolerances_of_the_demo_are_those_of_the_reports() -> None:
     """Each is a spread that a benchmark measured, rounded up to a tenth of a point."""
     from efftrain.cli.demo_acts import CLUSTER_SPREAD, FEDERATED_SPREAD
