@@ -54,6 +54,9 @@ class Scheme:
 
     weights: tuple[LayerShare, ...] = ()
 
+    any_model: bool = False
+    """Written for models of any depth: what is counted back from the head and a small model lacks is left out."""
+
     def __post_init__(self) -> None:
         if self.last_biases < -1:
             raise ValueError(f"last_biases is {self.last_biases}; it must be -1 (all) or the number of layers")
@@ -111,7 +114,7 @@ PRESETS = {
         Scheme(name="last_layer", head=True),
         # Source: the shape of the schemes in Lin et al., On-Device Training Under 256KB Memory (arXiv:2206.15472): the
         # head, some biases, and a share of the input channels of few layers.
-        Scheme(name="sparse", head=True, last_biases=2, weights=(LayerShare(layer="-1", share=0.5),)),
+        Scheme(name="sparse", head=True, last_biases=2, weights=(LayerShare(layer="-1", share=0.5),), any_model=True),
         Scheme(name="full", head=True, last_biases=-1, weights=(LayerShare(layer=EVERY_LAYER),)),
     )
 }
@@ -173,7 +176,7 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     channels = {layer.name: layer.in_channels for layer in whole}
     named: set[str] = {layer.name for layer in layers[len(layers) - scheme.last_k :]}
     for entry in scheme.weights:
-        for layer in _matches(entry.layer, layers, scheme.name):
+        for layer in _matches(entry.layer, layers, scheme):
             if layer.name in named:
                 raise ConfigError(f"scheme {scheme.name!r} names layer {layer.name!r} twice")
             if entry.share < 1 and layer.groups > 1 and layer.in_channels == 1:
@@ -185,11 +188,12 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
             named.add(layer.name)
             channels[layer.name] = max(1, round(entry.share * layer.in_channels))
     count = len(convs) if scheme.last_biases == -1 else scheme.last_biases
-    if count > len(convs):
+    if count > len(convs) and not scheme.any_model:
         raise ConfigError(
             f"scheme {scheme.name!r} trains the biases of {count} convolutions, the model has {len(convs)}. Use "
-            f"-1 for all."
+            "last_biases = -1 for all."
         )
+    count = min(count, len(convs))
     biases = {layer.name for layer in (*convs[len(convs) - count :], *whole)}
     if scheme.last_biases == -1:
         biases.add(head.name)
@@ -198,7 +202,7 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     }
 
 
-def _matches(pattern: str, layers: Sequence[Layer], scheme: str) -> Sequence[Layer]:
+def _matches(pattern: str, layers: Sequence[Layer], scheme: Scheme) -> Sequence[Layer]:
     convs = layers[:-1]
     if pattern == EVERY_LAYER:
         return convs
@@ -209,6 +213,8 @@ def _matches(pattern: str, layers: Sequence[Layer], scheme: str) -> Sequence[Lay
     position = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else -1
     if sign == "-" and 1 <= position <= len(convs):
         return [convs[-position]]
+    if sign == "-" and position > len(convs) and scheme.any_model:
+        return []
     if sign == "#" and 0 <= position < len(layers):
         return [layers[position]]
     names = [repr(layer.name) for layer in layers]
@@ -219,4 +225,4 @@ def _matches(pattern: str, layers: Sequence[Layer], scheme: str) -> Sequence[Lay
     else:
         last = len(layers) - 1
         remedy = f"Use one of them, or count convolutions back from -1, or layers from #0 to #{last}."
-    raise ConfigError(f"scheme {scheme!r} names layer {pattern!r}; the model has {', '.join(names)}. {remedy}")
+    raise ConfigError(f"scheme {scheme.name!r} names layer {pattern!r}; the model has {', '.join(names)}. {remedy}")

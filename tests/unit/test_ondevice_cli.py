@@ -67,6 +67,11 @@ class Depends(Net):
             x = -x
         return super().forward(x)
 
+class Small(nn.Sequential):
+    input_shape = (1, 8, 8)
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+
 class Broken(nn.Module):
     def __init__(self):
         raise KeyError("no such thing")
@@ -156,6 +161,13 @@ def test_the_waterfall_of_passes(run: Command) -> None:
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] == found["total_ram_bytes"]
     assert rows[-1].split()[-1] == f"{totals[-1]:,}"
+
+
+def test_the_default_scheme_takes_a_small_model(run: Command) -> None:
+    found = object_of(run("run", "net.py:Small", "--target", "host", "--json"))
+    assert (found["scheme"], found["bit_equal"]) == ("sparse", True)
+    # The image has one channel, so that its share is all of it.
+    assert found["trained_state_bytes"] == 4 + 2 * (64 * 32 + 32 * 4) + 4 * (32 + 4)
 
 
 def test_noise_is_never_taken_in_silence(run: Command) -> None:

@@ -107,6 +107,20 @@ def test_last_k_is_the_last_k(count: int, data: st.DataObject) -> None:
     assert resolve(Scheme.parse("last_k=1"), model) == resolve(PRESETS["last_layer"], model)
 
 
+def test_sparse_trains_what_a_small_model_has() -> None:
+    sparse = PRESETS["sparse"]
+    assert resolve(sparse, layers(1)) == {"head": Trained(40, True)}
+    assert resolve(sparse, layers(2)) == {"conv0": Trained(4, True), "head": Trained(40, True)}
+    assert resolve(sparse, layers(3)) == {
+        "conv0": Trained(0, True),
+        "conv1": Trained(8, True),
+        "head": Trained(40, True),
+    }
+    for count in (0, 1):
+        with pytest.raises(ConfigError, match=f"biases of 2 convolutions, the model has {count}. Use last_biases = -1"):
+            resolve(Scheme(name="s", last_biases=2), layers(count + 1))
+
+
 def test_the_head_can_be_addressed_by_position() -> None:
     scheme = Scheme(name="s", last_biases=-1, weights=(LayerShare(layer="#3", share=0.5),))
     assert resolve(scheme, layers(4))["head"] == Trained(20, True)
