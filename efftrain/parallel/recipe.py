@@ -300,6 +300,8 @@ def _train(
             resume=bool(goes_on),
             on_step=report,
         )
+        if not isinstance(model, Pretrained):
+            job.export(path / "model" / "model.safetensors")
         if run is None:
             return None
         if isinstance(model, Pretrained):

@@ -159,6 +159,35 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
     return Restored(path, job.num_steps, meta["extra"])
 
 
+def export_model(path: Path, job: Job) -> None:
+    """Write the whole model of a job into one safetensors file; see ``Job.export``.
+
+    What a plan has divided goes through a folder beside ``path``, as in a checkpoint; rank 0 needs the memory of the
+    whole model.
+    """
+    exchange, what = job.exchange, f"model {path}"
+    partial = _partial(path)
+    weights = {name: value for name, value in job.state_dict()[0].items() if name.startswith("model/")}
+    with _Together(exchange, what):
+        if exchange.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # by a crash
+            (partial / _STATE).mkdir(parents=True)
+    try:
+        if exchange.is_divided:
+            with _Together(exchange, what):
+                _save_divided(partial / _STATE, weights, None)
+        with _Together(exchange, what):
+            if exchange.rank == 0:
+                if exchange.is_divided:
+                    weights = _empty_of(partial / _STATE)
+                    _fill(partial / _STATE, weights)
+                _write(partial / path.name, format_safetensors(_with_prefix(weights, "model/")))
+                (partial / path.name).replace(path)
+    finally:
+        if exchange.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def load_model(checkpoint: Path, model: nn.Module) -> None:
     """Put the weights of a checkpoint into a whole model, in one process, whatever plan wrote them.
 
@@ -231,8 +260,7 @@ def _save(path: Path, snapshot: _Snapshot, line: Line, group: ProcessGroup | Non
                 _write(partial / _STATE / "shared.safetensors", format_safetensors(snapshot.tensors))
         if snapshot.is_divided:
             with _Together(line, what):
-                writer = HuggingFaceStorageWriter(str(partial / _STATE), save_distributed=True)
-                _quietly(lambda: save_distributed(snapshot.tensors, storage_writer=writer, process_group=group))
+                _save_divided(partial / _STATE, snapshot.tensors, group)
         with _Together(line, what):
             if line.rank == 0:
                 _commit(path, snapshot, line.world_size)
@@ -240,6 +268,11 @@ def _save(path: Path, snapshot: _Snapshot, line: Line, group: ProcessGroup | Non
         if line.rank == 0:  # do not fill a full disk any further
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _save_divided(folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _quietly(lambda: save_distributed(tensors, storage_writer=writer, process_group=group))
 
 
 def _commit(path: Path, snapshot: _Snapshot, world_size: int) -> None:
@@ -355,11 +388,20 @@ def _check_state(path: Path, meta: Mapping[str, Any]) -> None:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of the whole tensors in files whose checksums are right."""
+    return {name: tuple(one.size) for name, one in _metadata(folder).items()}
+
+
+def _empty_of(folder: Path) -> dict[str, Tensor]:
+    """Room for the whole tensors."""
+    return {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in _metadata(folder).items()}
+
+
+def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except _UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); delete it to use an older checkpoint") from error
-    return {name: tuple(one.size) for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
+    return {name: one for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
 
 
 def _fill(folder: Path, tensors: dict[str, Tensor]) -> None:

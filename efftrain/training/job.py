@@ -140,6 +140,21 @@ class Job:
 
         return load_checkpoint(folder, self, seed=seed) is not None
 
+    def export(self, path: Path) -> None:
+        """Write the whole model into one safetensors file, whatever the plan; every rank calls it.
+
+        A weight that layers share is in it once: read it with ``safetensors.torch.load_model(model, path)``.
+
+        Args:
+            path: Of the file, on a file system that all ranks share. Its folder is made.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        from efftrain.training.checkpoint import export_model
+
+        export_model(path, self)
+
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         """One update from this replica's share of the batch.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from efftrain.errors import ConfigError
 from efftrain.parallel import Plan, mesh
 from efftrain.training import Job, OptimizerConfig
+from tests.distributed import grid_jobs
 from tests.distributed.jobs import in_group
 
 Facts = dict[str, Any]
@@ -141,3 +142,15 @@ def batch_norm_in(settings: dict[str, Any]) -> list[str]:
         warnings.simplefilter("always", UserWarning)
         Plan(**settings).apply(model, torch.randn(8, 8))
     return [str(one.message) for one in told if "BatchNorm" in str(one.message)]
+
+
+@in_group
+def export(settings: dict[str, Any], path: str) -> list[str]:
+    """Train twice and export; what is left in the folder then."""
+    is_tied = settings.pop("model") == "tied"
+    model, batch = (tied(), tokens) if is_tied else (grid_jobs.model(), grid_jobs.batch)
+    job = Plan(**settings).apply(model, batch(0)[0], optimizer=grid_jobs.OPTIMIZER)
+    for step in range(2):
+        job.step(*job.share(*batch(step)))
+    job.export(Path(path))
+    return sorted(file.name for file in Path(path).parent.iterdir())

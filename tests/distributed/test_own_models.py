@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import load_model as load_safetensors
 from torch import nn
 
 from efftrain.compression import Int8
 from efftrain.errors import CheckpointError
 from efftrain.training import Job
 from efftrain.training.checkpoint import complete_checkpoints, load_checkpoint, load_model
-from tests.distributed import own_jobs
+from tests.distributed import grid_jobs, own_jobs
 from tests.distributed.conftest import StartRanks
 
 
@@ -93,3 +94,33 @@ def test_one_rank_warns_of_batch_norm(settings: dict[str, Any], pieces: int, sta
     assert len(first) == 1
     assert f"BatchNorm1d '1' normalizes each of the {pieces} pieces of a batch" in first[0]
     assert other == []
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, {"model": "tied"}),
+        (2, {"model": "tied"}),
+        (2, {"model": "tied", "pipeline": 2}),
+        (2, {"model": "tied", "shard": "full"}),
+        (2, {"model": "transformer", "tensor": 2}),
+        (4, {"model": "transformer", "pipeline": 2, "schedule": "zbv", "shard": "grads"}),
+    ],
+    ids=str,
+)
+def test_any_plan_exports_the_whole_model(
+    world_size: int, settings: dict[str, Any], start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "model.safetensors"
+    kept = start_ranks(own_jobs.export, world_size, settings, str(path)).results()
+    assert kept[0] == ["model.safetensors"]
+    if settings["model"] == "tied":
+        found, expected, batch = own_jobs.tied(), own_jobs.tied(), own_jobs.tokens
+    else:
+        found, expected, batch = grid_jobs.model(), grid_jobs.model(), grid_jobs.batch  # type: ignore[assignment]
+    job = Job(expected, optimizer=grid_jobs.OPTIMIZER)
+    for step in range(2):
+        job.step(*batch(step))
+    assert not any(load_safetensors(found, path)), "nothing is missing, nothing is left"
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=2e-6, msg=name)

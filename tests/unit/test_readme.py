@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import stdev
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Run
 
@@ -38,6 +39,9 @@ def test_your_own_model_and_data_as_printed(efftrain: Run, tmp_path: Path) -> No
         done = efftrain(verb, ROOT / recipe, *changes, "--json", *short[verb])
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["accuracy"] > 0.5
+    assert set(load_file(tmp_path / "runs" / "mine" / "model" / "model.safetensors")) == {
+        "1.weight", "1.bias", "3.weight", "3.bias"
+    }  # fmt: skip
     assert efftrain("profile", "mine.py:Net", "--json").returncode == 0
 
 
