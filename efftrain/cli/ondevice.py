@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from efftrain.cli.console import JsonOption, print_json, progress, say
-from efftrain.cli.ondevice_choices import compared, scheme_dict
+from efftrain.cli.ondevice_choices import compared, refusal, scheme_dict
 from efftrain.cli.ondevice_compiler import Compiler, Request, one_model
 from efftrain.cli.ondevice_output import (
     print_compared,
@@ -125,14 +125,14 @@ def plan_command(
         *(weights, calibration, synthetic),
     )
     compiler = Compiler(request)
-    refusal, program = _plan(compiler)
+    refused, program = _plan(compiler)
     plan = program.plan
     rows = compared(compiler, program) if (not as_json if compare is None else compare) else []
     steps = _waterfall(compiler, program) if show_waterfall or out is not None else []
     found = {
         **_header(request, program),
         **plan.to_dict(),
-        "fits": refusal is None,
+        "fits": refused is None,
         **({"schemes": [scheme_dict(*row) for row in rows]} if rows else {}),
         **({"waterfall": steps} if steps else {}),
     }
@@ -149,8 +149,8 @@ def plan_command(
             print_waterfall(steps)
         if page is not None:
             say(f"picture of the plan: {page}")
-    if refusal is not None:
-        raise refusal
+    if refused is not None:
+        raise refused
 
 
 @app.command("build")
@@ -183,7 +183,7 @@ def build_command(
         *(weights, calibration, synthetic),
     )
     compiler = Compiler(request)
-    program = compiler.compile(name=name)
+    program = _fitting(compiler, name)
     folder = program.write(out)
     planned = {**_header(request, program), **program.plan.to_dict(), "waterfall": _waterfall(compiler, program)}
     page = write_report(folder, with_timeline(planned, program), seed)
@@ -228,7 +228,7 @@ def run_command(
     if steps < 1:
         raise ConfigError(f"--steps: expected 1 or more, found {steps}.")
     compiler = Compiler(request)
-    program = compiler.compile()
+    program = _fitting(compiler)
     found = _run(program, compiler.samples, target, steps, seed)
     result = {**_header(request, program), "target": target, "steps": steps, **program.plan.to_dict(), **found}
     if as_json:
@@ -243,12 +243,19 @@ def run_command(
         )
 
 
-def _plan(compiler: Compiler) -> tuple[BudgetError | None, Program]:
-    """The program, and why it does not fit if it does not."""
+def _plan(compiler: Compiler, name: str = "model") -> tuple[BudgetError | None, Program]:
+    """The program, and why it does not fit and what would if it does not."""
     try:
-        return None, compiler.compile()
-    except BudgetError as error:
-        return error, compiler.compile(must_fit=False)
+        return None, compiler.compile(name=name)
+    except BudgetError:
+        return refusal(compiler)
+
+
+def _fitting(compiler: Compiler, name: str = "model") -> Program:
+    refused, program = _plan(compiler, name)
+    if refused is not None:
+        raise refused
+    return program
 
 
 def _waterfall(compiler: Compiler, program: Program) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from contextlib import redirect_stdout
@@ -117,6 +118,15 @@ class Compiler:
                 copy_input=not self.request.input_in_place,
                 must_fit=must_fit,
             )
+
+    def but(self, **changes: object) -> Compiler:
+        """The same with other fields of the request: ``scheme``, ``rounding`` or ``input_in_place``."""
+        from efftrain.ondevice import Scheme
+
+        other = copy.copy(self)
+        other.request = replace(self.request, **changes)  # type: ignore[arg-type]
+        other.scheme = Scheme.parse(other.request.scheme)
+        return other
 
     def _samples(self) -> Samples:
         import numpy as np

@@ -273,7 +273,7 @@ def compile(
     flash_bytes = code_bytes(graph, code.source) + code.constant_bytes
     plan = _plan(graph, quantized.layers, trained, layout, arena, target, flash_bytes)
     if must_fit:
-        _check_budget(plan, target, code.constant_bytes)
+        _check_budget(plan, code.constant_bytes)
     return Program(
         name=name,
         scheme=scheme,
@@ -363,19 +363,38 @@ def _tiled(op: ChannelTiles, graph: StepGraph, layers: Layers) -> TiledBlock:
     )
 
 
-def _check_budget(plan: MemoryPlan, board: Board, constant_bytes: int) -> None:
-    if plan.total_ram_bytes > board.ram_bytes:
+def shortage(plan: MemoryPlan, constant_bytes: int) -> str | None:
+    """What a plan needs more than its board has, and for what; ``None`` if it fits.
+
+    Args:
+        plan: Memory.
+        constant_bytes: Of the flash, weights and other constants.
+    """
+    if plan.total_ram_bytes > plan.board_ram_bytes:
         parts = {f"{b.kind} {b.name}": b.num_bytes for b in plan.buffers}
         parts |= {"the trained state": plan.trained_state_bytes, "the stack": plan.stack_bytes}
-        raise BudgetError(
+        return (
             f"the plan needs {plan.total_ram_bytes} B of RAM (arena {plan.arena_bytes}, trained state "
-            f"{plan.trained_state_bytes}, stack {plan.stack_bytes}, static {plan.static_bytes}); {board.name} has "
-            f"{board.ram_bytes} B. Largest: {memory.largest(parts)}. Train fewer channels or layers (scheme sparse, "
-            "last_layer or bias_only), use rounding='stochastic' if it is 'master' (halves the trained state), read "
-            "inputs in place (copy_input=False) if the input is among the largest, or choose a larger board."
+            f"{plan.trained_state_bytes}, stack {plan.stack_bytes}, static {plan.static_bytes}); {plan.board} has "
+            f"{plan.board_ram_bytes} B. Largest: {memory.largest(parts)}."
         )
-    if plan.flash_bytes > board.flash_bytes:
-        raise BudgetError(
+    if plan.flash_bytes > plan.board_flash_bytes:
+        return (
             f"the plan needs {plan.flash_bytes} B of flash, {constant_bytes} B of it weights and other constants; "
-            f"{board.name} has {board.flash_bytes} B. Choose a smaller model or a larger board."
+            f"{plan.board} has {plan.board_flash_bytes} B."
         )
+    return None
+
+
+def _check_budget(plan: MemoryPlan, constant_bytes: int) -> None:
+    found = shortage(plan, constant_bytes)
+    if found is None:
+        return
+    remedy = "Choose a smaller model or a larger board."
+    if plan.total_ram_bytes > plan.board_ram_bytes:
+        remedy = (
+            "Train fewer channels or layers (scheme sparse, last_layer or bias_only), use rounding='stochastic' if it "
+            "is 'master' (halves the trained state), read inputs in place (copy_input=False) if the input is among the "
+            "largest, or choose a larger board."
+        )
+    raise BudgetError(f"{found} {remedy}")

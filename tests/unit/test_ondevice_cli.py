@@ -224,6 +224,41 @@ def test_a_plan_that_does_not_fit_is_printed_and_refused(run: Command) -> None:
     assert "the plan needs" in error_of(run("build", "watch-cnn", "--ram", total - 1))
 
 
+def test_a_refusal_names_options_that_fit(run: Command) -> None:
+    """Each of them is tried, and what it says that it needs is what its plan needs."""
+    asked = ("plan", "watch-cnn", "--scheme", "full", "--no-compare", "--json")
+
+    def needed(*options: str) -> int:
+        return int(object_of(run(*asked, *options))["total_ram_bytes"])
+
+    whole, halved, last = needed(), needed("--rounding", "stochastic"), needed("--scheme", "last_layer")
+    line = run(*asked, "--ram", halved)[2].splitlines()[-1]
+    assert f"needs {whole} B of RAM" in line
+    fitting = (
+        f"These fit: --rounding stochastic ({halved} B), --scheme last_layer ({last} B). Or choose a larger board."
+    )
+    assert line.endswith(fitting)
+    line = run(*asked, "--ram", halved - 1)[2].splitlines()[-1]
+    assert line.endswith(f"These fit: --scheme last_layer ({last} B). Or choose a larger board.")
+    options = ("--input-in-place", "--rounding", "stochastic", "--scheme", "last_layer")
+    least = needed(*options)
+    line = run(*asked, "--ram", least)[2].splitlines()[-1]
+    assert line.endswith(f"These fit: {' '.join(options)} ({least} B). Or choose a larger board.")
+    line = error_of(run("build", "watch-cnn", "--scheme", "full", "--ram", least - 1))
+    assert line.endswith(f"a larger board: {' '.join(options)} ({least} B) is too much as well.")
+    line = error_of(run("build", "watch-cnn", *options, "--ram", least - 1))
+    assert line.endswith("Choose a smaller model or a larger board.")
+    assert "rounding=" not in line
+
+
+def test_too_little_flash_needs_another_model_or_board(run: Command, tmp_path: Path) -> None:
+    board = 'name = "mine"\ncpu = "cortex-m7"\nclock_hz = 1_000_000\nram_bytes = 65_536\nflash_bytes = 8_192\n'
+    (tmp_path / "mine.toml").write_text(board)
+    line = error_of(run("build", "watch-cnn", "--board", "mine.toml"))
+    assert "B of flash" in line
+    assert line.endswith("mine has 8192 B. Choose a smaller model or a larger board.")
+
+
 def test_own_models_weights_and_data(run: Command, tmp_path: Path) -> None:
     arguments = ("plan", "net.py:Net", "--input", "3x12x10", "--classes", 5, "--scheme", "full", "--json")
     found = object_of(run(*arguments))
