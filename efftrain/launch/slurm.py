@@ -32,6 +32,8 @@ def slurm_script(job: Job) -> str:
         "set -euo pipefail",
         *config.setup,
         "",
+        "# Since Slurm 22.05 srun does not take it from sbatch, and would start on one core.",
+        'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
         *(f"export {name}={shlex.quote(value)}" for name, value in environment(job).items()),
         "# The number stays when the job is queued again: it goes on with the run that it began.",
         'export EFFTRAIN_LAUNCH_ID="slurm-$SLURM_JOB_ID"',

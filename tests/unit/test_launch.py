@@ -153,7 +153,12 @@ def test_a_slurm_script_gives_srun_the_very_words(tmp_path: Path, fakes: Path, t
         launcher="slurm", workers__nodes=2, workers__per_node=4, set=[f"x={text}"], environment={"X": text},
         slurm__setup=["export DONE=yes"], out="a folder",
     )  # fmt: skip
-    environment = {"PATH": f"{fakes}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment = {
+        "PATH": f"{fakes}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
     subprocess.run(["bash"], input=prepare(found).text, text=True, check=True, env=environment, timeout=30)
     words, variables, _ = seen(tmp_path, "srun")
     assert words == [
@@ -163,6 +168,7 @@ def test_a_slurm_script_gives_srun_the_very_words(tmp_path: Path, fakes: Path, t
     ]  # fmt: skip
     assert variables["X"] == text
     assert (variables["EFFTRAIN_LAUNCH_ID"], variables["DONE"]) == ("slurm-77", "yes")
+    assert variables["SRUN_CPUS_PER_TASK"] == "8"
 
 
 def test_options_of_sbatch() -> None:
