@@ -1,6 +1,7 @@
 """Kubernetes manifests: an indexed Job with a headless Service, or a PyTorchJob. Written as YAML without a library."""
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ _NO_TEXT = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
 def kubernetes_manifest(job: Job) -> str:
-    """For ``kubectl apply -f -``."""
+    """For ``kubectl``. That of a PyTorchJob holds a word of its own: another one each time."""
     config = job.kubernetes
     assert config is not None, "checked when the job was made"
     parts = [_pytorch_job(job, config)] if config.kind == "pytorchjob" else [_service(job), _indexed_job(job, config)]
@@ -47,7 +48,7 @@ def _indexed_job(job: Job, config: KubernetesConfig) -> dict[str, Any]:
     nodes = job.workers.nodes
     # Pod 0 of an indexed Job is called NAME-0, and the Service of its subdomain makes that a host name.
     endpoint = f"{job.name}-0.{job.name}:{job.network.port}"
-    launch = "metadata.labels['batch.kubernetes.io/controller-uid']"
+    launch = {"valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}}}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -72,7 +73,8 @@ def _indexed_job(job: Job, config: KubernetesConfig) -> dict[str, Any]:
 def _pytorch_job(job: Job, config: KubernetesConfig) -> dict[str, Any]:
     workers = job.workers
     own = f"{job.name}-worker-0:{job.network.port}"  # the operator makes a Service for each pod
-    launch = "metadata.labels['training.kubeflow.org/job-name']"
+    # Its pods carry the name of the job only, which one that is deleted and made again has as well.
+    launch = {"value": f"{job.name}-{secrets.token_hex(6)}"}
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -95,8 +97,10 @@ def _pytorch_job(job: Job, config: KubernetesConfig) -> dict[str, Any]:
     }
 
 
-def _pod(job: Job, config: KubernetesConfig, words: list[str], launch: str, name: str = "train") -> dict[str, Any]:
-    """The part of a pod's spec that both kinds share. ``launch`` is the label that tells this launch from others."""
+def _pod(
+    job: Job, config: KubernetesConfig, words: list[str], launch: Mapping[str, Any], name: str = "train"
+) -> dict[str, Any]:
+    """The part of a pod's spec that both kinds share. ``launch`` gives what tells this launch from others."""
     limits: dict[str, Any] = {}
     if config.cpus_per_node is not None:
         limits["cpu"] = config.cpus_per_node
@@ -107,7 +111,7 @@ def _pod(job: Job, config: KubernetesConfig, words: list[str], launch: str, name
     variables: list[dict[str, Any]] = [
         {"name": key, "value": _literal(value)} for key, value in environment(job).items()
     ]
-    variables.append({"name": "EFFTRAIN_LAUNCH_ID", "valueFrom": {"fieldRef": {"fieldPath": launch}}})
+    variables.append({"name": "EFFTRAIN_LAUNCH_ID", **launch})
     mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     volumes: list[dict[str, Any]] = [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": config.shared_memory}}

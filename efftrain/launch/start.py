@@ -39,7 +39,9 @@ def prepare(job: Job) -> Prepared:
     if job.launcher == "slurm":
         return Prepared(("sbatch",), {}, slurm_script(job), is_local=False)
     if job.launcher == "kubernetes":
-        return Prepared(("kubectl", "apply", "-f", "-"), {}, kubernetes_manifest(job), is_local=False)
+        # A PyTorchJob that runs must not be changed in the middle: its manifest is another one each time.
+        verb = "create" if job.kubernetes is not None and job.kubernetes.kind == "pytorchjob" else "apply"
+        return Prepared(("kubectl", verb, "-f", "-"), {}, kubernetes_manifest(job), is_local=False)
     endpoint = job.network.endpoint if job.workers.nodes > 1 else None
     words = horovodrun(job) if job.launcher == "horovodrun" else torchrun(job, endpoint, job.name)
     variables = environment(job)

@@ -259,6 +259,19 @@ def test_a_pytorchjob_may_be_elastic() -> None:
     assert worker["restartPolicy"] == "Never"
 
 
+def test_a_pytorchjob_that_is_submitted_again_is_another_launch() -> None:
+    again = kubernetes(kubernetes__kind="pytorchjob")
+    words = set()
+    for _ in range(2):
+        prepared = prepare(again)
+        assert prepared.words == ("kubectl", "create", "-f", "-")
+        worker = yaml.safe_load(prepared.text)["spec"]["pytorchReplicaSpecs"]["Worker"]
+        variables = {entry["name"]: entry for entry in worker["template"]["spec"]["containers"][0]["env"]}
+        words.add(variables["EFFTRAIN_LAUNCH_ID"]["value"])
+    assert len(words) == 2
+    assert all(word.startswith("j-") for word in words)
+
+
 # What is refused --------------------------------------------------------------------------------------------------
 
 
