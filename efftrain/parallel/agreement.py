@@ -16,7 +16,7 @@ from efftrain.errors import ConfigError
 from efftrain.parallel.backends import Transport
 from efftrain.parallel.layout import Layout
 
-_NOTHING = "nothing"
+NOTHING = "nothing"
 _LENGTH_BYTES = 8
 
 
@@ -45,7 +45,7 @@ def check_agreement(
     found = [json.loads(other[:size]) for other, size in zip(texts, sizes, strict=True)]
     rank = next(rank for rank, other in enumerate(heads) if other != heads[0])
     names = [name for name in sorted({*found[0], *found[rank]}) if found[0].get(name) != found[rank].get(name)]
-    expected, other = (facts.get(names[0], _NOTHING) for facts in (found[0], found[rank]))
+    expected, other = (facts.get(names[0], NOTHING) for facts in (found[0], found[rank]))
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     raise ConfigError(
         f"rank {rank} was started with {names[0]} = {other}{more}, expected {expected} as on rank 0; "
@@ -74,7 +74,12 @@ def facts_of_job(plan: object, layout: Layout, **settings: object) -> dict[str, 
 
 def facts_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     """A resolved recipe as plain values, key by key, and the code that is to run it."""
-    return {**dict(_flatten(recipe, "")), "efftrain": _version()}
+    return {**plain(recipe), "efftrain": _version()}
+
+
+def plain(table: Mapping[str, Any]) -> dict[str, str]:
+    """Every value of a table of tables as JSON, by its dotted key."""
+    return dict(_flatten(table, ""))
 
 
 def _version() -> str:

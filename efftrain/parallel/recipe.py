@@ -16,7 +16,7 @@ from efftrain.errors import CheckpointError, ConfigError
 from efftrain.models import build_model, load_pretrained
 from efftrain.models.pretrained import Pretrained
 from efftrain.parallel import launched, mesh
-from efftrain.parallel.agreement import check_agreement, facts_of
+from efftrain.parallel.agreement import NOTHING, check_agreement, facts_of, plain
 from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import Schedule
 from efftrain.parallel.plan import Plan
@@ -365,20 +365,21 @@ def _run_number(recipe: ClusterRecipe, out: Path, resume: bool) -> int:
         raise ConfigError(f"no run called {recipe.name!r} in {out} to resume; leave out --resume")
     path = run_path(out, recipe.name, number) / "recipe.toml"
     if path.exists():  # else it was killed before its first step
-        old = load_recipe(ClusterRecipe, path)
-        for key, before, now in (
-            ("seed", old.seed, recipe.seed),
-            ("model", old.model, recipe.model),
-            ("data", old.data, recipe.data),
-            ("optimizer.name", old.optimizer.name, recipe.optimizer.name),
-            ("loop.batch_size", old.loop.batch_size, recipe.loop.batch_size),
-        ):
-            if before != now:
+        before, now = (_kept_keys(one) for one in (load_recipe(ClusterRecipe, path), recipe))
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
                 raise ConfigError(
-                    f"{path.parent} was started with {key} = {before}, expected the same, found {now}; "
-                    "resume it with its own recipe or start a new run without --resume"
+                    f"{path.parent} was started with {key} = {before.get(key, NOTHING)}, expected the same, found "
+                    f"{now.get(key, NOTHING)}; resume it with its own recipe or start a new run without --resume"
                 )
     return number
+
+
+def _kept_keys(recipe: ClusterRecipe) -> dict[str, str]:
+    """What a run keeps for good, key by key."""
+    found = plain(to_dict(recipe))
+    kept = ("seed", "optimizer.name", "loop.batch_size")
+    return {key: value for key, value in found.items() if key in kept or key.startswith(("model.", "data."))}
 
 
 def _objective(recipe: ClusterRecipe, device: Any) -> Objective:

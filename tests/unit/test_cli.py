@@ -264,10 +264,10 @@ def test_resume_with_another_recipe_is_refused(main: Main, recipe: Path, tmp_pat
     (tmp_path / "data.py").write_text("from efftrain.data.digits import load_digits as load\n")
     for override, message in (
         ("seed=1", "was started with seed = 0, expected the same, found 1"),
-        ("model.options={hidden=[3]}", "was started with model ="),
-        ("data.name=data.py:load", "was started with data ="),
+        ("model.options={hidden=[3]}", "was started with model.options.hidden = "),
+        ("data.name=data.py:load", "was started with data.name = "),
         ("loop.batch_size=64", "was started with loop.batch_size = 128, expected the same, found 64"),
-        ("optimizer.name=adamw", "was started with optimizer.name = sgd"),
+        ("optimizer.name=adamw", 'was started with optimizer.name = "sgd", expected the same, found "adamw"'),
     ):
         assert message in main.error("train", recipe, "--resume", "--set", override)
     before = (tmp_path / "runs/own/recipe.toml").read_text()
