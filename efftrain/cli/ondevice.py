@@ -281,6 +281,7 @@ def _run(program: Program, samples: Samples, target: str, steps: int, seed: int)
     found: dict[str, Any] = {
         "measured_ram_bytes": None,
         "measured_stack_bytes": None,
+        "measured_flash_bytes": None,
         "instructions_per_step": None,
         "instructions_forward": None,
     }
@@ -302,6 +303,7 @@ def _run(program: Program, samples: Samples, target: str, steps: int, seed: int)
                 advance(target)
             found["measured_ram_bytes"] = board.measured_ram_bytes
             found["measured_stack_bytes"] = board.measured_stack_bytes
+            found["measured_flash_bytes"] = board.firmware.flash_bytes
             hashes[target] = board.state_sha256()
     return {
         **found,

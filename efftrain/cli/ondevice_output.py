@@ -81,6 +81,7 @@ def print_run(found: dict[str, Any], target: str, steps: int) -> None:
     if found["measured_ram_bytes"] is not None:
         stack = f"{found['measured_stack_bytes']:,} B of it stack"
         lines.append(("RAM measured", f"{found['measured_ram_bytes']:,} B, {stack}"))
+        lines.append(("flash linked", f"{found['measured_flash_bytes']:,} B"))
         forward = f"{format_count(found['instructions_forward'])} of them forward"
         lines.append(("instructions a step", f"{format_count(found['instructions_per_step'])}, {forward}"))
     equal = "equal to the bit on" if found["bit_equal"] else "DIFFERENT on"

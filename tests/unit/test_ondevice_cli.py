@@ -22,8 +22,8 @@ PLAN_KEYS = {
     *("total_ram_bytes", "flash_bytes", "macs_forward", "macs_backward"),
 }
 RUN_KEYS = PLAN_KEYS | {
-    *("measured_ram_bytes", "measured_stack_bytes", "instructions_per_step", "instructions_forward", "state_sha256"),
-    *("simulator_state_sha256", "host_state_sha256", "bit_equal"),
+    *("measured_ram_bytes", "measured_stack_bytes", "measured_flash_bytes", "instructions_per_step"),
+    *("instructions_forward", "state_sha256", "simulator_state_sha256", "host_state_sha256", "bit_equal"),
 }
 
 NET = """
@@ -363,6 +363,7 @@ def test_run_compares_every_bit(run: Command, tmp_path: Path, rounding: str) -> 
     assert found["measured_stack_bytes"] <= found["stack_bytes"]
     linked = found["total_ram_bytes"] - found["stack_bytes"]
     assert found["measured_ram_bytes"] == linked + found["measured_stack_bytes"]
+    assert 0.8 * found["flash_bytes"] < found["measured_flash_bytes"] <= found["flash_bytes"]
     assert found["instructions_per_step"] > found["instructions_forward"] > found["macs_forward"] / 4
     m4 = object_of(run(*arguments, "--target", "unicorn-m4"))
     assert m4["state_sha256"] == found["state_sha256"]
