@@ -24,7 +24,7 @@ from efftrain.cli.ondevice_output import (
     with_timeline,
     write_report,
 )
-from efftrain.errors import BudgetError, ClaimError, ConfigError
+from efftrain.errors import BudgetError, ClaimError, ConfigError, ToolError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,8 +184,10 @@ def build_command(
     )
     compiler = Compiler(request)
     program = _fitting(compiler, name)
+    bound = {"stack_bound_bytes": _stack_bound(program)}
     folder = program.write(out)
-    planned = {**_header(request, program), **program.plan.to_dict(), "waterfall": _waterfall(compiler, program)}
+    planned = {**_header(request, program), **program.plan.to_dict(), **bound}
+    planned["waterfall"] = _waterfall(compiler, program)
     page = write_report(folder, with_timeline(planned, program), seed)
     if as_json:
         print_json({**planned, "path": str(folder), "report": str(page)})
@@ -256,6 +258,22 @@ def _fitting(compiler: Compiler, name: str = "model") -> Program:
     if refused is not None:
         raise refused
     return program
+
+
+def _stack_bound(program: Program) -> int | None:
+    """Most stack that calls can take, if there is a compiler that tells.
+
+    Raises:
+        BudgetError: It is more than the board reserves.
+    """
+    from efftrain.ondevice.backends.toolchain import board_toolchain
+
+    try:
+        board_toolchain(program.target.cpu, "gcc")
+    except ToolError:
+        say("stack: what is reserved was not compared with what calls can take; that needs arm-none-eabi-gcc")
+        return None
+    return program.firmware(toolchain="gcc").stack_bound_bytes
 
 
 def _waterfall(compiler: Compiler, program: Program) -> list[dict[str, Any]]:

@@ -295,6 +295,24 @@ def test_build_writes_a_project(run: Command, tmp_path: Path) -> None:
     assert "C99 in d" in err
 
 
+@pytest.mark.firmware
+def test_build_compares_the_stack_with_a_bound(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\ncpu = "cortex-m4"\nclock_hz = 1_000_000\n'
+        "ram_bytes = 65_536\nflash_bytes = 131_072\nstack_bytes = 64\n"
+    )
+    if shutil.which("arm-none-eabi-gcc"):
+        found = object_of(run("build", "watch-cnn", "--board", "stm32l433", "--out", "c", "--json"))
+        assert 64 < found["stack_bound_bytes"] <= found["stack_bytes"]
+        line = error_of(run("build", "watch-cnn", "--board", "mine.toml", "--out", "d"))
+        assert f"calls can take {found['stack_bound_bytes']} B of stack; 64 B are reserved" in line
+        assert not (tmp_path / "d").exists()
+    monkeypatch.setenv("PATH", "")
+    status, out, err = run("build", "watch-cnn", "--board", "mine.toml", "--out", "d", "--json")
+    assert (status, json.loads(out)["stack_bound_bytes"]) == (0, None)
+    assert "stack: what is reserved was not compared" in err
+
+
 STRICT = "-Wall -Wextra -Wconversion -Wshadow -Wdouble-promotion -Wvla -Werror"
 
 
