@@ -134,8 +134,7 @@ class Codec(ABC):
         Raises:
             PayloadError: As ``decode_add``.
         """
-        if crc != checksum_of(self.codec_id, self.params, out.size, body):
-            raise PayloadError("payload checksum does not match: the bytes were changed, or are of another codec")
+        self._check_crc(body, crc, out.size)
         self._add_body(body, out, np.float32(weight))
 
     @cached_property
@@ -226,6 +225,10 @@ class Codec(ABC):
     def _add_body(self, body: Bytes, out: Floats, weight: np.float32) -> None:
         """Add the decoded body to ``out``. Sparse codecs touch only the entries they sent."""
         out += weight * self._decode_body(body, out.size)
+
+    def _check_crc(self, body: Bytes, crc: int, num_elements: int) -> None:
+        if crc != checksum_of(self.codec_id, self.params, num_elements, body):
+            raise PayloadError("payload checksum does not match: the bytes were changed, or are of another codec")
 
     def _check_is_mine(self, parts: Parts) -> None:
         if parts.codec_id != self.codec_id or parts.params != self.params:

@@ -11,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 
 from efftrain.compression.codec import Codec
+from efftrain.compression.entries import Entries
+from efftrain.compression.sparsify import Sparse
 from efftrain.compression.wire import CRC_OFFSET, HEADER, Bytes, Floats, Payload
 from efftrain.errors import PayloadError
 
@@ -38,13 +40,13 @@ def fill_slot(slot: Bytes, codec: Codec, payload: Payload) -> None:
     slot[first + 4 : first + 4 + body.size] = body
 
 
-def add_slot(slot: Bytes, codec: Codec, out: Floats, weight: float = 1.0) -> None:
+def add_slot(slot: Bytes, codec: Codec, out: Floats | Entries, weight: float = 1.0) -> None:
     """Add ``weight`` times the tensor in a slot to ``out``.
 
     Args:
         slot: uint8, shape ``(slot_bytes(codec, N),)``.
-        codec: That wrote it.
-        out: float32, shape ``(N,)``, contiguous.
+        codec: That wrote it; a sparse one if ``out`` is sparse.
+        out: float32, shape ``(N,)``, contiguous; or ``Entries`` of that size.
         weight: Factor.
 
     Raises:
@@ -60,4 +62,8 @@ def add_slot(slot: Bytes, codec: Codec, out: Floats, weight: float = 1.0) -> Non
             raise PayloadError(f"slot of {slot.size} bytes announces {last} of them")
     (crc,) = struct.unpack("<I", slot[first : first + 4].tobytes())
     body = slot[first + 4 : last]
-    codec.add_body(body, crc, out, weight)
+    if isinstance(out, Entries):
+        assert isinstance(codec, Sparse), f"{codec} sends all elements"
+        out.add(*codec.entries_of(body, crc, out.size), weight)
+    else:
+        codec.add_body(body, crc, out, weight)

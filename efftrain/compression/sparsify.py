@@ -73,6 +73,19 @@ class Sparse(Codec):
         return changed
 
     @abstractmethod
+    def most_sent(self, num_elements: int) -> int:
+        """Entries of a payload of ``num_elements``; for codecs of variable size the most."""
+
+    def entries_of(self, body: Bytes, crc: int, num_elements: int) -> tuple[Indices, Floats]:
+        """As ``add_body``, without a tensor: strictly ascending places, and the values there.
+
+        Raises:
+            PayloadError: As ``decode``.
+        """
+        self._check_crc(body, crc, num_elements)
+        return self._decode_sparse(body, num_elements)
+
+    @abstractmethod
     def _choose(self, owed: Floats, key: int) -> Indices:
         """Strictly ascending indices of the elements to send."""
 
@@ -170,6 +183,8 @@ class TopK(Sparse):
         """``K`` for a tensor of ``num_elements``."""
         return num_elements if num_elements < self.dense_below else _share(self.ratio, num_elements)
 
+    most_sent = num_sent
+
     def encoded_bytes(self, num_elements: int) -> int:
         """Header, places and values; depends on the number of elements alone."""
         k = self.num_sent(num_elements)
@@ -236,6 +251,8 @@ class RandomK(Sparse):
     def num_sent(self, num_elements: int) -> int:
         """``K`` for a tensor of ``num_elements``."""
         return _share(self.ratio, num_elements)
+
+    most_sent = num_sent
 
     def second_phase(self) -> "RandomK":
         """Itself: with the same key the sum of the payloads has the places of each."""

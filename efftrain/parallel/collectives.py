@@ -21,6 +21,7 @@ from torch import Tensor
 
 from efftrain.compression import Codec, Deflate, Feedback, LowRank, Payload, orthonormalize, start_factor
 from efftrain.compression.compact import add_slot, fill_slot, slot_bytes
+from efftrain.compression.entries import Entries
 from efftrain.compression.feedback import Owed
 from efftrain.compression.lowrank import expand
 from efftrain.compression.wire import Bytes, Floats
@@ -44,6 +45,7 @@ class Piece:
         out: Gets the mean over all ranks; same shape. May be the memory of ``values``.
         first: Where the part begins in the parameter.
         size: Elements of the whole parameter.
+        entries: Gets the mean in place of ``out``, of a sparse codec that is gathered.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Piece:
     out: Floats
     first: int
     size: int
+    entries: Entries | None = None
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Link:
         data[-1] = self.healthy
         return message
 
-    def add(self, message: Bytes, outs: Sequence[tuple[Codec, Floats]], weight: float) -> None:
+    def add(self, message: Bytes, outs: Sequence[tuple[Codec, Floats | Entries]], weight: float) -> None:
         """Decode the slots of a message and add them up."""
         first = 0
         for codec, out in outs:
@@ -163,9 +166,11 @@ def gather(pieces: Sequence[Piece], link: Link) -> Steps:
     link.count("wire_bytes", others * message.numel())
     everyone = yield link.transport.all_gather(message)
     with link.timed("decode_s"):
-        outs = [(piece.codec, piece.out) for piece in pieces]
-        for _, out in outs:
-            out.fill(0)
+        outs: list[tuple[Codec, Floats | Entries]] = []
+        for piece in pieces:
+            if piece.entries is None:
+                piece.out.fill(0)
+            outs.append((piece.codec, piece.out if piece.entries is None else piece.entries))
         for row in everyone.cpu().numpy():
             link.add(row, outs, link.weight)
 

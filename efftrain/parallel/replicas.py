@@ -68,6 +68,9 @@ class TransportLine:
         """See ``sum_numbers``."""
         return sum_numbers(self._transport, values)
 
+    def descend(self, lr: float) -> None:
+        """See ``Exchange``. Nothing: all means are in ``.grad``."""
+
     def second_line(self) -> "tuple[TransportLine, ProcessGroup] | None":
         """See ``Exchange``."""
         found = self._transport.second()
@@ -90,13 +93,17 @@ class Replicas(TransportLine, ABC):
         own = float(loss)
         healthy = took_part and math.isfinite(own)
         asked = _send(self._transport, [healthy, own if healthy else 0.0, self.lacks_gradients])
-        norm = local_grad_norm(model)
+        norm = self.grad_norm(model)
         num_healthy, total, lacking = _total(asked)
         healthy = num_healthy == self.world_size
         if lacking and healthy:
             self.leave_out()
-            norm = local_grad_norm(model)
+            norm = self.grad_norm(model)
         return Agreement(healthy and bool(torch.isfinite(norm)), total / self.num_replicas, norm)
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """Euclidean norm of the whole average, a scalar."""
+        return local_grad_norm(model)
 
     @property
     @abstractmethod

@@ -103,6 +103,13 @@ class Exchange(Line, Protocol):
     def settle(self, ok: bool) -> None:
         """The step counts (``ok``) or all ranks skip it: keep or forget what feedback staged."""
 
+    def descend(self, lr: float) -> None:
+        """Move the weights whose mean is not in ``.grad``, where the optimizer finds it, by ``-lr`` times the mean.
+
+        Called in steps that count, behind ``settle``. Only an exchange that was told that the optimizer is plain SGD
+        keeps a mean to itself.
+        """
+
     def residual_norm(self) -> float:
         """Euclidean norm of what feedback keeps on this rank for later steps."""
 
@@ -164,6 +171,9 @@ class SingleProcess:
 
     def settle(self, ok: bool) -> None:
         """Nothing is staged."""
+
+    def descend(self, lr: float) -> None:
+        """All gradients are in ``.grad``."""
 
     def residual_norm(self) -> float:
         """Nothing is kept."""

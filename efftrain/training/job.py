@@ -187,6 +187,7 @@ class Job:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, agreed.grad_norm, foreach=one_by_one)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.exchange.descend(lr)
         self.optimizer.step()
         every = self.step_config.check_replicas_every
         if every and self.num_steps % every == 0:

@@ -39,6 +39,11 @@ class OptimizerConfig:
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio is {self.final_lr_ratio}, expected a share in [0, 1]")
 
+    @property
+    def is_entrywise(self) -> bool:
+        """Whether a weight with a gradient of zero stays where it is: plain SGD."""
+        return self.name == "sgd" and not self.momentum and not self.weight_decay
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the trainable parameters of ``model``, matrices and vectors in groups of their own.
 

@@ -110,6 +110,7 @@ def run(
     job = plan.apply(model, objective=objective, optimizer=SGD, step=config, seed=3)
     exchange = job.exchange
     assert isinstance(exchange, DataParallel | GradSync)
+    num_sparse = 0
     facts: Facts = {"losses": [], "skipped": [], "stats": [], "harmed": [], "buckets": buckets}
     for step in range(num_steps):
         if step == leave_out:
@@ -122,6 +123,7 @@ def run(
         before = {name: value.clone() for name, value in before.items() if name not in NUMBERS}
         with counting_buckets(buckets):
             result = job.step(inputs, targets)
+        num_sparse = sum(parameter.grad is None for parameter in model.parameters())
         after = {**exchange.state_dict(), **job.state_dict()[0]}
         if result.skipped:
             facts["harmed"] += [name for name in before if not torch.equal(before[name], after[name])]
@@ -129,6 +131,7 @@ def run(
         facts["losses"].append(result.loss)
         facts["skipped"].append(result.skipped)
         facts["stats"].append({k: v for k, v in exchange.stats().items() if k.endswith("bytes")})
+    facts["num_sparse"] = num_sparse
     facts["weights"] = weights(model)
     facts["digest"] = digest(facts["weights"])
     facts["feedback"] = {k: v.numpy().copy() for k, v in exchange.state_dict().items() if k not in NUMBERS}
@@ -254,6 +257,10 @@ def all_facts() -> dict[str, Facts]:
         "top-k by hand": sparse_by_hand(0.1, momentum_before=False),
         "corrected": run("TopK(0.1)", correction=True),
         "corrected by hand": sparse_by_hand(0.1, momentum_before=True),
+        "entries": run("TopK(0.05)", correction=True),
+        "entries by hand": sparse_by_hand(0.05, momentum_before=True),
+        "entries nan": run("TopK(0.05)", correction=True, poison=(3, 1), bucket_mb=SMALL_BUCKET_MB),
+        "entries left out": run("TopK(0.05)", correction=True, leave_out=3),
         "sparse": run("TopK(0.1) >> Int8(block=16)", correction=True),
         "sparse small buckets": run("TopK(0.1) >> Int8(block=16)", correction=True, bucket_mb=SMALL_BUCKET_MB),
         "sparse micro": run("TopK(0.1) >> Int8(block=16)", correction=True, micro_batches=4),

@@ -43,7 +43,15 @@ def test_sending_all_is_sending_plainly(facts: Facts) -> None:
     assert all(np.count_nonzero(value) == 0 for value in facts["all"]["feedback"].values())
 
 
-@pytest.mark.parametrize("kind", ["top-k", "corrected"])
+def test_means_of_few_entries_stay_sparse(facts: Facts) -> None:
+    """Where the optimizer behind the exchange is plain SGD: momentum is corrected in front of it."""
+    few = [size for size in facts["entries"]["sizes"].values() if 8 * 2 * max(1, round(0.05 * size)) <= size]
+    assert facts["entries"]["num_sparse"] == len(few) == 5, "all but the bias of 10 elements"
+    for kind in ("top-k", "corrected", "all", "identity"):
+        assert facts[kind]["num_sparse"] == 0, kind
+
+
+@pytest.mark.parametrize("kind", ["top-k", "corrected", "entries"])
 def test_top_k_is_the_papers_algorithm(facts: Facts, kind: str) -> None:
     """Feedback and momentum correction against NumPy in float64; a tie broken otherwise would move a weight by 1e-3."""
     assert largest_difference(facts[kind], facts[f"{kind} by hand"]) < 1e-6
@@ -137,6 +145,7 @@ def test_micro_batches_send_once_a_step(facts: Facts) -> None:
     [
         ("identity nan", "identity left out", 3),
         ("sparse nan", "sparse left out", 3),
+        ("entries nan", "entries left out", 3),
         ("identity bad gradient", "identity left out", 3),
         ("sparse bad gradient", "sparse left out", 3),
         ("nan in step 0", "left out 0", 0),

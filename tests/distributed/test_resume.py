@@ -20,6 +20,7 @@ CODECS: dict[str, tuple[Any, ...]] = {
     "identity": ("Identity()", False),
     "feedback": ("TopK(0.1)", False),
     "correction": ("TopK(0.1) >> Int8(block=16)", True),
+    "entries": ("TopK(0.05) >> Int8(block=16)", True),
     "whole": ("TopK(0.1) >> Int8(block=16)", True, "whole_buckets = true\nmomentum_masking = true\n"),
     "int8": ("Int8(block=32, rounding='stochastic')", False, "algorithm = 'two_phase'\n"),
     "low rank": ("LowRank(2)", False),

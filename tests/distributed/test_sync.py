@@ -132,7 +132,9 @@ def test_what_is_wrong_is_said_before_anything_is_sent(start_ranks: StartRanks) 
 
 def test_a_replica_that_went_astray_is_found(start_ranks: StartRanks) -> None:
     for message in start_ranks(sync_jobs.replica_that_went_astray, 3).results():
-        assert message.startswith("ReplicaError: the weights of rank 1 of the data axis differ from those of the other 2")
+        assert message.startswith(
+            "ReplicaError: the weights of rank 1 of the data axis differ from those of the other 2"
+        )
 
 
 def test_a_parameter_without_gradient_on_a_rank_counts_as_zero(start_ranks: StartRanks) -> None:

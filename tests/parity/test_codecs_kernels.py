@@ -30,6 +30,7 @@ from efftrain.compression import (
     format_codec,
     kernels,
 )
+from efftrain.compression.entries import Entries
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.compression.wire import pack, unpack
 from efftrain.errors import NonFiniteError, PayloadError
@@ -125,6 +126,20 @@ def pairs(draw: st.DrawFn) -> tuple[Floats, Floats | None]:
     return np.clip(x, -(2.0**125), 2.0**125).astype(np.float32), draw(
         hnp.arrays(np.float32, n, elements=st.floats(-(2.0**125), 2.0**125, width=32))
     )
+
+
+@given(st.data(), st.integers(1, 300), st.floats(-2, 2, width=32))
+def test_any_sparse_sum(data: st.DataObject, n: int, weight: float) -> None:
+    places = st.lists(st.integers(0, n - 1), max_size=n, unique=True).map(sorted)
+    found, expected = Entries(n), Entries(n)
+    for _ in range(3):
+        chosen = np.array(data.draw(places), np.int64)
+        values = data.draw(hnp.arrays(np.float32, chosen.size, elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+        found.add(chosen, values, weight)
+        with numpy_only():
+            expected.add(chosen, values, weight)
+    np.testing.assert_array_equal(found.places, expected.places)
+    np.testing.assert_array_equal(bits(found.values), bits(expected.values))
 
 
 @given(st.sampled_from(CODECS), pairs())

@@ -35,6 +35,8 @@ from efftrain.compression import (
     orthonormalize,
     parse_codec,
 )
+from efftrain.compression.compact import add_slot, fill_slot, slot_bytes
+from efftrain.compression.entries import Entries
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.compression.sparsify import largest
 from efftrain.errors import NonFiniteError, PayloadError
@@ -548,3 +550,26 @@ def test_a_deflated_body_is_one_stream_of_the_right_length(body: bytes, problem:
     data[14:18] = struct.pack("<I", zlib.crc32(data[18:], zlib.crc32(data[:14])))
     with pytest.raises(PayloadError, match=problem):
         decode(bytes(data))
+
+
+@given(st.data(), st.integers(1, 200), st.integers(1, 4))
+def test_a_sparse_sum_is_the_sum_of_whole_tensors(data: st.DataObject, n: int, num: int) -> None:
+    """To the bit, and what it moves as well."""
+    entries, whole = Entries(n), np.zeros(n, np.float32)
+    codec = TopK(0.2) >> Int8(block=4)
+    for number in range(num):
+        x = data.draw(hnp.arrays(np.float32, n, elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)))
+        slot = np.zeros(slot_bytes(codec, n), np.uint8)
+        fill_slot(slot, codec, codec.encode(x, key=number))
+        add_slot(slot, codec, entries, 1 / num)
+        add_slot(slot, codec, whole, 1 / num)
+    assert (np.diff(entries.places) > 0).all()
+    found = np.zeros(n, np.float32)
+    found[entries.places] = entries.values
+    np.testing.assert_array_equal(found, whole)
+    assert entries.square() == pytest.approx(float(np.dot(whole, whole)), rel=1e-5)
+    moved = np.ones(n, np.float32)
+    entries.add_to(moved, -0.1)
+    np.testing.assert_array_equal(moved, np.ones(n, np.float32) + np.float32(-0.1) * whole)
+    with pytest.raises(PayloadError, match="checksum"):
+        add_slot(slot ^ 1, codec, entries, 1.0)

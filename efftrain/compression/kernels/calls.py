@@ -367,6 +367,22 @@ def scatter_add(places: Places, values: Floats, weight: float, out: Floats) -> M
     return None
 
 
+def merge(
+    places_a: Places, values_a: Floats, places_b: Places, values_b: Floats, weight: float
+) -> tuple[Places, Floats] | Missing:
+    """Places and values of ``a + weight * b``, two sparse tensors with strictly ascending places."""
+    efc = library()
+    if efc is None:
+        return MISSING
+    room = places_a.size + places_b.size
+    places, values = np.empty(room, np.int64), np.empty(room, np.float32)
+    a = _at(places_a), _at(values_a), _long(places_a.size)
+    b = _at(places_b), _at(values_b), _long(places_b.size)
+    efc.efc_merge_f32.restype = ctypes.c_int64
+    k = efc.efc_merge_f32(*a, *b, ctypes.c_float(weight), _at(places), _at(values))
+    return places[:k], values[:k]
+
+
 def pack_codes(codes: Bytes, bits: int) -> Bytes | Missing:
     """The lowest ``bits`` (1, 2, 4 or 6) of each code, packed from the lowest bit up."""
     efc = library()

@@ -377,6 +377,24 @@ EFC_API void efc_scatter_add_f32(const int64_t *restrict places, const float *re
                                  float *restrict out);
 
 /**
+ * The sum of two sparse tensors, a + weight * b.
+ *
+ * @param[in]  places_a  [k_a], strictly ascending
+ * @param[in]  values_a  [k_a]
+ * @param[in]  k_a       >= 0
+ * @param[in]  places_b  [k_b], strictly ascending
+ * @param[in]  values_b  [k_b]
+ * @param[in]  k_b       >= 0
+ * @param[in]  weight    factor of b
+ * @param[out] places    [k_a + k_b]; the first k are strictly ascending, the rest is untouched
+ * @param[out] values    [k_a + k_b]
+ * @return k, the number of places of either
+ */
+EFC_API int64_t efc_merge_f32(const int64_t *restrict places_a, const float *restrict values_a, int64_t k_a,
+                              const int64_t *restrict places_b, const float *restrict values_b, int64_t k_b,
+                              float weight, int64_t *restrict places, float *restrict values);
+
+/**
  * Keep the lowest bits of each code, packed from the lowest bit of the first byte up.
  *
  * @param[in]  codes   [n], only the lowest bits count
