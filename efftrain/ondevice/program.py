@@ -258,7 +258,7 @@ def compile(
     optimizer = optimizer or Optimizer()
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
-    model_graph = read_module(model, example)
+    model_graph = read_module(model, example, autoencoder=loss == "squared_error")
     ranges = calibrate(model_graph, calibration, calibration_method)
     quantized = quantize(model_graph, ranges, learning_rate, loss, qas=qas)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]

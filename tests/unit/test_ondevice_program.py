@@ -224,6 +224,56 @@ def test_calibration_that_does_not_fit_is_refused() -> None:
         build(calibration=np.full((5, 6, 128), np.inf, np.float32))
 
 
+class Reconstruct(torch.nn.Module):
+    """An autoencoder over ``shape``; ``image``: what it returns has that shape, and is else a vector."""
+
+    def __init__(self, shape: tuple[int, ...], image: str) -> None:
+        super().__init__()
+        count = int(np.prod(shape))
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(count, 24), nn.ReLU(), nn.Linear(24, count))
+        self.unflatten, self.shape, self.image = nn.Unflatten(1, shape), shape, image
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x)
+        if self.image == "unflatten":
+            y = self.unflatten(y)
+        return y.view(1, *self.shape) if self.image == "view" else y
+
+
+@pytest.mark.parametrize("image", ["", "view", "unflatten"])
+@pytest.mark.parametrize("shape", [(2, 3, 3), (3, 8), (3, 2, 4)])
+def test_an_autoencoder_compares_each_pixel_with_itself(shape: tuple[int, ...], image: str) -> None:
+    """The device has channels last, torch first: the error is that of torch, and steps lower it."""
+    torch.manual_seed(0)
+    data = np.random.default_rng(0).normal(size=(64, *shape)).astype(np.float32)
+    model = Reconstruct(shape, image).eval()
+    program = compile(
+        model,
+        torch.zeros(1, *shape),
+        scheme="full",
+        board="stm32f746",
+        calibration=data,
+        learning_rate=0.1,
+        loss="squared_error",
+    )
+    engine, xs = program.simulator(), program.quantize_input(data)
+    with torch.no_grad():
+        errors = [float((model(x[None]).view(-1) - x.view(-1)).square().mean()) for x in torch.from_numpy(data)]
+    units = np.array(errors) / program.input_scale**2
+    found = np.array([engine.predict(x) for x in xs])
+    np.testing.assert_allclose(found, units, rtol=0.05)
+    for _ in range(10):
+        engine.train(xs, np.zeros(64, np.int64))
+    assert np.mean([engine.predict(x) for x in xs]) < 0.8 * found.mean()
+
+
+def test_only_an_autoencoder_may_return_an_image() -> None:
+    model, options = Reconstruct((1, 4, 4), "view"), {"board": "stm32f746", "learning_rate": 0.1}
+    data = np.ones((2, 1, 4, 4), np.float32)
+    with pytest.raises(CompileError, match=r"aten.view.*an autoencoder \(loss squared_error\) may bring its outputs"):
+        compile(model, torch.zeros(1, 1, 4, 4), scheme="full", calibration=data, **options)  # type: ignore[arg-type]
+
+
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 

@@ -349,6 +349,21 @@ def _rebuilt(
     return FloatGraph(graph.input, output, tensors, tuple(ops), kept)
 
 
+def channel_last_outputs(graph: FloatGraph) -> FloatGraph:
+    """The outputs of an autoencoder in the order of its input, with which the device compares them: channel last.
+
+    Args:
+        graph: A canonical graph, whose outputs are in torch's order, channel first.
+    """
+    head, (height, width, channels) = graph.ops[-1], graph.tensors[graph.input].shape
+    assert isinstance(head, Conv), "a canonical graph ends in a layer"
+    if len(graph.constants[head.weight]) != height * width * channels:
+        return graph  # ``quantize`` says that this is no autoencoder
+    order = np.arange(height * width * channels).reshape(channels, height, width).transpose(1, 2, 0).ravel()
+    moved = {name: graph.constants[name][order] for name in (head.weight, head.bias) if name is not None}
+    return replace(graph, constants={**graph.constants, **moved})
+
+
 def _f32(values: npt.NDArray[np.float64]) -> Reals:
     return np.ascontiguousarray(values, np.float32)
 

@@ -354,7 +354,8 @@ def _reshape(reader: "Reader", call: Call) -> FloatOp | None:
         raise unsupported(
             call,
             f"from {call.before} to {call.after}",
-            "Only reshape to (batch, features), or add and remove dimensions of size 1",
+            "Only reshape to (batch, features), or add and remove dimensions of size 1; an autoencoder (loss "
+            "squared_error) may bring its outputs into the shape of its input at last",
         )
     return Flatten(**call.common)
 
@@ -387,10 +388,13 @@ IDENTITIES: Mapping[str, Callable[[Call], None]] = {
 }
 """Operators whose output is their input, and what must hold for that."""
 
+RESHAPES = frozenset(("flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"))
+"""Operators that give the values of their input another shape."""
+
 VIEWS = frozenset(
     (
         *("alias", "contiguous", "dropout", "feature_dropout", "alpha_dropout", "to"),
-        *("flatten", "view", "reshape", "squeeze", "unsqueeze"),
+        *RESHAPES,
     )
 )
 """Operators whose output shares the memory of their input. See Note [in place]."""
@@ -423,9 +427,5 @@ READERS: Mapping[str, Callable[["Reader", Call], FloatOp | None]] = {
     "amax": _over_all,
     "pad": _pad,
     "constant_pad_nd": _pad,
-    "flatten": _reshape,
-    "view": _reshape,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "unsqueeze": _reshape,
+    **dict.fromkeys(sorted(RESHAPES), _reshape),
 }

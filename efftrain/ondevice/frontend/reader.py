@@ -26,19 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from efftrain.errors import CompileError
-from efftrain.ondevice.frontend.canonicalize import canonicalize
-from efftrain.ondevice.frontend.operators import IDENTITIES, READERS, VIEWS, Call, shape_of, unsupported
+from efftrain.ondevice.frontend.canonicalize import canonicalize, channel_last_outputs
+from efftrain.ondevice.frontend.operators import IDENTITIES, READERS, RESHAPES, VIEWS, Call, shape_of, unsupported
 from efftrain.ondevice.ir import FloatGraph, FloatOp, TensorType
 from efftrain.ondevice.verify import verify
 
 
-def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
+def read_module(model: nn.Module, example: Tensor, *, autoencoder: bool = False) -> FloatGraph:
     """Trace a module and bring it into the canonical form of ``FloatGraph``.
 
     Args:
         model: Any module; not changed. It is traced in evaluation mode.
         example: One input, ``(1, features)``, ``(1, C, L)`` or ``(1, C, H, W)``, fp32; of a larger batch the first is
             taken.
+        autoencoder: The outputs are compared with the input: they may be reshaped like it at the end, and are brought
+            into its order, channel last.
 
     Raises:
         CompileError: The module cannot be traced, or an operator is not supported.
@@ -59,7 +61,9 @@ def read_module(model: nn.Module, example: Tensor) -> FloatGraph:
             f"torch.export cannot trace the model{f' at {place}' if place else ''}: {first_line.rstrip('. ')}. Its "
             "forward must be free of control flow that depends on data, and take one tensor."
         ) from error
-    graph = canonicalize(Reader(exported).read())
+    graph = canonicalize(Reader(exported, tuple(example[:1].shape) if autoencoder else ()).read())
+    if autoencoder:
+        graph = channel_last_outputs(graph)
     verify(graph)
     return graph
 
@@ -85,10 +89,11 @@ class Reader:
 
     Args:
         exported: From ``torch.export.export`` in evaluation mode.
+        image: Torch's shape into which the outputs may be brought at last; empty if they must be a vector.
     """
 
-    def __init__(self, exported: Any) -> None:
-        self._exported = exported
+    def __init__(self, exported: Any, image: tuple[int, ...] = ()) -> None:
+        self._exported, self._image = exported, image
         self._inputs = set(exported.graph_signature.user_inputs)
         self._parameters = _lifted(exported)
         self._tensors: dict[str, TensorType] = {}
@@ -213,7 +218,9 @@ class Reader:
             raise unsupported(
                 call, f"from {before} to {after}, a change of the batch,", "Keep dimension 0, the batch, as it is"
             )
-        if operator in IDENTITIES:
+        if self._is_image(node, call):
+            y, op = x, None
+        elif operator in IDENTITIES:
             IDENTITIES[operator](call)
             y, op = x, None
         else:
@@ -232,6 +239,11 @@ class Reader:
         self._define(node, y, first if is_view or in_place else None)
         if in_place and y != x:
             self._changed(node, x, y, call.source)
+
+    def _is_image(self, node: Any, call: Call) -> bool:
+        """Whether it does nothing but bring the outputs of an autoencoder into the shape of its input."""
+        last = all(user.op == "output" for user in node.users)
+        return last and call.operator in RESHAPES and len(call.before) == 2 and call.after == self._image
 
     def _changed(self, node: Any, old: str, new: str, source: str) -> None:
         """See Note [in place]."""
