@@ -62,11 +62,11 @@ def federate_command(
 
 def _summary(result: dict[str, Any], recipe: "FederatedRecipe", initial: Path | None) -> None:
     fresh = "fresh weights (--initial FOLDER starts from a trained model)"
-    say(f"started from {fresh if initial is None else initial}, accuracy {100 * result['accuracy_before']:.1f} %")
+    say(f"started from {fresh if initial is None else initial}, accuracy {_percent(result['accuracy_before'])}")
     if result["resumed_after"]:
         say(f"resumed after round {result['resumed_after']}")
     sent = f"clients sent {format_bytes(result['uplink_bytes'])}, {result['uplink_ratio']:.1f}x less than fp32"
-    say(f"accuracy {100 * result['accuracy']:.1f} % after {result['rounds']} rounds; {sent}")
+    say(f"accuracy {_percent(result['accuracy'])} after {result['rounds']} rounds; {sent}")
     if result["virtual_s"] is not None:
         say(f"simulated: {format_seconds(result['virtual_s'])}, {result['energy_j']:.4g} J of all devices")
     if result["rounds_abandoned"]:
@@ -75,6 +75,10 @@ def _summary(result: dict[str, Any], recipe: "FederatedRecipe", initial: Path | 
     if result["engine"] != "torch":
         say(f"clients were trained by the {result['engine']} engine, scheme {recipe.client.scheme}")
     say(f"run folder {result['path']}; see {shlex.quote(result['path'])}/report.html")
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.1f} %"
 
 
 def round_line(one: "RoundResult") -> str:

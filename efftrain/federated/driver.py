@@ -51,6 +51,9 @@ _WAIT_S = 300.0
 """Virtual seconds that a simulated server waits where nobody can be asked ..."""
 _MOST_WAITS = 2016
 """... and how often it does so before it gives up: for a week."""
+_MEASURE_FACTOR = 2.0
+"""Clients have so many times as long for measuring as the slowest of them took for training, or what is left of the
+round's deadline if that is more."""
 
 
 class Driver:
@@ -99,6 +102,9 @@ class Driver:
         self._text = json.dumps(to_dict(recipe), separators=(",", ":"))
         self._state: Tensors = {}
         self._measured: tuple[float, dict[str, float], float] = (float("nan"), {}, float("nan"))
+        self._num_unmeasured = 0
+        self._silent: set[int] = set()
+        """Nodes on a network that gave no reply in time when they were last asked."""
         self._busy: set[int] = set()
 
     def begin(self, state: State) -> None:
@@ -107,7 +113,8 @@ class Driver:
         self.initial_sha256 = state_sha256(self._state)
         self.make_mailbox()
         _wait_for_nodes(self.wire, self.recipe)
-        self.accuracy_before, self.accuracy_per_person_before, _ = self._measure(0)
+        self._measure(0, self.recipe.server.timeout_s)
+        self.accuracy_before, self.accuracy_per_person_before, _ = self._measured
         self.wire.take_traffic()  # measuring the start is no part of any round
 
     def make_mailbox(self) -> None:
@@ -219,7 +226,7 @@ class Driver:
         )
         problem = ""
         if len(tickets) < server.min_replies:
-            problem = self._too_few("training", number, len(tickets), len(cohort), server.min_replies, rows)
+            problem = _too_few("training", number, len(tickets), len(cohort), server.min_replies, _reasons(rows))
         else:
             self._close(number, taken)
             self.wire.settle(tickets)
@@ -262,7 +269,7 @@ class Driver:
                     taken.add(update, delivery.arrival.node_id, weight=1.0, share=share)
                     self.wire.settle({delivery.arrival.node_id: delivery.arrival.ticket})
             if len(rows) >= size * (2 + self.recipe.server.max_abandoned) and not taken.num_updates:
-                raise RoundError(self._too_few("training", number, 0, len(rows), 1, rows))
+                raise RoundError(_too_few("training", number, 0, len(rows), 1, _reasons(rows)))
         # A strategy that remembers what it sent must remember the model that this moves on from.
         self._messages(number, self.arrays, nodes[:1])
         self._close(number, taken, lr=self.recipe.fedbuff.lr)
@@ -356,15 +363,23 @@ class Driver:
     ) -> RoundResult:
         server = self.recipe.server
         train_s = time.perf_counter() - wall_s
+        if self.fleet is None:
+            silent = {row.node_id: row.outcome == "late" for row in rows if row.outcome != "surplus"}
+            self._silent = {node for node in self._silent | set(silent) if silent.get(node, True)}
         trained = [row for row in rows if row.outcome == "trained"] if not problem else []
         due = number % server.evaluate_every == 0 or number == server.rounds
+        unmeasured = ""
         if due:
-            self._measure(number)
+            slowest_s = max((row.ended_s - row.started_s for row in trained), default=server.timeout_s)
+            limit_s = min(server.timeout_s, _MEASURE_FACTOR * slowest_s)
+            unmeasured = self._measure(number, max(server.timeout_s - train_s, limit_s))
         accuracy, per_person, loss = self._measured
         traffic = self.wire.take_traffic()
-        reasons = [problem] if problem else []
-        reasons += [f"node {one.node_id} dropped: {one.reason}" for one in traffic.dropped if one.reason != SURPLUS]
+        dropped = [one for one in traffic.dropped if one.reason != SURPLUS]
+        reasons = [text for text in (problem, unmeasured) if text]
+        reasons += [f"node {one.node_id} dropped: {one.reason}" for one in dropped]
         reasons += [f"node {one.node_id} refused: {one.reason}" for one in traffic.refused]
+        gone = [row.node_id for row in rows if row.outcome in ("dropped", "late")]
         num_surplus = sum(row.outcome == "surplus" for row in rows)
         simulated = self.fleet is not None and self.fleet.has_devices
         return RoundResult(
@@ -372,14 +387,14 @@ class Driver:
             accuracy=accuracy,
             accuracy_per_person=per_person,
             loss=loss,
-            measured=due,
+            measured=due and not unmeasured,
             train_loss=float(taken.metrics.get("loss", float("nan"))),
             uplink_bytes=traffic.uplink_bytes,
             downlink_bytes=traffic.downlink_bytes,
             fp32_uplink_bytes=traffic.fp32_uplink_bytes,
             clients_selected=len(rows),
             clients_trained=len(trained),
-            clients_dropped=len(traffic.dropped) - num_surplus,
+            clients_dropped=len(gone) + len({one.node_id for one in dropped} - set(gone)),
             clients_surplus=num_surplus,
             replies_refused=len(traffic.refused),
             abandoned=bool(problem),
@@ -394,31 +409,27 @@ class Driver:
 
     # Measuring ---------------------------------------------------------------------------------------------------
 
-    def _measure(self, number: int) -> tuple[float, dict[str, float], float]:
-        """Accuracy, accuracy of each person, and loss of the global model."""
-        if self.recipe.server.evaluate == "server":
+    def _measure(self, number: int, limit_s: float) -> str:
+        """Accuracy, accuracy of each person, and loss of the global model.
+
+        Args:
+            number: Of the round.
+            limit_s: Clients have so long, on the wall.
+
+        Returns:
+            Why there are none but those of before; empty if there are.
+
+        Raises:
+            RoundError: There were none too often, or at the end.
+        """
+        server = self.recipe.server
+        if server.evaluate == "server":
             # fp32 in torch, whatever the clients compute in: the global model is fp32.
             client = replace(self.recipe.client, engine="torch", scheme="fp32")
             found = get_engine("torch").evaluate(self.recipe.model, self._state, server_test(self.recipe.data), client)
             self._measured = found.accuracy, {}, found.loss
-        else:
-            accuracies, losses = self._ask_all(number)
-            self._measured = float(np.mean(list(accuracies.values()))), accuracies, float(np.mean(losses))
-        return self._measured
-
-    def _ask_all(self, number: int) -> tuple[dict[str, float], list[float]]:
-        """As the clients report them. The driver asks every client itself: a strategy would give it one mean weighted
-        by samples. Outside of virtual time: no device of the simulation spends anything on it."""
-        content = RecordDict(
-            {"arrays": self.arrays, "config": ConfigRecord({"recipe": self._text, "server-round": number})}
-        )
-        nodes = self._nodes or sorted(self.wire.get_node_ids())
-        box = WallMailbox(self.wire)
-        box.post([Message(content, node_id, MessageType.EVALUATE) for node_id in nodes], number)
-        deliveries: list[Delivery] = []
-        while box.num_waiting:
-            found = list(box.collect(box.num_waiting, self.recipe.server.timeout_s))
-            deliveries += found or list(box.give_up(TOO_LATE))
+            return ""
+        deliveries = self._ask_all(number, limit_s)
         accuracies: dict[str, float] = {}
         losses = []
         for delivery in sorted(deliveries, key=_order):
@@ -427,9 +438,39 @@ class Driver:
             if metrics is not None and name is not None and name not in accuracies:
                 accuracies[name] = metrics["accuracy"]
                 losses.append(metrics["loss"])
-        if not accuracies:
-            raise RoundError(self._too_few("evaluation", number, 0, len(nodes), 1, []))
-        return accuracies, losses
+        if accuracies:
+            self._measured = float(np.mean(list(accuracies.values()))), accuracies, float(np.mean(losses))
+            self._num_unmeasured = 0
+            return ""
+        self._num_unmeasured += 1
+        reasons = [f"node {one.arrival.node_id}: {one.arrival.problem}" for one in deliveries if one.arrival.problem]
+        problem = _too_few("evaluation", number, 0, len(deliveries), 1, reasons)
+        if self._num_unmeasured > server.max_abandoned or number == server.rounds:
+            raise RoundError(problem)
+        return problem
+
+    def _ask_all(self, number: int, limit_s: float) -> list[Delivery]:
+        """As the clients report it. The driver asks every client itself: a strategy would give it one mean weighted by
+        samples. Outside of virtual time: no device of the simulation spends anything on it.
+
+        A node that let a deadline pass is asked again for training, where nobody but the round's own deadline waits
+        for it, but measures nothing until it has replied.
+        """
+        content = RecordDict(
+            {"arrays": self.arrays, "config": ConfigRecord({"recipe": self._text, "server-round": number})}
+        )
+        nodes = self._nodes or sorted(self.wire.get_node_ids())
+        nodes = [node_id for node_id in nodes if node_id not in self._silent] or nodes
+        box = WallMailbox(self.wire)
+        box.post([Message(content, node_id, MessageType.EVALUATE) for node_id in nodes], number)
+        deliveries: list[Delivery] = []
+        while box.num_waiting:
+            found = list(box.collect(box.num_waiting, limit_s))
+            deliveries += found or list(box.give_up(TOO_LATE))
+        if self.fleet is None:
+            late = {one.arrival.node_id for one in deliveries if one.arrival.problem == TOO_LATE}
+            self._silent = (self._silent - {one.arrival.node_id for one in deliveries}) | late
+        return deliveries
 
     def _name_of(self, partition: int) -> str | None:
         """A client's name in the figures: the person, where there is one."""
@@ -437,18 +478,6 @@ class Driver:
             return None
         data = self.recipe.data
         return str(data.people[partition] if data.of_people else partition)
-
-    def _too_few(
-        self, what: str, number: int, num_accepted: int, num_sent: int, expected: int, rows: Sequence[ClientResult]
-    ) -> str:
-        reasons = [f"node {row.node_id} {row.outcome}: {row.reason}" for row in rows if row.reason]
-        if not rows:
-            traffic = self.wire.take_traffic()
-            reasons = [f"node {one.node_id}: {one.reason}" for one in (*traffic.dropped, *traffic.refused)]
-        return (
-            f"round {number}, {what}: {num_accepted} of {num_sent} replies were accepted, expected at least "
-            f"{expected}. {reasons[0] if reasons else ''}"
-        ).strip()
 
 
 class _CohortGrid(Grid):
@@ -495,11 +524,29 @@ def _seeded(*seeds: int) -> Iterator[None]:
 
 
 def _wait_for_nodes(grid: Grid, recipe: FederatedRecipe) -> None:
-    end = time.monotonic() + recipe.server.timeout_s
+    """For all of them; from the deadline on a quorum will do, for a node that is dead must not stop the others."""
+    server = recipe.server
+    end = time.monotonic() + server.timeout_s
     while (found := len(list(grid.get_node_ids()))) < recipe.num_clients:
         if time.monotonic() >= end:
-            raise RoundError(f"{found} of {recipe.num_clients} nodes connected within {recipe.server.timeout_s:g} s")
+            if found >= server.min_replies:
+                return
+            raise RoundError(
+                f"{found} of {recipe.num_clients} nodes connected within {server.timeout_s:g} s, expected at least "
+                f"{server.min_replies} (server.min_replies); start the others, or wait longer (server.timeout_s)"
+            )
         time.sleep(0.2)
+
+
+def _reasons(rows: Sequence[ClientResult]) -> list[str]:
+    return [f"node {row.node_id} {row.outcome}: {row.reason}" for row in rows if row.reason]
+
+
+def _too_few(what: str, number: int, num_accepted: int, num_sent: int, expected: int, reasons: Sequence[str]) -> str:
+    return (
+        f"round {number}, {what}: {num_accepted} of {num_sent} replies were accepted, expected at least {expected}. "
+        f"{reasons[0] if reasons else ''}"
+    ).strip()
 
 
 def _order(delivery: Delivery) -> tuple[float, int]:

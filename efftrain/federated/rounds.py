@@ -71,7 +71,7 @@ def drive_rounds(
 ) -> FederatedResult:
     """Run all rounds on any grid: in process, in Flower's simulation or over a SuperLink.
 
-    Waits at most ``server.timeout_s`` for ``recipe.num_clients`` nodes to connect.
+    Waits at most ``server.timeout_s`` for ``recipe.num_clients`` nodes to connect; then ``server.min_replies`` will do.
 
     Args:
         grid: Carries the messages.
@@ -83,7 +83,7 @@ def drive_rounds(
 
     Raises:
         ConfigError: As ``run_federated``; or a network is given a recipe that simulates devices or attacks.
-        RoundError: As ``run_federated``, or no nodes connected in time.
+        RoundError: As ``run_federated``, or fewer nodes than the quorum connected in time.
     """
     started = time.perf_counter()
     try:

@@ -327,9 +327,9 @@ def test_selection_is_seeded_and_asks_nobody_twice() -> None:
 class Unreliable(Grid):
     """Looks like a network to the driver: replies come late, twice, in any order, or never."""
 
-    def __init__(self, hung: int | None = None) -> None:
+    def __init__(self, hung: int | None = None, hangs_at: str = "") -> None:
         self._inner = InProcessGrid(app, 8)
-        self._hung = hung
+        self._hung, self._hangs_at = hung, hangs_at  # -1: everybody
         self._old: list[Message] = []
 
     def set_run(self, run: Run) -> None:
@@ -355,10 +355,14 @@ class Unreliable(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         new = self._inner.pull_messages(message_ids)
         if self._hung is not None:
-            new = [reply for reply in new if reply.metadata.src_node_id != self._hung]
+            new = [reply for reply in new if not self._hangs(reply)]
         repeated = [copy.copy(reply) for reply in self._old[-3:]]
         self._old += new
         return [*repeated, *reversed(new), *[copy.copy(reply) for reply in new[:2]]]
+
+    def _hangs(self, reply: Message) -> bool:
+        metadata = reply.metadata
+        return self._hung in (-1, metadata.src_node_id) and metadata.message_type.startswith(self._hangs_at)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         raise AssertionError("the driver pushes and pulls")
@@ -379,15 +383,46 @@ def test_replayed_duplicate_and_disordered_replies_change_nothing() -> None:
     assert all("no message that is waiting" in line for one in result.rounds for line in one.reasons)
 
 
-def test_a_hung_node_never_holds_a_round_beyond_its_deadline() -> None:
-    recipe = with_server(EIGHT, timeout_s=1.0)
-    started = time.monotonic()
+@pytest.mark.parametrize("evaluate", ["server", "clients"])
+def test_a_hung_node_never_holds_a_round_beyond_its_deadline(evaluate: str) -> None:
+    recipe = with_server(EIGHT, timeout_s=2.0, evaluate=evaluate)
     with quiet():
         result = drive_rounds(Unreliable(hung=1003), recipe)
-    assert time.monotonic() - started < 3 * (1.0 + 1.0)
+    assert all(one.round_s < 2.0 + 1.0 for one in result.rounds)
+    assert all(one.measured for one in result.rounds)
+    assert {len(one.accuracy_per_person) for one in result.rounds} == {0 if evaluate == "server" else 7}
     assert [one.clients_trained for one in result.rounds] == [7, 7, 7]
     assert [one.clients_dropped for one in result.rounds] == [1, 1, 1]
     assert "no reply by the deadline" in " ".join(result.rounds[0].reasons)
+
+
+def test_a_node_that_hangs_in_measuring_alone_is_waited_for_once() -> None:
+    """Half of the clients train in a round; the one that hangs is asked to measure at the start, and then no more."""
+    recipe = with_server(EIGHT, rounds=4, cohort=1, timeout_s=4.0, evaluate="clients")
+    started = time.monotonic()
+    with quiet():
+        result = drive_rounds(Unreliable(hung=1003, hangs_at="evaluate"), recipe)
+    assert time.monotonic() - started < 4.0 + 4 * 1.0
+    assert [one.clients_trained for one in result.rounds] == [1, 1, 1, 1]
+
+
+def test_rounds_go_on_while_nobody_measures_but_not_for_ever() -> None:
+    nobody = Unreliable(hung=-1, hangs_at="evaluate")
+    recipe = with_server(EIGHT, rounds=9, timeout_s=1.0, max_abandoned=2, evaluate="clients")
+    seen: list[RoundResult] = []
+    with quiet(), pytest.raises(RoundError, match=r"round 2, evaluation: 0 of 8 replies were accepted, expected at "):
+        drive_rounds(nobody, recipe, on_round=seen.append)
+    assert [(one.clients_trained, one.measured) for one in seen] == [(8, False)]
+    assert seen[0].reasons[0].startswith("round 1, evaluation: 0 of 8 replies were accepted")
+
+
+def test_a_quorum_of_nodes_is_enough_to_start() -> None:
+    recipe = with_server(replace(EIGHT, data=replace(EIGHT.data, clients=9)), timeout_s=0.5)
+    with quiet():
+        result = drive_rounds(Unreliable(), recipe)
+    assert [one.clients_trained for one in result.rounds] == [8, 8, 8]
+    with pytest.raises(RoundError, match=r"8 of 9 nodes connected within 0\.1 s, expected at least 9 \(server\.min_r"):
+        drive_rounds(Unreliable(), with_server(recipe, cohort=9, min_replies=9, timeout_s=0.1))
 
 
 def test_a_network_is_given_no_simulation() -> None:

@@ -159,7 +159,7 @@ def test_quorum() -> None:
 
 
 def test_too_few_nodes_end_the_wait() -> None:
-    recipe = replace(SMALL, server=RoundsConfig(rounds=1, timeout_s=0.3))
+    recipe = replace(SMALL, server=RoundsConfig(rounds=1, timeout_s=0.3, min_replies=3))
     with pytest.raises(RoundError, match=r"2 of 3 nodes connected within 0\.3 s"):
         drive_rounds(InProcessGrid(client_app, 2), recipe)
 

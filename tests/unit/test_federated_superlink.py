@@ -30,14 +30,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(log: Path, environment: dict[str, str], *command: object) -> Iterator[None]:
-    """A command in a process group of its own, ended with all it started."""
+def process(log: Path, environment: dict[str, str], *command: object) -> Iterator[int]:
+    """A command in a process group of its own, ended with all it started. Gives the number of the group."""
     with log.open("wb") as output:
         started = subprocess.Popen(
             [str(part) for part in command], stdout=output, stderr=output, env=environment, start_new_session=True
         )
         try:
-            yield
+            yield started.pid
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGTERM)
@@ -108,6 +108,44 @@ def test_superlink_and_two_supernodes_give_the_bits_of_one_process(tmp_path: Pat
         flwr(environment, "run", ROOT / "federated", "here", "--run-config", f'output="{output}" {CONFIG}')
         result = wait_for_result(tmp_path, output)
     assert_same_as_in_one_process(result)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_node_that_hangs_and_one_that_never_came_cost_no_round_more_than_its_deadline(tmp_path: Path) -> None:
+    """Three people: one's SuperNode is stopped in mid-run, one's was never started. ``evaluate`` is ``clients``."""
+    port, output, limit_s = free_port(), tmp_path / "result.json", 25.0
+    address = f"127.0.0.1:{port}"
+    environment = home_of(tmp_path, f'address = "{address}"\ninsecure = true')
+    lines = tmp_path / "journal" / "rounds.jsonl"
+    settings = f'output="{output}" journal="{lines.parent}" data.people="[3, 8, 2]" '
+    settings += f"server.rounds=4 server.min_replies=1 server.timeout_s={limit_s}"
+    with contextlib.ExitStack() as stack:
+        superlink = [BIN / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port]
+        superlink.append("--disable-runtime-dependency-installation")
+        stack.enter_context(process(tmp_path / "superlink.log", environment, *superlink))
+        wait_for(port)
+        nodes = []
+        for partition in range(2):
+            supernode = [BIN / "flower-supernode", "--insecure", "--superlink", address, "--port", free_port()]
+            supernode += ["--node-config", f"partition-id={partition}"]
+            nodes.append(stack.enter_context(process(tmp_path / f"supernode{partition}.log", environment, *supernode)))
+        flwr(environment, "run", ROOT / "federated", "here", "--run-config", settings)
+        end = time.monotonic() + 150
+        while not (lines.exists() and lines.read_bytes().count(b"\n")) and time.monotonic() < end:
+            time.sleep(0.1)
+        os.killpg(nodes[1], signal.SIGSTOP)
+        stack.callback(os.killpg, nodes[1], signal.SIGCONT)
+        result = wait_for_result(tmp_path, output)
+    assert result["rounds"] == 4
+    assert result["rounds_abandoned"] == 0
+    assert 5 <= result["clients_trained"] <= 6, "the one that runs every time, the other once or twice"
+    rounds = [json.loads(line.partition(" ")[2])["result"] for line in lines.read_text().splitlines()]
+    assert max(one["round_s"] for one in rounds) < 1.9 * limit_s, "a second deadline is waited for"
+    assert all(one["measured"] for one in rounds)
+    assert set(rounds[-1]["accuracy_per_person"]) == {"3"}, "who hangs measures nothing"
+    # After some rounds the SuperLink notices, and the node is not selected any more.
+    assert all(one["clients_trained"] + one["clients_dropped"] == one["clients_selected"] for one in rounds)
 
 
 @pytest.mark.slow
