@@ -572,4 +572,4 @@ def test_a_sparse_sum_is_the_sum_of_whole_tensors(data: st.DataObject, n: int, n
     entries.add_to(moved, -0.1)
     np.testing.assert_array_equal(moved, np.ones(n, np.float32) + np.float32(-0.1) * whole)
     with pytest.raises(PayloadError, match="checksum"):
-        add_slot(slot ^ 1, codec, entries, 1.0)
+        add_slot(slot ^ np.uint8(1), codec, entries, 1.0)
