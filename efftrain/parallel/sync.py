@@ -56,7 +56,7 @@ from efftrain.parallel.feedback import AXES, of_replicas
 from efftrain.parallel.local import local, local_grad
 from efftrain.parallel.replicas import Replicas, count_ranks, start_equal
 
-_SPARSE_SHARE = 8
+SPARSE_SHARE = 8
 """A mean of at most one in so many entries stays sparse: places take more time an entry than a whole tensor does."""
 
 
@@ -344,7 +344,7 @@ class GradSync(Replicas):
         plain = type(parameter.data) is Tensor and parameter.dtype == torch.float32 and parameter.device.type == "cpu"
         if not (plain and parameter.is_contiguous() and isinstance(codec, Sparse)):
             return piece
-        few = _SPARSE_SHARE * codec.most_sent(size) * self.world_size <= size
+        few = SPARSE_SHARE * codec.most_sent(size) * self.world_size <= size
         return replace(piece, entries=Entries(size)) if few else piece
 
     def _coded(self, bucket: "_Bucket", pieces: Sequence[Piece], algorithm: Algorithm) -> Steps:

@@ -348,3 +348,12 @@ def test_predictions_are_typed(planner: Planner) -> None:
     found, refused = planner.rank(2, [Plan(), Refusal({}, "because")])
     assert isinstance(found[0], Prediction)
     assert refused == [Refusal({}, "because")]
+
+
+def test_weights_that_a_sparse_mean_leaves_alone_cost_no_update() -> None:
+    plain = OptimizerConfig(lr=0.1, momentum=0.0)
+    planner = Planner(replace(language_model(), optimizer=plain), LAPTOP)
+    sparse, dense = (planner.predict(Plan(codec=TopK(ratio)), 2).time.update for ratio in (0.01, 0.2))
+    assert sparse < dense
+    clipping = Planner(replace(language_model(), optimizer=plain, clips=True), LAPTOP)
+    assert clipping.predict(Plan(codec=TopK(0.01)), 2).time.update == dense

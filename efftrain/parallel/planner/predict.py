@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from efftrain.compression import Identity
+from efftrain.compression.sparsify import Sparse
 from efftrain.errors import ConfigError
 from efftrain.parallel.pipeline import SPLIT_BACKWARD, stages_a_rank, stages_of
 from efftrain.parallel.plan import Plan
@@ -22,6 +23,7 @@ from efftrain.parallel.planner.plans import Refusal, describe
 from efftrain.parallel.planner.schedules import bubble, in_flight
 from efftrain.parallel.planner.setting import Setting
 from efftrain.parallel.planner.work import Work, measure_work, ready_times, seconds
+from efftrain.parallel.sync import SPARSE_SHARE
 
 _GIB = 1 << 30
 _LARGE = 1 << 20
@@ -246,6 +248,7 @@ class Planner:
     def _update_s(self, plan: Plan, work: Work, divisor: int) -> float:
         """The optimizer reads and writes weights, gradients and its state; the norm reads the gradients once more."""
         passes = 8 if self.setting.optimizer.name == "adamw" else 6 if self._momentum(plan) else 4
+        passes = 0 if self._stays_sparse(plan) else passes
         num, tensors = work.num_parameters / divisor, len(work.parameters)
         calls = 12.0 if self.setting.optimizer.name == "adamw" else 5.0
         # On a GPU torch updates tensors some dozens at a time.
@@ -348,6 +351,15 @@ class Planner:
         optimizer = self.setting.optimizer
         corrected = plan.momentum_correction and plan.codec.combine != "sum" and self._data(plan) > 1
         return optimizer.name == "sgd" and optimizer.momentum > 0 and not corrected
+
+    def _stays_sparse(self, plan: Plan) -> bool:
+        """Whether the mean of gradients is added to the weights where it has entries, see ``GradSync(entrywise=)``."""
+        setting, data, codec = self.setting, self._data(plan), plan.codec
+        plain_sgd = setting.optimizer.name == "sgd" and not setting.optimizer.weight_decay and not self._momentum(plan)
+        gathered = plan.sync.node_size == 1 and not plan.sync.whole_buckets and not plan.is_divided and data > 1
+        if not (isinstance(codec, Sparse) and plain_sgd and gathered) or setting.clips or not self.hardware.cores:
+            return False
+        return SPARSE_SHARE * data * codec.most_sent(1 << 20) <= 1 << 20
 
 
 def _by_ddp(plan: Plan) -> bool:

@@ -23,6 +23,7 @@ class Setting:
         optimizer: Optimizer.
         micro_batches: Pieces of a replica's batch, without a pipeline.
         bf16: It runs under autocast.
+        clips: Averaged gradients are clipped.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class Setting:
     optimizer: OptimizerConfig
     micro_batches: int = 1
     bf16: bool = False
+    clips: bool = False
 
 
 def setting_of(recipe: ClusterRecipe) -> Setting:
@@ -49,4 +51,5 @@ def setting_of(recipe: ClusterRecipe) -> Setting:
         optimizer=recipe.optimizer,
         micro_batches=recipe.step.micro_batches,
         bf16=recipe.step.precision == "bf16",
+        clips=recipe.step.clip_norm is not None,
     )
