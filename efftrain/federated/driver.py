@@ -227,8 +227,9 @@ class Driver:
         problem = ""
         if len(tickets) < server.min_replies:
             problem = _too_few("training", number, len(tickets), len(cohort), server.min_replies, _reasons(rows))
+        elif not self._close(number, taken):
+            problem = f"round {number}: strategy {server.strategy} makes no model of {len(tickets)} accepted replies"
         else:
-            self._close(number, taken)
             self.wire.settle(tickets)
         return self._result(number, rows, taken, wall_s, problem)
 
@@ -272,7 +273,9 @@ class Driver:
                 raise RoundError(_too_few("training", number, 0, len(rows), 1, _reasons(rows)))
         # A strategy that remembers what it sent must remember the model that this moves on from.
         self._messages(number, self.arrays, nodes[:1])
-        self._close(number, taken, lr=self.recipe.fedbuff.lr)
+        if not self._close(number, taken, lr=self.recipe.fedbuff.lr):
+            strategy = self.recipe.server.strategy
+            raise RoundError(f"update {number}: strategy {strategy} makes no model of {size} updates")
         return self._result(number, rows, taken, wall_s, "")
 
     def _fill_up(self, number: int, time_s: float) -> None:
@@ -309,11 +312,12 @@ class Driver:
             messages = list(self.strategy.configure_train(number, arrays, ConfigRecord({"recipe": self._text}), cohort))
         return sorted(messages, key=lambda message: message.metadata.dst_node_id)
 
-    def _close(self, number: int, taken: Aggregation, *, lr: float = 1.0) -> None:
+    def _close(self, number: int, taken: Aggregation, *, lr: float = 1.0) -> bool:
+        """Move the model on, if the strategy makes one of these updates."""
         arrays = taken.close(number, self._sent_state(), lr=lr)
-        if arrays is None:
-            raise RoundError(f"round {number}: the strategy made no model of {taken.num_updates} accepted replies")
-        self._set_model(arrays)
+        if arrays is not None:
+            self._set_model(arrays)
+        return arrays is not None
 
     def _sent_state(self) -> Tensors:
         """The global model, with what the strategy sends beside it: what a client's update may be of."""

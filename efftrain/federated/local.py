@@ -36,7 +36,7 @@ def num_steps(num_samples: int, batch_size: int, epochs: int) -> int:
 
 def corrects_gradients(recipe: "FederatedRecipe") -> bool:
     """Whether the strategy has clients add something to their gradients."""
-    return _rule(recipe) in (FEDPROX, SCAFFOLD)
+    return rule_of(recipe) in (FEDPROX, SCAFFOLD)
 
 
 def check_local_strategy(recipe: "FederatedRecipe") -> None:
@@ -45,7 +45,7 @@ def check_local_strategy(recipe: "FederatedRecipe") -> None:
     Raises:
         ValueError: Names both, and says what to do.
     """
-    client, name = recipe.client, _rule(recipe)
+    client, name = recipe.client, rule_of(recipe)
     if not corrects_gradients(recipe):
         return
     if client.engine not in ENGINES_THAT_CORRECT:
@@ -72,7 +72,7 @@ def check_local_strategy(recipe: "FederatedRecipe") -> None:
         )
 
 
-def _rule(recipe: "FederatedRecipe") -> object:
+def rule_of(recipe: "FederatedRecipe") -> str:
     """Name of the strategy, or of the one inside it."""
     server = recipe.server
-    return server.strategy_options.get("rule") if server.strategy == "bucketing" else server.strategy
+    return str(server.strategy_options.get("rule", "")) if server.strategy == "bucketing" else server.strategy

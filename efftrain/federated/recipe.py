@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from efftrain.compression import Codec, Fp8, Half, Identity, Int8, IntN, Mx, parse_codec
+from efftrain.federated.checks import check_recipe
 from efftrain.federated.local import SCAFFOLD, check_local_strategy
 from efftrain.models import MODELS
 
@@ -352,6 +353,7 @@ class FederatedRecipe:
                 f"{self.gate.max_samples}"
             )
         check_local_strategy(self)
+        check_recipe(self)
 
     @property
     def clients_remember(self) -> bool:

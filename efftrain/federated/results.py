@@ -88,7 +88,7 @@ class RoundResult:
     replies_refused: int
     """Replies that did not pass the gate."""
     abandoned: bool
-    """Fewer accepted replies than the quorum: the model stayed as it was."""
+    """Fewer accepted replies than the quorum, or than the strategy makes a model of: the model stayed as it was."""
     staleness: float
     """Mean over the updates; 0 in synchronous rounds."""
     reasons: tuple[str, ...]

@@ -88,11 +88,11 @@ def expect_trimmed(clients: list[Model]) -> np.ndarray:
     return np.asarray(np.sort(rows(clients), axis=0)[2:-2].mean(0))
 
 
-def expect_krum(clients: list[Model]) -> np.ndarray:
+def expect_krum(clients: list[Model], num_selected: int = 1) -> np.ndarray:
     points = rows(clients)
     squares = ((points[:, None] - points[None]) ** 2).sum(2)
     scores = [np.sort(line)[1 : len(points) - 2 - 2 + 1].sum() for line in squares]
-    return np.asarray(points[int(np.argmin(scores))])
+    return np.asarray(points[np.argsort(scores)[:num_selected]].mean(0))
 
 
 def expect_bounded(clients: list[Model]) -> np.ndarray:
@@ -113,6 +113,8 @@ def expect_bounded(clients: list[Model]) -> np.ndarray:
         ("trimmed_mean", {"share": 0.2}, expect_trimmed),
         ("krum", {"num_malicious": 2}, expect_krum),
         ("multi_krum", {"num_malicious": 2, "num_selected": 1}, expect_krum),
+        ("multi_krum", {"num_malicious": 2, "num_selected": 3}, lambda c: expect_krum(c, 3)),
+        ("multi_krum", {"num_malicious": 2}, lambda c: expect_krum(c, 8)),
         ("norm_bounded_mean", {}, expect_bounded),
         ("norm_bounded_mean", {"bound": 1e6}, expect_mean),
         ("bucketing", {"size": 1, "rule": "median"}, lambda c: np.median(rows(c), axis=0)),

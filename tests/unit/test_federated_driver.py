@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -120,6 +121,22 @@ def test_below_the_quorum_a_round_is_abandoned_and_the_model_stays() -> None:
             assert (one.accuracy, one.loss, one.clients_trained) == (before.accuracy, before.loss, 0)
         else:
             assert one.loss != before.loss
+
+
+def test_a_round_that_the_strategy_makes_no_model_of_is_abandoned() -> None:
+    """Bulyan with 2 liars needs 11 replies; with drop-outs there are not always so many."""
+    options: dict[str, int | float | str | bool] = {"num_malicious": 2}
+    recipe = with_server(
+        replace(DIGITS, fleet=FleetConfig(drop_out=0.1)), rounds=6, cohort=12, strategy="bulyan",
+        strategy_options=options, max_abandoned=6,
+    )  # fmt: skip
+    seen = rounds_of(recipe)
+    assert {one.abandoned for one in seen} == {True, False}
+    for before, one in itertools.pairwise(seen):
+        assert one.abandoned == (sum(row.outcome == "trained" for row in one.clients) < 11)
+        if one.abandoned:
+            assert re.search(r"strategy bulyan makes no model of \d+ accepted replies", one.reasons[0])
+            assert (one.loss, one.clients_trained) == (before.loss, 0)
 
 
 def test_too_many_abandoned_rounds_end_the_run() -> None:

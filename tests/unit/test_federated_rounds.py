@@ -199,6 +199,30 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
         ({"data.name": "evil.py:Data", "data.partition": "iid", "data.clients": 8}, "names a file of code"),
         ({"model.name": "evil"}, "expected one of watch-cnn"),
         ({"server.min_replies": 9}, "there are 8 clients"),
+        (
+            {"server.strategy": "krum", "server.strategy_options.num_malicious": 6},
+            r"krum with num_malicious=6 needs 2 \* num_malicious \+ 3 = 15 replies, but sees 8 replies at most",
+        ),
+        (
+            {"server.strategy": "bulyan", "server.strategy_options.num_malicious": 1, "server.cohort": 6},
+            r"= 7 replies, but sees 6 replies at most",
+        ),
+        (
+            {
+                "server.strategy": "multi_krum",
+                "server.strategy_options.num_malicious": 2,
+                "server.strategy_options.num_selected": 7,
+            },
+            r"num_selected=7 of 8 replies takes in some of the 2 liars.*at most 6",
+        ),
+        (
+            {
+                "server.strategy": "bucketing",
+                "server.strategy_options.rule": "krum",
+                "server.strategy_options.num_malicious": 1,
+            },
+            r"krum with num_malicious=1 .* 5 replies, but sees 4 buckets",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(config: dict[str, bool | float | int | str], message: str) -> None:

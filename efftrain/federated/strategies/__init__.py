@@ -13,7 +13,7 @@ from typing import Any
 from efftrain.errors import ConfigError
 from efftrain.federated.flower import FedAvg, Strategy
 from efftrain.federated.local import FEDPROX, SCAFFOLD
-from efftrain.federated.strategies.robust import Bucketing, Ruled
+from efftrain.federated.strategies.robust import AllButLiars, Bucketing, Ruled
 from efftrain.federated.strategies.rules import geometric_median, norm_bounded_mean
 from efftrain.federated.strategies.scaffold import Scaffold
 
@@ -81,11 +81,14 @@ def _trimmed(*, share: float) -> Strategy:
     return FedTrimmedAvg(**_EVERYBODY, beta=share)
 
 
-def _selecting(kind: type[Any], *, num_malicious: int, **options: int) -> Strategy:
-    names = {"num_selected": "num_nodes_to_select"}
-    given = {names[name]: value for name, value in options.items()}
-    strategy: Strategy = kind(**_EVERYBODY, num_malicious_nodes=num_malicious, **given)
+def _selecting(kind: type[Any], *, num_malicious: int) -> Strategy:
+    strategy: Strategy = kind(**_EVERYBODY, num_malicious_nodes=num_malicious)
     return strategy
+
+
+def _several(*, num_malicious: int, num_selected: int) -> Strategy:
+    inner = MultiKrum(**_EVERYBODY, num_malicious_nodes=num_malicious, num_nodes_to_select=max(1, num_selected))
+    return inner if num_selected else AllButLiars(inner)
 
 
 def _bounded(*, bound: float) -> Strategy:
@@ -115,8 +118,8 @@ _ENTRIES: Mapping[str, _Entry] = {
     # Blanchard et al. (arXiv:1703.02757), and El Mhamdi et al. (arXiv:1802.07927), who need 4 f + 3 clients.
     "krum": _Entry(partial(_selecting, Krum), {"num_malicious": _MALICIOUS}),
     "multi_krum": _Entry(
-        partial(_selecting, MultiKrum),
-        {"num_malicious": _MALICIOUS, "num_selected": _Option(1, 1, _INFINITY, whole=True)},
+        _several,
+        {"num_malicious": _MALICIOUS, "num_selected": _Option(0, 0, _INFINITY, whole=True)},
     ),
     "bulyan": _Entry(partial(_selecting, Bulyan), {"num_malicious": _MALICIOUS}),
     "norm_bounded_mean": _Entry(_bounded, {"bound": _Option(0.0, 0.0, _INFINITY)}),
@@ -135,8 +138,9 @@ def build_strategy(name: str, options: Options, *, seed: int, population: int = 
         options: Its knobs. ``fedprox``: ``mu``, the weight of the proximal term; ``scaffold``: ``lr``; ``fedavgm``:
             ``lr``, ``momentum``; ``fedadam``, ``fedyogi``: ``lr``, ``beta_1``, ``beta_2``, ``tau``; ``fedadagrad``:
             ``lr``, ``tau``; ``trimmed_mean``: ``share``; ``krum``, ``bulyan``: ``num_malicious``; ``multi_krum``:
-            ``num_malicious``, ``num_selected``; ``norm_bounded_mean``: ``bound``; ``geometric_median``:
-            ``iterations``; ``bucketing``: ``size`` (2), ``rule`` (``geometric_median``), and the knobs of that rule.
+            ``num_malicious``, ``num_selected`` (0: all but ``num_malicious``); ``norm_bounded_mean``: ``bound``;
+            ``geometric_median``: ``iterations``; ``bucketing``: ``size`` (2), ``rule`` (``geometric_median``), and
+            the knobs of that rule.
         seed: Of what a strategy draws.
         population: Number of all clients, which ``scaffold`` needs to know.
 

@@ -14,6 +14,7 @@ from efftrain.federated.flower import (
     Message,
     MessageType,
     MetricRecord,
+    MultiKrum,
     RecordDict,
     Strategy,
 )
@@ -86,6 +87,35 @@ class Ruled(Around):
             model[name] = Array(np.ascontiguousarray(tensor))
         metrics = self._inner.train_metrics_aggr_fn(contents, self._inner.weighted_by_key)
         return ArrayRecord(model), metrics
+
+
+class AllButLiars(Around):
+    """MultiKrum that averages as many replies as there are, but for those that may be lies.
+
+    Args:
+        inner: Its ``num_nodes_to_select`` is set anew each round.
+
+    Source: Blanchard et al. (arXiv:1703.02757), section 4, with ``m = n - f``.
+    """
+
+    _inner: MultiKrum
+
+    def __init__(self, inner: MultiKrum) -> None:
+        self._inner = inner
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the inner strategy."""
+        return self._inner.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the inner strategy makes of them."""
+        replies = list(replies)
+        self._inner.num_nodes_to_select = max(1, len(contents_of(replies)) - self._inner.num_malicious_nodes)
+        return self._inner.aggregate_train(server_round, replies)
 
 
 class Bucketing(Around):
