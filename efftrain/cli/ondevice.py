@@ -85,6 +85,18 @@ WeightsOption = Annotated[
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="A .npy file of samples, (N, channels, ...), float32, as the model was trained on.")
 ]
+CalibrateOption = Annotated[
+    str,
+    typer.Option(
+        metavar="max|percentile|mse",
+        help="How far each tensor reaches: max clips nothing that was seen, percentile the largest 0.05 %, mse what "
+        "costs the least error.",
+    ),
+]
+WithoutOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PASS", help="Leave out a compiler pass, to see what it saves; may be given more than once."),
+]
 SyntheticOption = Annotated[bool, typer.Option("--synthetic", help="Take seeded normal noise as data, and say so.")]
 
 
@@ -106,7 +118,9 @@ def plan_command(
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     calibration: CalibrationOption = None,
+    calibrate: CalibrateOption = "max",
     synthetic: SyntheticOption = False,
+    without: WithoutOption = None,
     compare: Annotated[
         bool | None, typer.Option(help="Plan other schemes too: the smallest board of each. Default: unless --json.")
     ] = None,
@@ -122,8 +136,10 @@ def plan_command(
     request = Request(
         one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
-        *(weights, calibration, synthetic),
+        *(weights, calibration, calibrate, synthetic, tuple(without or ())),
     )
+    if show_waterfall and without:
+        raise ConfigError("--waterfall and --without: expected one of them, found both.")
     compiler = Compiler(request)
     refused, program = _plan(compiler)
     plan = program.plan
@@ -173,14 +189,16 @@ def build_command(
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     calibration: CalibrationOption = None,
+    calibrate: CalibrateOption = "max",
     synthetic: SyntheticOption = False,
+    without: WithoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a folder of C99 that trains the model on the board."""
     request = Request(
         one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
-        *(weights, calibration, synthetic),
+        *(weights, calibration, calibrate, synthetic, tuple(without or ())),
     )
     compiler = Compiler(request)
     program = _fitting(compiler, name)
@@ -216,14 +234,16 @@ def run_command(
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     calibration: CalibrationOption = None,
+    calibrate: CalibrateOption = "max",
     synthetic: SyntheticOption = False,
+    without: WithoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a few steps on a target, and compare every bit of what it learned with the simulator and the host."""
     request = Request(
         one_model(model_name, model),
         *(scheme, classes, input_shape, board, ram, rounding, loss, input_in_place, momentum, batch, lr, seed),
-        *(weights, calibration, synthetic),
+        *(weights, calibration, calibrate, synthetic, tuple(without or ())),
     )
     if target not in TARGETS:
         raise ConfigError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}.{_near(target, TARGETS)}")
@@ -277,8 +297,11 @@ def _stack_bound(program: Program) -> int | None:
 
 
 def _waterfall(compiler: Compiler, program: Program) -> list[dict[str, Any]]:
+    """Empty if a pass is left out: then its rows are not the program's."""
     from efftrain.ondevice.waterfall import waterfall
 
+    if compiler.request.without:
+        return []
     return [step.to_dict() for step in waterfall(program, compiler.request.lr)]
 
 
@@ -366,6 +389,8 @@ def _header(request: Request, program: Program) -> dict[str, Any]:
         "loss": program.loss,
         "momentum": request.momentum,
         "batch": request.batch,
+        "calibrate": request.calibrate,
+        "without": list(request.without),
         "input_in_place": request.input_in_place,
         "input_shape": list(program.input_shape),
         "input_scale": program.input_scale,

@@ -46,7 +46,9 @@ class Request:
     seed: int
     weights: Path | None
     calibration: Path | None
+    calibrate: str
     synthetic: bool
+    without: tuple[str, ...]
 
 
 def one_model(argument: str | None, option: str | None) -> str:
@@ -69,6 +71,7 @@ class Compiler:
 
     def __init__(self, request: Request) -> None:
         from efftrain.ondevice import Scheme
+        from efftrain.ondevice.calibrate import METHODS
         from efftrain.ondevice.constants import LOSSES, Optimizer
 
         self.request = request
@@ -78,6 +81,8 @@ class Compiler:
             raise ConfigError(f"--seed: expected 0 or more and less than 2^32, found {request.seed}.")
         if request.calibration is not None and request.synthetic:
             raise ConfigError("--synthetic and --calibration: expected one of them, found both.")
+        if request.calibrate not in METHODS:
+            raise ConfigError(f"--calibrate: expected {', '.join(METHODS)}, found {request.calibrate!r}.")
         if request.loss not in (None, *LOSSES):
             raise ConfigError(f"--loss: expected cross_entropy or squared_error, found {request.loss!r}.")
         try:
@@ -96,6 +101,7 @@ class Compiler:
     ) -> Program:
         """The program, for another scheme or board than asked for if given."""
         from efftrain.ondevice import compile
+        from efftrain.ondevice.calibrate import Method
         from efftrain.ondevice.constants import Loss
         from efftrain.ondevice.scheme import PUBLISHED
         from efftrain.ondevice.state import Rounding
@@ -116,6 +122,8 @@ class Compiler:
                 loss=cast("Loss", self.loss),
                 optimizer=self.optimizer,
                 copy_input=not self.request.input_in_place,
+                calibration_method=cast("Method", self.request.calibrate),
+                switch_off=self.request.without,
                 must_fit=must_fit,
             )
 
@@ -227,8 +235,10 @@ def _load_samples(path: Path, shape: tuple[int, ...]) -> Samples:
         raise ConfigError(f"--calibration: there is no file {path}.")
     try:
         samples = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy lets parsers' own exceptions through
-        raise ConfigError(f"--calibration: {path} is no .npy file of numbers ({error}).") from error
+    except Exception as error:  # numpy lets parsers' own exceptions through, and advises to load objects unsafely
+        raise ConfigError(
+            f"--calibration: {path} is no .npy file of numbers. Write one with numpy.save(path, samples), float32."
+        ) from error
     if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f" or samples.shape[1:] != shape:
         found = f"{samples.dtype} {samples.shape}" if isinstance(samples, np.ndarray) else "an archive"
         raise ConfigError(f"--calibration: {path}: expected real numbers of shape (N, {str(shape)[1:]}, found {found}.")

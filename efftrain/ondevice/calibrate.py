@@ -1,7 +1,7 @@
 """How large every tensor gets, from samples of the data that the model was trained on."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from efftrain.ondevice.ir import FloatGraph
 from efftrain.ondevice.reference import run_float
 
 Method = Literal["max", "percentile", "mse"]
+METHODS: tuple[Method, ...] = get_args(Method)
 _QUANTILE = 0.9995
 _BINS = 2048
 _TINY = 1e-4
@@ -40,8 +41,8 @@ def calibrate(graph: FloatGraph, samples: npt.NDArray[np.float32], method: Metho
     Raises:
         ConfigError: The method is not known, or the samples do not fit the model or hold inf or NaN.
     """
-    if method not in ("max", "percentile", "mse"):
-        raise ConfigError(f"calibration method {method!r} is not known; known are max, percentile and mse")
+    if method not in METHODS:
+        raise ConfigError(f"calibration method {method!r} is not known; known are {', '.join(METHODS)}")
     height, width, channels = graph.tensors[graph.input].shape
     given, samples = np.shape(samples), as_maps(samples)
     if samples.ndim != 4 or samples.shape[1:] != (channels, height, width) or not len(samples):

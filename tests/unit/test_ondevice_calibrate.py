@@ -52,7 +52,7 @@ def test_methods_do_what_they_say() -> None:
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ConfigError, match="calibration method 'kl' is not known; known are max, percentile and mse"):
+    with pytest.raises(ConfigError, match="calibration method 'kl' is not known; known are max, percentile, mse"):
         ranges_of(InvertedResiduals, "kl")  # type: ignore[arg-type]
 
 

@@ -170,6 +170,22 @@ def test_the_default_scheme_takes_a_small_model(run: Command) -> None:
     assert found["trained_state_bytes"] == 4 + 2 * (64 * 32 + 32 * 4) + 4 * (32 + 4)
 
 
+def test_ranges_and_passes_can_be_chosen(run: Command, tmp_path: Path) -> None:
+    learned = {
+        object_of(run("run", "watch-cnn", "--target", "host", "--calibrate", method, "--json"))["state_sha256"]
+        for method in ("max", "percentile", "mse")
+    }
+    assert len(learned) == 3
+    arguments = ("plan", "net.py:Wide", "--scheme", "bias_only", "--board", "stm32l433", "--json")
+    whole = object_of(run(*arguments, "--rounding", "stochastic"))
+    status, out, _ = run(*arguments, "--rounding", "stochastic", "--without", "tile_channels", "--without", "overlap")
+    found = json.loads(out)
+    assert (status, found["tiled_blocks"], found["without"]) == (1, [], ["tile_channels", "overlap"])
+    assert found["arena_bytes"] > whole["arena_bytes"]
+    folder = object_of(run("build", "watch-cnn", "--without", "overlap", "--out", "c", "--json"))
+    assert (folder["waterfall"], folder["without"]) == ([], ["overlap"])
+
+
 def test_noise_is_never_taken_in_silence(run: Command) -> None:
     _, out, err = run("plan", "watch-cnn", "--synthetic", "--no-compare")
     assert "seeded normal noise (--synthetic)" in err
@@ -456,13 +472,18 @@ def test_the_autoencoder_is_trained_on_its_input(run: Command) -> None:
         (("watch-cnn", "--weights", "nope"), "--weights: there is no file nope"),
         (("watch-cnn", "--weights", "net.py"), "net.py does not fit the model"),
         (("watch-cnn", "--calibration", "nope"), "--calibration: there is no file nope"),
-        (("watch-cnn", "--calibration", "net.py"), "net.py is no .npy file of numbers"),
+        (("watch-cnn", "--calibration", "net.py"), "net.py is no .npy file of numbers. Write one with numpy.save"),
+        (("watch-cnn", "--calibration", "objects.npy"), "objects.npy is no .npy file of numbers. Write one with numpy"),
+        (("watch-cnn", "--calibrate", "kl"), "--calibrate: expected max, percentile, mse, found 'kl'"),
+        (("watch-cnn", "--without", "tiles"), "pass 'tiles' is not known; known are remove_dead_code, update_at_once"),
+        (("watch-cnn", "--without", "overlap", "--waterfall"), "--waterfall and --without: expected one of them"),
         (("watch-cnn", "--calibration", "x.npy"), "expected real numbers of shape (N, 6, 128), found float64 (4, 3)"),
         (("watch-cnn", "--calibration", "x.npy", "--synthetic"), "expected one of them, found both"),
     ],
 )
 def test_errors_are_one_line(run: Command, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     np.save(tmp_path / "x.npy", np.zeros((4, 3)))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
     assert words in error_of(run("plan", *arguments, "--no-compare"))
 
 
