@@ -186,6 +186,18 @@ def test_ranges_and_passes_can_be_chosen(run: Command, tmp_path: Path) -> None:
     assert (folder["waterfall"], folder["without"]) == ([], ["overlap"])
 
 
+def test_names_of_files_stay_text_in_the_readme(run: Command, tmp_path: Path) -> None:
+    hostile = "a`b|<script>"
+    (tmp_path / "s.toml").write_text(f'name = "{hostile}"\nhead = true\n')
+    board = f'name = "{hostile}"\ncpu = "cortex-m7"\nclock_hz = 1_000_000\n'
+    (tmp_path / "b.toml").write_text(f"{board}ram_bytes = 65_536\nflash_bytes = 131_072\n")
+    object_of(run("build", "watch-cnn", "--scheme", "s.toml", "--board", "b.toml", "--out", "c", "--json"))
+    readme = (tmp_path / "c" / "README.md").read_text()
+    assert hostile not in readme
+    assert "scheme `a_b__script_`" in readme
+    assert "trains on a_b__script_" in readme
+
+
 def test_noise_is_never_taken_in_silence(run: Command) -> None:
     _, out, err = run("plan", "watch-cnn", "--synthetic", "--no-compare")
     assert "seeded normal noise (--synthetic)" in err

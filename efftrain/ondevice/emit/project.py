@@ -88,10 +88,11 @@ def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str, number: Numb
     gcc = f"-mcpu={board.cpu} -mthumb -mfloat-abi=soft {common} -lgcc -o {name}.elf"
     cpu = board.cpu.replace("-", "_")
     zig = f"-target thumb-freestanding-eabi -mcpu={cpu} {common} -lcompiler_rt -Wl,-e,Reset_Handler -o {name}.elf"
+    where = safe(board.name)
     return f"""\
-# {name}: a model that trains on {board.name}
+# {name}: a model that trains on {where}
 
-Made by `efftrain`, update scheme `{scheme}`. C99 without heap, stdio, recursion or floating point.
+Made by `efftrain`, update scheme `{safe(scheme)}`. C99 without heap, stdio, recursion or floating point.
 
 | file | is |
 |---|---|
@@ -106,7 +107,7 @@ Inputs are int8, channel last. Of a real value, prepared as in training, the mod
 `round(real / scale)`, held to [-128, 127]: scale {number.scale!r}, zero point {number.zero_point}.
 `{name}.h` has the same in integers.
 
-With CMake, as a library for this machine, and as firmware for {board.name}:
+With CMake, as a library for this machine, and as firmware for {where}:
 
     cmake -B out && cmake --build out
     cmake -B out-board -DCMAKE_TOOLCHAIN_FILE=arm-none-eabi.cmake && cmake --build out-board
@@ -115,7 +116,7 @@ In a CMake project of your own, `add_subdirectory` this folder and link `eft_{na
 
     gcc -std=c99 -O2 -fPIC -shared {name}.c eft_*.c -o lib{name}.so
 
-Firmware for {board.name}, with Arm's compiler or with zig (`pip install ziglang`):
+Firmware for {where}, with Arm's compiler or with zig (`pip install ziglang`):
 
     arm-none-eabi-gcc {gcc}
     python -m ziglang cc {zig}
