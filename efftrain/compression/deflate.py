@@ -7,9 +7,15 @@ from typing import ClassVar
 import numpy as np
 
 from efftrain.compression.codec import Codec, Combine
+from efftrain.compression.lowrank import LowRank
 from efftrain.compression.quantize import Identity
+from efftrain.compression.sparsify import DENSE, RandomK, Threshold, TopK
 from efftrain.compression.wire import HEADER, Bytes, Floats, Payload, pack
 from efftrain.errors import PayloadError
+
+INSIDE: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold, LowRank)
+"""Codecs whose bytes may be deflated: all others."""
+_BY_ID = {codec.codec_id: codec for codec in INSIDE}
 
 _PLAIN, _DEFLATED = 0, 1
 _RAW = -15
@@ -47,7 +53,7 @@ class Deflate(Codec):
     def __post_init__(self) -> None:
         if type(self.level) is not int or not 1 <= self.level <= 9:
             raise ValueError(f"Deflate level is {self.level!r}, expected 1 to 9")
-        if not isinstance(self.codec, Codec) or isinstance(self.codec, Deflate):
+        if type(self.codec) not in INSIDE:
             raise ValueError(f"Deflate follows a codec that is no Deflate itself, not {self.codec!r}")
 
     def __rrshift__(self, codec: Codec) -> "Deflate":
@@ -74,11 +80,9 @@ class Deflate(Codec):
 
     @classmethod
     def _from_params(cls, params: bytes) -> "Deflate":
-        from efftrain.compression.spec import codec_from  # the list of all codecs has this one, too
-
-        if len(params) < 2 or not 1 <= params[0] <= 9 or params[1] == cls.codec_id:
+        if len(params) < 2 or not 1 <= params[0] <= 9 or params[1] not in _BY_ID:
             raise PayloadError(f"Deflate parameters are {params.hex()}, expected a level of 1 to 9 and another codec")
-        return cls(params[0], codec_from(params[1], params[2:]))
+        return cls(params[0], _BY_ID[params[1]]._from_params(params[2:]))
 
     def _encode_body(self, values: Floats, key: int) -> list[Bytes]:
         return self._deflated(np.concatenate([np.empty(0, np.uint8), *self.codec._encode_body(values, key)]))

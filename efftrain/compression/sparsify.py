@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from efftrain.compression import kernels
 from efftrain.compression.codec import Codec, Combine, add
-from efftrain.compression.deflate import Deflate
 from efftrain.compression.floats import Fp8, Half, Mx
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes, largest_index_bytes
 from efftrain.compression.mix import split_mix_64
@@ -45,8 +44,8 @@ class Sparse(Codec):
 
     def __rshift__(self: S, values: Codec) -> S:
         """``TopK(0.01) >> Int8()``: the same selection, its values sent through another codec."""
-        if isinstance(values, Deflate):
-            return NotImplemented  # takes the whole body, places and values: its own __rrshift__
+        if hasattr(values, "__rrshift__"):
+            return NotImplemented  # Deflate takes the whole body, places and values
         followed: S = replace(cast(Any, self), values=values)
         return followed
 

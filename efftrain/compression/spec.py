@@ -10,14 +10,13 @@ import difflib
 from typing import Any
 
 from efftrain.compression.codec import Codec
-from efftrain.compression.deflate import Deflate
-from efftrain.compression.lowrank import LowRank
+from efftrain.compression.deflate import INSIDE, Deflate
 from efftrain.compression.quantize import Identity
-from efftrain.compression.sparsify import DENSE, RandomK, Sparse, Threshold, TopK
+from efftrain.compression.sparsify import Sparse
 from efftrain.compression.wire import MAX_ELEMENTS, Floats, unpack
 from efftrain.errors import ConfigError, PayloadError
 
-CODECS: tuple[type[Codec], ...] = (*DENSE, TopK, RandomK, Threshold, LowRank, Deflate)
+CODECS: tuple[type[Codec], ...] = (*INSIDE, Deflate)
 
 _BY_NAME = {codec.__name__: codec for codec in CODECS}
 _BY_ID = {codec.codec_id: codec for codec in CODECS}
@@ -55,18 +54,9 @@ def codec_of(message: Any) -> Codec:
         PayloadError: The bytes are no payload or name an unknown codec.
     """
     parts = unpack(message)
-    return codec_from(parts.codec_id, parts.params)
-
-
-def codec_from(codec_id: int, params: bytes) -> Codec:
-    """The codec of this number and these parameters, as payloads have them.
-
-    Raises:
-        PayloadError: The number is unknown, or the parameters are none of that codec.
-    """
-    if codec_id not in _BY_ID:
-        raise PayloadError(f"payload names codec {codec_id}, this efftrain knows {sorted(_BY_ID)}")
-    return _BY_ID[codec_id]._from_params(params)
+    if parts.codec_id not in _BY_ID:
+        raise PayloadError(f"payload names codec {parts.codec_id}, this efftrain knows {sorted(_BY_ID)}")
+    return _BY_ID[parts.codec_id]._from_params(parts.params)
 
 
 def decode(message: Any, *, max_elements: int = MAX_ELEMENTS) -> Floats:
