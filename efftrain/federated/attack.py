@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efftrain.data import ArrayDataset
-from efftrain.errors import ConfigError
+from efftrain.federated.checks import num_attackers
 from efftrain.federated.recipe import FederatedRecipe
 
 State = dict[str, npt.NDArray[np.generic]]
@@ -26,16 +26,12 @@ _COLLUDERS = 8
 
 def attackers(recipe: FederatedRecipe) -> frozenset[int]:
     """Numbers of the clients that attack; none without an attack, at least one with one."""
-    if recipe.attack.kind == "none":
-        return frozenset()
-    return _draw(recipe.num_clients, recipe.attack.share, recipe.seed)
+    count = num_attackers(recipe)
+    return _draw(recipe.num_clients, count, recipe.seed) if count else frozenset()
 
 
 @lru_cache(maxsize=8)
-def _draw(num_clients: int, share: float, seed: int) -> frozenset[int]:
-    count = max(1, round(share * num_clients))
-    if count >= num_clients:
-        raise ConfigError(f"attack.share {share} of {num_clients} clients leaves nobody honest")
+def _draw(num_clients: int, count: int, seed: int) -> frozenset[int]:
     return frozenset(random.Random(f"attack {seed}").sample(range(num_clients), count))
 
 

@@ -21,7 +21,44 @@ def check_recipe(recipe: "FederatedRecipe") -> None:
     Raises:
         ValueError: Names both keys, and says what to do.
     """
+    _check_schemes(recipe)
+    _check_attackers(recipe)
     _check_liars(recipe)
+
+
+def schemes_of(recipe: "FederatedRecipe") -> set[str]:
+    """What the clients train with: the schemes of the devices, else ``client.scheme``."""
+    client, fleet = recipe.client, recipe.fleet
+    return {fleet.schemes.get(device, client.scheme) for device in fleet.devices} or {client.scheme}
+
+
+def num_attackers(recipe: "FederatedRecipe") -> int:
+    """Clients that attack, at least one; 0 without an attack."""
+    attack = recipe.attack
+    return 0 if attack.kind == "none" else max(1, round(attack.share * recipe.num_clients))
+
+
+def _check_schemes(recipe: "FederatedRecipe") -> None:
+    engine, schemes = recipe.client.engine, schemes_of(recipe)
+    integers = sorted(schemes - {"fp32"})
+    if integers and engine not in ("device", "board"):
+        raise ValueError(
+            f"client.engine is {engine!r}, which trains in fp32 only, but there are clients with the scheme "
+            f'{integers[0]!r} (client.scheme, fleet.schemes); set client.engine="device", or leave the schemes at "fp32"'
+        )
+    if engine == "board" and "fp32" in schemes:
+        raise ValueError(
+            'client.engine is "board", which trains in integers only, but there are clients with the scheme "fp32"; '
+            'set client.scheme to an update scheme such as "sparse", or client.engine="device"'
+        )
+
+
+def _check_attackers(recipe: "FederatedRecipe") -> None:
+    if num_attackers(recipe) >= recipe.num_clients:
+        raise ValueError(
+            f"attack.share {recipe.attack.share} of {recipe.num_clients} clients leaves nobody honest; lower it, or "
+            "take more clients"
+        )
 
 
 def _check_liars(recipe: "FederatedRecipe") -> None:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from efftrain.errors import ConfigError
+from efftrain.federated.checks import schemes_of
 from efftrain.federated.data import client_train
 from efftrain.federated.devices import DeviceProfile
 from efftrain.federated.local import corrects_gradients
 from efftrain.federated.recipe import ClientConfig, FederatedRecipe, ModelConfig
+from efftrain.ondevice.scheme import Scheme
 
 _MOST_BATTERY = 0.05
 """A device is not asked for a training that would take a larger share of its battery than this."""
@@ -98,8 +100,11 @@ class Fleet:
         another thread computes meanwhile.
 
         Raises:
-            ConfigError: No device of the fleet can do the training; with the reason of the last one looked at.
+            ConfigError: An update scheme is none; or no device of the fleet can do the training, with the reason of the
+                last one looked at.
         """
+        for scheme in sorted(schemes_of(self._recipe) - {"fp32"}):
+            Scheme.parse(scheme)
         refusals = []
         for device in self._recipe.fleet.devices or (None,):
             client = self._recipe.client

@@ -52,6 +52,8 @@ class InProcessGrid(Grid):
             and needs an app that several threads may call at once.
         timeout_s: A client that takes longer gives an error reply, and its thread is abandoned. None waits for ever,
             and with one worker runs the clients in the calling thread.
+        fatal: What a client raises of these is raised by ``pull_messages``, instead of an error reply: for what is
+            wrong with all of them.
 
     Raises:
         ConfigError: ``num_nodes`` or ``workers`` is below 1, or ``num_nodes`` differs from the length of
@@ -68,6 +70,7 @@ class InProcessGrid(Grid):
         run_id: int = 1,
         workers: int = 1,
         timeout_s: float | None = None,
+        fatal: tuple[type[Exception], ...] = (),
     ) -> None:
         if num_nodes < 1 or workers < 1:
             raise ConfigError(f"num_nodes is {num_nodes} and workers {workers}, expected at least 1 of each")
@@ -81,6 +84,7 @@ class InProcessGrid(Grid):
         self._run = Run.create_empty(run_id)
         self._workers = workers
         self._timeout_s = timeout_s
+        self._fatal = fatal
         self._states: dict[int, RecordDict] = {}
         self._waiting: dict[str, Message] = {}
         self._num_messages = 0
@@ -203,7 +207,9 @@ class InProcessGrid(Grid):
                 raise TypeError(f"the ClientApp returned {type(reply).__name__}, expected a reply to its message")
             if reply.has_content():
                 reply.content = copy_records(reply.content)
-        except Exception as error:
+        except self._fatal:
+            raise
+        except (Exception, SystemExit) as error:
             # Whatever a client does, it costs only its own reply: the others have nothing to do with it.
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} (in {place.name}, line {place.lineno})"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from efftrain.errors import ConfigError, RoundError, ToolError
+from efftrain.federated.checks import schemes_of
 from efftrain.federated.client_app import app
 from efftrain.federated.data import client_train
 from efftrain.federated.driver import Driver
@@ -49,13 +50,20 @@ def run_federated(
 
     Raises:
         CheckpointError: The journal is damaged, or cannot be written.
-        ConfigError: ``initial`` or the data do not fit the model, or the recipe does not fit its data or its devices.
+        ConfigError: ``initial`` or the data do not fit the model, the recipe does not fit its data or its devices, or a
+            client finds that it cannot be trained as the recipe says.
         RoundError: More than ``server.max_abandoned`` rounds one after the other, or all of them, got fewer accepted
             replies than ``server.min_replies``.
     """
     allow(recipe)
     check_model(recipe)
-    grid = InProcessGrid(app, recipe.num_clients, workers=recipe.fleet.workers, timeout_s=recipe.client.timeout_s)
+    grid = InProcessGrid(
+        app,
+        recipe.num_clients,
+        workers=recipe.fleet.workers,
+        timeout_s=recipe.client.timeout_s,
+        fatal=(ConfigError, ToolError),  # what one client cannot do, no client of this process can
+    )
     with quiet():
         return drive_rounds(grid, recipe, initial=initial, on_round=on_round, journal=journal)
 
@@ -156,11 +164,15 @@ def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:
         The recipe, and why it is another one; empty if it is not.
 
     Raises:
-        ConfigError: Some devices have an update scheme in integers, which the ``torch`` engine cannot train.
+        ConfigError: Some devices have an update scheme in integers, which the ``torch`` engine cannot train; or the
+            model has layers that the ``vmap`` engine cannot train.
         ToolError: There is no C compiler.
     """
-    client, fleet = recipe.client, recipe.fleet
-    schemes = {fleet.schemes.get(device, client.scheme) for device in fleet.devices} or {client.scheme}
+    client, schemes = recipe.client, schemes_of(recipe)
+    if client.engine == "vmap":
+        from efftrain.federated.engines.vmap_engine import check_layers
+
+        check_layers(recipe.model)
     if client.engine != "device" or "fp32" not in schemes:
         return recipe, ""
     from efftrain.federated.engines.device_engine import DeviceEngine

@@ -104,6 +104,32 @@ def test_raising_client_gives_an_error_reply_and_harms_nobody() -> None:
     np.testing.assert_allclose(result.arrays["w"].numpy(), np.full(3, (1 + 4 + 16) / 7), rtol=1e-6)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_client_that_asks_to_exit_ends_nothing_but_its_reply(workers: int) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise SystemExit(3)
+
+    grid = InProcessGrid(app, 4, workers=workers, timeout_s=60)
+    replies = grid.send_and_receive(messages(grid))
+    assert ["SystemExit: 3" in str(reply.error.reason) for reply in replies] == [True] * 4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_wrong_with_all_clients_can_be_raised(workers: int) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise ConfigError("no client can do this")
+
+    grid = InProcessGrid(app, 4, workers=workers, fatal=(ConfigError,))
+    with pytest.raises(ConfigError, match="^no client can do this$"):
+        grid.send_and_receive(messages(grid))
+
+
 def test_clients_do_not_share_a_message() -> None:
     grid = InProcessGrid(counting_app(), 2)
     sent = messages(grid)

@@ -199,6 +199,18 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
         ({"data.name": "evil.py:Data", "data.partition": "iid", "data.clients": 8}, "names a file of code"),
         ({"model.name": "evil"}, "expected one of watch-cnn"),
         ({"server.min_replies": 9}, "there are 8 clients"),
+        ({"client.scheme": "sparse"}, r"client.engine is 'torch', which trains in fp32 only.* scheme 'sparse'"),
+        ({"client.scheme": "sparse", "client.engine": "vmap"}, r"client.engine is 'vmap', which trains in fp32 only"),
+        ({"client.engine": "board"}, r'"board", which trains in integers only, but .* scheme "fp32"'),
+        (
+            {"client.engine": "torch", "fleet.devices.stm32f746": 1.0, "fleet.devices.phone_low": 1.0,
+             "fleet.schemes.stm32f746": "sparse"},
+            r"clients with the scheme 'sparse' \(client.scheme, fleet.schemes\); set client.engine=\"device\"",
+        ),
+        (
+            {"data.people": "[1, 2]", "attack.kind": "scale", "attack.share": 0.9},
+            r"attack.share 0\.9 of 2 clients leaves nobody honest",
+        ),
         (
             {"server.strategy": "krum", "server.strategy_options.num_malicious": 6},
             r"krum with num_malicious=6 needs 2 \* num_malicious \+ 3 = 15 replies, but sees 8 replies at most",
@@ -228,6 +240,23 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
 def test_wrong_settings_are_refused(config: dict[str, bool | float | int | str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe_from_run_config(config)
+
+
+def test_what_no_client_can_do_ends_a_run_before_its_first_round() -> None:
+    seen: list[RoundResult] = []
+    depthwise = replace(
+        SMALL,
+        model=ModelConfig(name="ds-cnn"),
+        data=DataConfig(name="digits", partition="iid", clients=2, samples_per_client=10),
+        client=ClientConfig(engine="vmap"),
+    )
+    with pytest.raises(ConfigError, match=r"ds-cnn cannot be trained by the vmap engine: its layer"):
+        run_federated(depthwise, on_round=seen.append)
+    fleet = FleetConfig(devices={"stm32f746": 1.0, "phone_high": 1.0}, schemes={"stm32f746": "sparce"})
+    typo = replace(SMALL, client=replace(SMALL.client, engine="device"), fleet=fleet)
+    with pytest.raises(ConfigError, match="sparce"):
+        run_federated(typo, on_round=seen.append)
+    assert not seen
 
 
 @pytest.mark.parametrize("section", ["model", "data"])

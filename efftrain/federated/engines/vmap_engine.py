@@ -165,15 +165,24 @@ class VmapEngine:
             self._changed.notify_all()
 
 
-def _check_fits(model: ModelConfig, state: State, data: ArrayDataset, correction: Correction | None) -> None:
-    """Before a stack is joined: what is wrong with one member must not be the others' problem."""
-    module = blank_module(model)
-    strange = [layer for layer in module.modules() if not isinstance(layer, _CHECKED) and _computes(layer)]
+def check_layers(model: ModelConfig) -> None:
+    """See Note [stacks].
+
+    Raises:
+        ConfigError: The model has layers that cannot be stacked.
+    """
+    strange = [layer for layer in blank_module(model).modules() if not isinstance(layer, _CHECKED) and _computes(layer)]
     if strange:
         raise ConfigError(
             f"{model.name} cannot be trained by the vmap engine: its layer {type(strange[0]).__name__} may compute "
             'something else in a stack than alone. Set client.engine="torch".'
         )
+
+
+def _check_fits(model: ModelConfig, state: State, data: ArrayDataset, correction: Correction | None) -> None:
+    """Before a stack is joined: what is wrong with one member must not be the others' problem."""
+    check_layers(model)
+    module = blank_module(model)
     own = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
     for name in own.keys() | state.keys():
         found, expected = (state[name].shape if name in state else "nothing"), own.get(name, "nothing")
