@@ -24,7 +24,7 @@ COMPILERS = {
 if platform.machine() == "x86_64":
     COMPILERS["gcc-avx2"] = _strict("gcc-avx2", ("gcc",), "-mavx2")
 if shutil.which("arm-none-eabi-gcc"):  # CI has it; the board extra alone brings zig
-    for cpu in ("m4", "m0plus"):
+    for cpu in ("m4", "m0plus", "m33", "m55"):
         flags = (f"-mcpu=cortex-{cpu}", "-mthumb", "-ffreestanding")
         COMPILERS[f"arm-gcc-{cpu}"] = _strict(f"arm-gcc-{cpu}", ("arm-none-eabi-gcc",), *flags)
 

@@ -17,6 +17,7 @@ from efftrain.ondevice.backends import toolchain
 from efftrain.ondevice.backends.board import BoardEngine, _num_instructions
 from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.scheme import PRESETS
+from efftrain.ondevice.target import CpuName
 
 pytestmark = pytest.mark.firmware
 
@@ -60,6 +61,24 @@ def test_every_bit_is_equal_after_100_steps(scheme: str, rounding: str) -> None:
     assert len({repr(result) for result in results.values()}) == 1, results
     changed = states["host"][4:] != program.initial_state[4:]
     assert changed == (scheme != "none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cpu", ["m0plus", "m33", "m55"])
+def test_other_processors_run_the_same_program(cpu: CpuName, kind: Kind) -> None:
+    """They are linked within the plan by each compiler, and learn the same bits where an emulator has them."""
+    program = build("full", rounding="stochastic")
+    firmware = program.firmware(cpu, kind)
+    assert firmware.flash_bytes <= program.plan.flash_bytes
+    if cpu == "m55":
+        with pytest.raises(ToolError, match="unicorn does not emulate cortex-m55"):
+            program.board(cpu, toolchain=kind)
+        return
+    samples = program.quantize_input(DATA)
+    engine, simulator = program.board(cpu, toolchain=kind), program.simulator()
+    for each in (engine, simulator):
+        each.train(samples, LABELS, ORDER[:20])
+    assert engine.state() == simulator.state() != program.initial_state
 
 
 class Small2d(nn.Module):

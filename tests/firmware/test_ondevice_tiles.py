@@ -1,6 +1,7 @@
 """Blocks whose backward pass runs some channels at a time: the same bits in less RAM, on every back end."""
 
 import re
+import shutil
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -244,6 +245,18 @@ def test_no_warnings(compiler: str, tmp_path: Path) -> None:
         program_of(model, ram_bytes, rounding=rounding, name=f"model{index}").write(tmp_path)
         (tmp_path / "main.c").rename(tmp_path / f"main{index}.c")
     compile_objects(COMPILERS[compiler], sources(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("cppcheck") is None, reason="cppcheck is missing; apt install cppcheck")
+def test_static_analysis_finds_nothing(tmp_path: Path) -> None:
+    """Of a program in tiles and the kernels for them; the others are analyzed with the operators."""
+    program = program_of("stride-5", smallest_ram("stride-5"))
+    assert tiles_of(program)
+    folder = program.write(tmp_path)
+    command = ["cppcheck", "--enable=warning,performance,portability", "--std=c99", "--error-exitcode=1", "--quiet"]
+    files = ["model.c", *sorted(path.name for path in folder.glob("eft_*tile*.c")), "eft_store_sums_s16.c"]
+    result = subprocess.run([*command, "--inline-suppr", *files], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.slow
