@@ -21,6 +21,7 @@ def check_recipe(recipe: "FederatedRecipe") -> None:
     Raises:
         ValueError: Names both keys, and says what to do.
     """
+    _check_quorum(recipe)
     _check_schemes(recipe)
     _check_attackers(recipe)
     _check_liars(recipe)
@@ -38,13 +39,23 @@ def num_attackers(recipe: "FederatedRecipe") -> int:
     return 0 if attack.kind == "none" else max(1, round(attack.share * recipe.num_clients))
 
 
+def _check_quorum(recipe: "FederatedRecipe") -> None:
+    min_replies = recipe.server.min_replies
+    if min_replies > recipe.cohort and not recipe.fedbuff.buffer:
+        raise ValueError(
+            f"server.min_replies is {min_replies}, but a round takes {recipe.cohort} replies of {recipe.num_clients} "
+            "clients, so every round would be abandoned; lower it, or raise server.cohort or server.fraction"
+        )
+
+
 def _check_schemes(recipe: "FederatedRecipe") -> None:
     engine, schemes = recipe.client.engine, schemes_of(recipe)
     integers = sorted(schemes - {"fp32"})
     if integers and engine not in ("device", "board"):
         raise ValueError(
             f"client.engine is {engine!r}, which trains in fp32 only, but there are clients with the scheme "
-            f'{integers[0]!r} (client.scheme, fleet.schemes); set client.engine="device", or leave the schemes at "fp32"'
+            f"{integers[0]!r} (client.scheme, fleet.schemes); set "
+            'client.engine="device", or leave the schemes at "fp32"'
         )
     if engine == "board" and "fp32" in schemes:
         raise ValueError(

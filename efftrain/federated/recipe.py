@@ -166,7 +166,7 @@ class RoundsConfig:
     min_replies: int = 1
     """Quorum: a round with fewer accepted replies is abandoned, and the model stays as it was."""
     max_abandoned: int = 3
-    """So many rounds abandoned one after the other end the run with ``RoundError``."""
+    """So many rounds may be abandoned one after the other; one more ends the run with ``RoundError``."""
     timeout_s: float = 600.0
     """Deadline of a round: virtual seconds where ``[fleet]`` gives clients a device, else seconds on the wall."""
     pace_s: float = 0.0

@@ -126,7 +126,7 @@ def test_what_is_wrong_with_all_clients_can_be_raised(workers: int) -> None:
         raise ConfigError("no client can do this")
 
     grid = InProcessGrid(app, 4, workers=workers, fatal=(ConfigError,))
-    with pytest.raises(ConfigError, match="^no client can do this$"):
+    with pytest.raises(ConfigError, match=r"^no client can do this$"):
         grid.send_and_receive(messages(grid))
 
 

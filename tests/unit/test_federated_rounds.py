@@ -199,12 +199,18 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
         ({"data.name": "evil.py:Data", "data.partition": "iid", "data.clients": 8}, "names a file of code"),
         ({"model.name": "evil"}, "expected one of watch-cnn"),
         ({"server.min_replies": 9}, "there are 8 clients"),
+        ({"server.min_replies": 8, "server.fraction": 0.5}, r"is 8, but a round takes 4 replies of 8 clients"),
+        ({"server.min_replies": 3, "server.cohort": 2}, r"is 3, but a round takes 2 replies of 8 clients"),
         ({"client.scheme": "sparse"}, r"client.engine is 'torch', which trains in fp32 only.* scheme 'sparse'"),
         ({"client.scheme": "sparse", "client.engine": "vmap"}, r"client.engine is 'vmap', which trains in fp32 only"),
         ({"client.engine": "board"}, r'"board", which trains in integers only, but .* scheme "fp32"'),
         (
-            {"client.engine": "torch", "fleet.devices.stm32f746": 1.0, "fleet.devices.phone_low": 1.0,
-             "fleet.schemes.stm32f746": "sparse"},
+            {
+                "client.engine": "torch",
+                "fleet.devices.stm32f746": 1.0,
+                "fleet.devices.phone_low": 1.0,
+                "fleet.schemes.stm32f746": "sparse",
+            },
             r"clients with the scheme 'sparse' \(client.scheme, fleet.schemes\); set client.engine=\"device\"",
         ),
         (
