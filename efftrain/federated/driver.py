@@ -45,12 +45,11 @@ from efftrain.federated.results import MAX_REASONS, ClientResult, Outcome, Round
 from efftrain.federated.selection import Selector
 from efftrain.federated.strategies.scaffold import Scaffold
 from efftrain.federated.uplink import UplinkGrid
+from efftrain.units import format_seconds
 
 SURPLUS = "the round was complete without it"
-_WAIT_S = 300.0
-"""Virtual seconds that a simulated server waits where nobody can be asked ..."""
-_MOST_WAITS = 2016
-"""... and how often it does so before it gives up: for a week."""
+_WEEK_S = 604_800.0
+"""So long in virtual time a simulated server waits where nobody can be asked."""
 _MEASURE_FACTOR = 2.0
 """Clients have so many times as long for measuring as the slowest of them took for training, or what is left of the
 round's deadline if that is more."""
@@ -234,17 +233,33 @@ class Driver:
         return self._result(number, rows, taken, wall_s, problem)
 
     def _select(self, number: int, size: int) -> list[int]:
-        """A cohort; in simulation the server waits until at least the quorum can be asked."""
-        nodes = self._nodes or sorted(self.wire.get_node_ids())
-        for _ in range(_MOST_WAITS):
+        """A cohort; the server waits until at least the quorum can be asked. Of fewer that are connected when it has
+        waited for long the round is tried, and abandoned."""
+        min_replies, patience_s = self.recipe.server.min_replies, self._patience_s()
+        until_s = self.mailbox.now_s + patience_s
+        while True:
+            nodes = self._nodes or sorted(self.wire.get_node_ids())
             cohort = self.selector.cohort(number, nodes, size, self.mailbox.now_s)
-            if len(cohort) >= min(size, self.recipe.server.min_replies) or not isinstance(self.mailbox, VirtualMailbox):
+            if len(cohort) >= min(size, min_replies):
                 return cohort
-            self.mailbox.wait(_WAIT_S)
-        raise RoundError(
-            f"round {number}: for a week of virtual time fewer than server.min_replies "
-            f"({self.recipe.server.min_replies}) clients were online, fitted their device and were not resting"
-        )
+            if self.mailbox.wait(until_s):
+                continue
+            if cohort and self.fleet is None:
+                return cohort
+            raise RoundError(
+                f"round {number}: for {format_seconds(patience_s)} fewer than server.min_replies ({min_replies}) "
+                f"clients were {self._ready()}"
+            )
+
+    def _patience_s(self) -> float:
+        """How long the server waits for somebody to ask, on the mailbox's clock."""
+        return self.recipe.server.timeout_s if self.fleet is None else _WEEK_S
+
+    def _ready(self) -> str:
+        """What a client must be to be asked."""
+        if self.fleet is None:
+            return "connected and not resting (server.pace_s)"
+        return "online, fitted their device and were not resting (server.pace_s), in virtual time"
 
     # Buffered updates --------------------------------------------------------------------------------------------
 
@@ -280,10 +295,11 @@ class Driver:
 
     def _fill_up(self, number: int, time_s: float) -> None:
         """Start clients with the current model until ``concurrency`` train."""
-        box, nodes = self.mailbox, self._nodes or sorted(self.wire.get_node_ids())
-        missing = min(self.recipe.fedbuff.concurrency or self.recipe.cohort, len(nodes)) - box.num_waiting
-        chosen: list[int] = []
-        for _ in range(_MOST_WAITS):
+        box, chosen = self.mailbox, list[int]()
+        until_s = box.now_s + self._patience_s()
+        while True:
+            nodes = self._nodes or sorted(self.wire.get_node_ids())
+            missing = min(self.recipe.fedbuff.concurrency or self.recipe.cohort, len(nodes)) - box.num_waiting
             while len(chosen) < missing:
                 node_id = self.selector.one(nodes, self._busy, time_s)
                 if node_id is None:
@@ -291,9 +307,8 @@ class Driver:
                 self._busy.add(node_id)
                 chosen.append(node_id)
             # Busy, but on no way: their replies have come, and are about to be looked at.
-            if chosen or box.num_waiting or self._busy or not isinstance(box, VirtualMailbox):
+            if chosen or box.num_waiting or self._busy or not box.wait(until_s):
                 break
-            box.wait(_WAIT_S)
             time_s = box.now_s
         if chosen:
             self.selector.asked(chosen, time_s)
@@ -301,7 +316,8 @@ class Driver:
             messages = self._messages(number, self.arrays, sorted(chosen))
             box.post(messages, number - 1, [time_s] * len(messages))
         elif not box.num_waiting and not self._busy:
-            raise RoundError(f"update {number}: nobody could be asked, for a week of virtual time")
+            waited = format_seconds(self._patience_s())
+            raise RoundError(f"update {number}: for {waited} there was nobody to ask; no client was {self._ready()}")
 
     # Both --------------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ from efftrain.federated.client_app import PARTITION
 from efftrain.federated.fleet import Fleet, Trip
 from efftrain.federated.flower import Message
 from efftrain.federated.grid import FIRST_NODE_ID
-from efftrain.federated.uplink import Arrival, UplinkGrid
+from efftrain.federated.uplink import NOT_SENT, Arrival, UplinkGrid
 
 _MOST_FAILURES = 1000
 """So many drop-outs are looked at together: where everybody drops out, somebody has to notice."""
+_VIRTUAL_WAIT_S, _WALL_WAIT_S = 300.0, 0.5
+"""A server that can ask nobody looks again after so long."""
 TOO_LATE = "no reply by the deadline"
 
 
@@ -54,6 +56,10 @@ class Mailbox(Protocol):
     @property
     def num_waiting(self) -> int:
         """Messages on their way."""
+        ...
+
+    def wait(self, until_s: float) -> bool:
+        """Let a moment pass in which nothing is sent; False once it is ``until_s``."""
         ...
 
     def post(self, messages: Iterable[Message], version: int, starts_s: Sequence[float] = ()) -> None:
@@ -119,9 +125,12 @@ class VirtualMailbox:
         """See ``Mailbox``."""
         return len(self._queue)
 
-    def wait(self, seconds: float) -> None:
-        """Let time pass in which nothing is sent."""
-        self._now_s += seconds
+    def wait(self, until_s: float) -> bool:
+        """See ``Mailbox``."""
+        if self._now_s >= until_s:
+            return False
+        self._now_s += _VIRTUAL_WAIT_S
+        return True
 
     def post(self, messages: Iterable[Message], version: int, starts_s: Sequence[float] = ()) -> None:
         """See ``Mailbox``. The replies are planned at once."""
@@ -224,6 +233,7 @@ class WallMailbox:
         self._wire, self._limit_s = wire, limit_s
         self._begun_s = time.monotonic()
         self._waiting: dict[str, tuple[float, int]] = {}
+        self._unsent: list[Delivery] = []
 
     @property
     def now_s(self) -> float:
@@ -233,29 +243,48 @@ class WallMailbox:
     @property
     def num_waiting(self) -> int:
         """See ``Mailbox``."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._unsent)
+
+    def wait(self, until_s: float) -> bool:
+        """See ``Mailbox``."""
+        left_s = until_s - self.now_s
+        if left_s > 0:
+            time.sleep(min(_WALL_WAIT_S, left_s))
+        return left_s > 0
 
     def post(self, messages: Iterable[Message], version: int, starts_s: Sequence[float] = ()) -> None:
-        """See ``Mailbox``."""
-        for message_id in self._wire.push_messages(messages):
-            self._waiting[message_id] = (self.now_s, version)
+        """See ``Mailbox``. A message that cannot be sent is delivered as a drop-out."""
+        messages, now_s = list(messages), self.now_s
+        for message, message_id in zip(messages, self._wire.post(messages), strict=True):
+            if message_id:
+                self._waiting[message_id] = (now_s, version)
+                continue
+            arrival = Arrival("", message.metadata.dst_node_id, problem=NOT_SENT)
+            unsent = Delivery(arrival=arrival, partition=None, started_s=now_s, ended_s=now_s, version=version)
+            self._unsent.append(unsent)
 
     def collect(self, most: int, until_s: float, on_free: Callable[[float], None] | None = None) -> Iterator[Delivery]:
         """See ``Mailbox``. All that has arrived is given, for nothing is gained by leaving it; ``most`` is ignored."""
         pause_s = 0.05
-        while self._waiting:
+        if self._unsent:
+            time.sleep(_WALL_WAIT_S)  # or whoever asks the same node again at once would do nothing else
+        while self.num_waiting:
+            unsent, self._unsent = self._unsent, []
+            yield from unsent
             arrivals = list(self._wire.pull_updates(list(self._waiting)))
             late = [one for one, (started_s, _) in self._waiting.items() if self.now_s - started_s > self._limit_s]
             arrivals += self._wire.give_up(late, TOO_LATE)
             for arrival in arrivals:
                 yield self._delivery(arrival)
-            if arrivals or self.now_s >= until_s:
+            if unsent or arrivals or self.now_s >= until_s:
                 return
             time.sleep(max(0.0, min(pause_s, until_s - self.now_s)))
             pause_s = min(1.0, 1.5 * pause_s)
 
     def give_up(self, reason: str) -> Iterator[Delivery]:
         """See ``Mailbox``."""
+        unsent, self._unsent = self._unsent, []
+        yield from unsent
         for arrival in self._wire.give_up(list(self._waiting), reason):
             yield self._delivery(arrival)
 

@@ -62,7 +62,8 @@ class Selector:
     def cohort(self, number: int, nodes: Sequence[int], size: int, now_s: float) -> list[int]:
         """Nodes of a round, ascending; fewer than ``size`` if not so many can be asked now."""
         order = np.random.default_rng([self._recipe.seed, number]).permutation(len(nodes))
-        if self._fleet is None or (not self._fleet.has_devices and not self._recipe.server.pace_s):
+        has_devices = self._fleet is not None and self._fleet.has_devices
+        if not has_devices and not self._recipe.server.pace_s:  # nobody need be looked at
             return [nodes[i] for i in sorted(order[:size])]
         chosen: list[int] = []
         for place in order:
@@ -78,7 +79,7 @@ class Selector:
             self._num_drawn += 1
             rng = np.random.default_rng([self._recipe.seed, 0, self._num_drawn])
             node_id = nodes[int(rng.integers(len(nodes)))]
-            if node_id not in busy and (self._fleet is None or self._can_be_asked(node_id, now_s)):
+            if node_id not in busy and self._can_be_asked(node_id, now_s):
                 return node_id
         return None
 
@@ -102,8 +103,9 @@ class Selector:
         self._free_again_s = {int(node_id): float(time_s) for node_id, time_s in state["free_again_s"]}
 
     def _can_be_asked(self, node_id: int, now_s: float) -> bool:
-        assert self._fleet is not None, "only simulated clients have a device"
         if self._free_again_s.get(node_id, 0.0) > now_s:
             return False
+        if self._fleet is None:
+            return True
         partition = node_id - FIRST_NODE_ID
         return self._fleet.is_online(partition, now_s) and not self._fleet.refusal(partition)

@@ -87,6 +87,7 @@ __all__ = [
     "uplink_mod",
 ]
 
+NOT_SENT = "its message could not be sent"
 _MOST_REASON = 500
 """Characters of what a client says went wrong: they end up in logs and journals."""
 
@@ -271,7 +272,7 @@ class UplinkGrid(Grid):
         return [message_id for message_id in self.post(messages) if message_id]
 
     def post(self, messages: Iterable[Message]) -> list[str]:
-        """As ``push_messages``, with an empty id for each message that could not be sent."""
+        """As ``push_messages``, with an empty id for each message that could not be sent; its node has dropped out."""
         messages = list(messages)
         known: dict[tuple[int, str], _Posted] = {}
         sent = []
@@ -287,7 +288,12 @@ class UplinkGrid(Grid):
             self._traffic.downlink_bytes += posted.num_bytes
             sent.append(_Sent(message, posted, self._num_tickets))
         ids = [message_id or "" for message_id in self._inner.push_messages(messages)]
-        self._on_the_way |= {message_id: one for message_id, one in zip(ids, sent, strict=False) if message_id}
+        ids += [""] * (len(messages) - len(ids))
+        for message_id, one in zip(ids, sent, strict=True):
+            if message_id:
+                self._on_the_way[message_id] = one
+            else:
+                self._traffic.dropped.append(Refusal(one.message.metadata.dst_node_id, NOT_SENT))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

@@ -413,6 +413,21 @@ def test_a_hung_node_never_holds_a_round_beyond_its_deadline(evaluate: str) -> N
     assert "no reply by the deadline" in " ".join(result.rounds[0].reasons)
 
 
+@pytest.mark.parametrize("buffer", [0, 4])
+def test_pace_steering_on_a_network_too(buffer: int) -> None:
+    """Eight clients, four in a round, each of them once: after two rounds nobody is left, and the run says so."""
+    recipe = with_server(EIGHT, cohort=4, rounds=5, min_replies=4, pace_s=1e9, timeout_s=1.0)
+    recipe = replace(recipe, fedbuff=FedBuffConfig(buffer=buffer))
+    seen: list[RoundResult] = []
+    with quiet(), pytest.raises(RoundError, match=r"for 1\.0 s .* connected and not resting \(server\.pace_s\)"):
+        drive_rounds(Unreliable(), recipe, on_round=seen.append)
+    assert sorted(row.node_id for one in seen for row in one.clients) == list(range(1000, 1008))
+    rested = with_server(recipe, rounds=4, pace_s=0.2)
+    with quiet():
+        result = drive_rounds(Unreliable(), rested)
+    assert [one.clients_trained for one in result.rounds] == [4, 4, 4, 4]
+
+
 def test_a_node_that_hangs_in_measuring_alone_is_waited_for_once() -> None:
     """Half of the clients train in a round; the one that hangs is asked to measure at the start, and then no more."""
     recipe = with_server(EIGHT, rounds=4, cohort=1, timeout_s=4.0, evaluate="clients")
@@ -445,6 +460,38 @@ def test_a_quorum_of_nodes_is_enough_to_start() -> None:
 def test_a_network_is_given_no_simulation() -> None:
     with pytest.raises(ConfigError, match=r"\[fleet\] and \[attack\] are for simulation"):
         drive_rounds(Unreliable(), replace(EIGHT, fleet=MIXED))
+
+
+class Unreachable(Unreliable):
+    """A network that cannot send to some nodes, or to nobody: Flower's grids say so by an empty id."""
+
+    def __init__(self, *nodes: int) -> None:
+        super().__init__()
+        self._unreachable = nodes
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        sent = [message for message in messages if message.metadata.dst_node_id not in self._unreachable]
+        ids = dict(zip((message.metadata.dst_node_id for message in sent), super().push_messages(sent), strict=True))
+        return [ids.get(message.metadata.dst_node_id, "") for message in messages]
+
+
+@pytest.mark.parametrize("buffer", [0, 7])
+def test_a_message_that_cannot_be_sent_is_a_drop_out(buffer: int) -> None:
+    recipe = replace(EIGHT, fedbuff=FedBuffConfig(buffer=buffer))
+    seen: list[RoundResult] = []
+    with quiet():
+        drive_rounds(Unreachable(1003), recipe, on_round=seen.append)
+    assert [one.clients_trained for one in seen] == [7, 7, 7]
+    assert all(one.clients_dropped >= 1 for one in seen)
+    assert all("node 1003 dropped: its message could not be sent" in one.reasons for one in seen)
+    assert {row.outcome for one in seen for row in one.clients if row.node_id == 1003} == {"dropped"}
+
+
+@pytest.mark.parametrize("buffer", [0, 2])
+def test_a_network_that_sends_nothing_ends_the_run(buffer: int) -> None:
+    recipe = with_server(replace(EIGHT, fedbuff=FedBuffConfig(buffer=buffer)), max_abandoned=1, rounds=9)
+    with quiet(), pytest.raises(RoundError, match=r"node \d+ dropped: its message could not be sent"):
+        drive_rounds(Unreachable(*range(1000, 1008)), recipe)
 
 
 def test_buffered_updates_over_a_network_give_up_who_hangs_and_go_on() -> None:
