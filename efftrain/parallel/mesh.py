@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from efftrain.errors import ConfigError, PeerError
 from efftrain.parallel.backends import Transport
-from efftrain.parallel.backends.torch import TorchTransport
+from efftrain.parallel.backends.torch import TorchTransport, peer_error
 from efftrain.parallel.joining import launch_id as launch_id_in
 from efftrain.parallel.joining import meet, refuse_other_devices
 
@@ -84,9 +84,10 @@ def _torch_group(timeout_s: float) -> Iterator[torch.device]:
     try:
         yield device
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        lost = peer_error(error)
+        if lost is None:
             raise
-        raise _peer_error(str(error)) from error
+        raise lost from error
     finally:
         _device = _launch = None
         # Whatever holds the group (DDP does, in circles of its own) must be gone before: the group ends its threads

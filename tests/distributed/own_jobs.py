@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from efftrain.errors import ConfigError
 from efftrain.parallel import Plan, mesh
+from efftrain.parallel.axes import Axes
 from efftrain.training import Job, OptimizerConfig
 from tests.distributed import grid_jobs
 from tests.distributed.jobs import in_group
@@ -154,3 +155,11 @@ def export(settings: dict[str, Any], path: str) -> list[str]:
         job.step(*job.share(*batch(step)))
     job.export(Path(path))
     return sorted(file.name for file in Path(path).parent.iterdir())
+
+
+@in_group
+def leave_the_data_axis() -> None:
+    """Rank 3 is gone while rank 2 waits for it."""
+    axes = Axes.make(torch.device("cpu"), pipeline=2, data=2, tensor=1, shard=1)
+    if mesh.rank() == 2:
+        axes.transport("data").all_reduce(torch.zeros(3)).wait()

@@ -124,3 +124,10 @@ def test_any_plan_exports_the_whole_model(
     assert not any(load_safetensors(found, path)), "nothing is missing, nothing is left"
     for name, value in found.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_lost_rank_is_told_with_the_axis(start_ranks: StartRanks) -> None:
+    with pytest.raises(AssertionError) as error:
+        start_ranks(own_jobs.leave_the_data_axis, 4).results(timeout_s=40)
+    said = "PeerError: lost another rank of the data axis (ranks 2, 3), or waited too long for it, on rank 2; see its"
+    assert said in str(error.value)

@@ -17,7 +17,7 @@ class Pending(Protocol):
         """Block until it is done and return its result. Call it once.
 
         Raises:
-            RuntimeError: Another rank died, or the time limit passed.
+            PeerError: Another rank died, or the time limit passed; Horovod has a ``RuntimeError`` for it.
         """
 
 
