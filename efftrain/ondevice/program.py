@@ -16,6 +16,7 @@ from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.calibrate import Method, as_maps, calibrate
+from efftrain.ondevice.choose import largest_first
 from efftrain.ondevice.constants import LOSSES, ConvConstants, Layers, Loss, Number, Optimizer, layer_of
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.code_size import code_bytes
@@ -24,6 +25,7 @@ from efftrain.ondevice.emit.project import write_project
 from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.ir import (
     ChannelTiles,
+    Conv,
     ConvForward,
     ConvInputGrad,
     FloatGraph,
@@ -36,9 +38,9 @@ from efftrain.ondevice.memory import Arena, MemoryPlan, TiledBlock
 from efftrain.ondevice.moves import plan_with_moves
 from efftrain.ondevice.passes import OVERLAP, run_passes
 from efftrain.ondevice.quantize import quantize
-from efftrain.ondevice.scheme import Layer, Scheme, Trained, resolve
+from efftrain.ondevice.scheme import Layer, Scheme, Trained, choosing, resolve
 from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
-from efftrain.ondevice.target import Board, CpuName
+from efftrain.ondevice.target import Board, CpuName, family_of
 
 STATIC_BYTES = 8
 """Seed and learning-rate shift in the context."""
@@ -259,6 +261,9 @@ def compile(
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example, autoencoder=loss == "squared_error")
+    float_layers = [Layer(op.name, 1, op.bias is not None) for op in model_graph.ops if isinstance(op, Conv)]
+    if chosen := choosing(scheme, float_layers):
+        model_graph = largest_first(model_graph, chosen)
     ranges = calibrate(model_graph, calibration, calibration_method)
     quantized = quantize(model_graph, ranges, learning_rate, loss, qas=qas)
     convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
@@ -270,7 +275,7 @@ def compile(
     graph, arena = _place(step, quantized.layers, switch_off, arena_bytes)
     unpacked, number = layout.unpack(initial), quantized.numbers[graph.input]
     code = emit_c(name, graph, quantized.layers, layout, arena, unpacked, number, loss, optimizer)
-    flash_bytes = code_bytes(graph, code.source) + code.constant_bytes
+    flash_bytes = code_bytes(graph, code.source, family_of(target.cpu)) + code.constant_bytes
     plan = _plan(graph, quantized.layers, trained, layout, arena, target, flash_bytes)
     if must_fit:
         _check_budget(plan, code.constant_bytes)

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from efftrain.config.load import load_recipe
 from efftrain.errors import ConfigError
@@ -19,7 +20,7 @@ _MOST_NAMES = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShare:
-    """Train the weights of one layer for the first ``share`` of its input channels.
+    """Train the weights of one layer for a ``share`` of its input channels.
 
     A depthwise convolution has one channel in for each channel out: its share counts them. Of a convolution in groups
     it is that of the channels of each group; a group of one channel has none.
@@ -33,9 +34,15 @@ class LayerShare:
     share: float = 1.0
     """In (0, 1]. Rounded to whole channels; at least one is trained."""
 
+    choose: Literal["first", "largest"] = "first"
+    """Which of the channels: the first ones, or those whose weights have the largest norm. For ``largest`` the compiler
+    orders the channels, those that layers behind an addition read for all of them together."""
+
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be in (0, 1]")
+        if self.choose not in ("first", "largest"):
+            raise ValueError(f"choose is {self.choose!r}; it must be first or largest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +165,7 @@ class Trained:
     """What is trained of one layer."""
 
     channels: int = 0
-    """Input channels [0, channels)."""
+    """Input channels [0, channels), in the order of the compiled graph. See ``choose.largest_first``."""
 
     bias: bool = False
 
@@ -200,6 +207,16 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     return {
         layer.name: Trained(channels.get(layer.name, 0), layer.has_bias and layer.name in biases) for layer in layers
     }
+
+
+def choosing(scheme: Scheme, layers: Sequence[Layer]) -> set[str]:
+    """Layers that train a share of their channels and not simply the first.
+
+    Raises:
+        ConfigError: The scheme names a layer that the model does not have.
+    """
+    entries = [entry for entry in scheme.weights if entry.choose == "largest" and entry.share < 1]
+    return {layer.name for entry in entries for layer in _matches(entry.layer, layers, scheme)}
 
 
 def _matches(pattern: str, layers: Sequence[Layer], scheme: Scheme) -> Sequence[Layer]:

@@ -1,0 +1,116 @@
+"""A share of the largest channels: the same function in another order, and the same bits on every back end."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from efftrain.errors import ConfigError
+from efftrain.ondevice import LayerShare, Program, Scheme, compile
+from efftrain.ondevice.choose import largest_first
+from efftrain.ondevice.frontend import read_module
+from efftrain.ondevice.ir import Conv
+from efftrain.ondevice.reference import run_float
+from tests.ondevice_models import CLASSIFIERS, Groups, InvertedResiduals, Pools, Residuals, SqueezeExcite, build
+
+RNG = np.random.default_rng(0)
+
+
+def compiled(model: nn.Module, shape: tuple[int, ...], *weights: LayerShare, **settings: Any) -> Program:
+    data = np.random.default_rng(1).normal(size=(8, *shape)).astype(np.float32)
+    options = {"board": "nucleo-h743", "calibration": data, "learning_rate": 0.02, **settings}
+    return compile(model, torch.zeros(1, *shape), scheme=Scheme(name="s", head=True, weights=weights), **options)
+
+
+def norms(weight: np.ndarray) -> np.ndarray:
+    """Of the weights by input channel, or of a depthwise layer by channel; for ``(O, H, W, I)``."""
+    squares = weight.astype(np.float64) ** 2
+    return np.asarray(np.sqrt(squares.sum((1, 2, 3) if weight.shape[3] == 1 else (0, 1, 2))))
+
+
+@pytest.mark.parametrize("model", CLASSIFIERS)
+def test_any_layer_may_choose_and_the_function_stays(model: type[nn.Module]) -> None:
+    """Each layer alone: what reads the input, a concatenation or groups is refused, the others are in order."""
+    shape = model.shape  # type: ignore[attr-defined]
+    graph = read_module(build(model), torch.zeros(1, *shape))
+    batch = RNG.normal(size=(4, *shape)).astype(np.float32)
+    expected = run_float(graph, batch)[graph.output].numpy()
+    chosen = 0
+    for op in [op for op in graph.ops if isinstance(op, Conv)]:
+        try:
+            ordered = largest_first(graph, [op.name])
+        except ConfigError:
+            continue
+        chosen += 1
+        found = run_float(ordered, batch)[ordered.output].numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        sizes = norms(next(ordered.constants[each.weight] for each in ordered.ops if each.name == op.name))  # type: ignore[attr-defined]
+        assert (np.diff(sizes) <= 1e-6).all(), op.name
+    assert chosen or model is Groups, "in each of the others some layer can choose"
+
+
+def test_what_learns_are_the_largest_of_the_module() -> None:
+    torch.manual_seed(0)
+    second = nn.Conv2d(16, 4, 3, padding=1)
+    layers = (nn.Conv2d(3, 16, 1), nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model = nn.Sequential(*layers)
+    largest = np.sort(norms(second.weight.detach().permute(0, 2, 3, 1).numpy()))[::-1]
+    share = LayerShare(layer="-1", share=0.25, choose="largest")
+    program = compiled(model, (3, 6, 6), share)
+    assert program.trained["2"].channels == 4
+    assert compiled(model, (3, 6, 6), LayerShare(layer="-1", share=0.25)).plan.total_ram_bytes == (
+        program.plan.total_ram_bytes
+    ), "which channels costs nothing"
+    weight = program.float_graph.constants["2.weight.chosen"]
+    np.testing.assert_allclose(norms(weight)[:4], largest[:4], rtol=1e-6)
+    engine = program.simulator()
+    before = engine.state()
+    engine.train_step(program.quantize_input(RNG.normal(size=(1, 3, 6, 6)))[0], 1)
+    assert engine.state() != before
+
+
+def test_layers_behind_an_addition_choose_together() -> None:
+    graph = read_module(build(Residuals), torch.zeros(1, *Residuals.shape))
+    readers: dict[str, list[str]] = {}
+    for op in graph.ops:
+        if isinstance(op, Conv) and op.groups == 1:
+            readers.setdefault(op.x, []).append(op.name)
+    shared = next(names for names in readers.values() if len(names) > 1)
+    ordered = {op.name: op for op in largest_first(graph, shared).ops if isinstance(op, Conv)}
+    constants = largest_first(graph, shared).constants
+    together = sum(norms(constants[ordered[name].weight]) ** 2 for name in shared)
+    assert (np.diff(together) <= 1e-5).all()
+
+
+@pytest.mark.firmware
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+@pytest.mark.parametrize("model", [InvertedResiduals, SqueezeExcite])
+def test_three_back_ends_are_one(model: type[nn.Module], rounding: str) -> None:
+    shape = model.shape  # type: ignore[attr-defined]
+    share = LayerShare(layer="-1", share=0.4, choose="largest")
+    program = compiled(build(model), shape, share, rounding=rounding)
+    assert any(name.endswith(".chosen") for name in program.float_graph.constants)
+    xs = program.quantize_input(RNG.normal(size=(12, *shape)))
+    labels = RNG.integers(0, program.num_classes, 12)
+    engines = [program.simulator(), program.host(), program.board("m4")]
+    for engine in engines:
+        engine.train(xs, labels)
+    assert len({engine.state() for engine in engines}) == 1
+    assert engines[0].state() != program.initial_state
+
+
+def test_what_cannot_be_ordered_is_refused(tmp_path: Path) -> None:
+    model, shape = build(Pools), Pools.shape
+    for layer in ("stem", "join"):
+        with pytest.raises(ConfigError, match=f"layer '{layer}' cannot choose the largest of its channels"):
+            compiled(model, shape, LayerShare(layer=layer, share=0.5, choose="largest"))
+    whole = LayerShare(layer="join", choose="largest")
+    assert "join.weight" in compiled(model, shape, whole).float_graph.constants, "all of them need no order"
+    (tmp_path / "s.toml").write_text('name = "s"\n[[weights]]\nlayer = "-1"\nshare = 0.5\nchoose = "largest"\n')
+    assert Scheme.load(tmp_path / "s.toml").weights == (LayerShare(layer="-1", share=0.5, choose="largest"),)
+    (tmp_path / "s.toml").write_text('name = "s"\n[[weights]]\nlayer = "-1"\nchoose = "best"\n')
+    with pytest.raises(ConfigError, match="best"):
+        Scheme.load(tmp_path / "s.toml")
