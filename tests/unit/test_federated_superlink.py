@@ -4,6 +4,7 @@ as in one process."""
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,6 +89,39 @@ def wait_for_result(folder: Path, output: Path, limit_s: float = 150) -> dict[st
     assert output.exists(), logs
     result: dict[str, Any] = json.loads(output.read_text())
     return result
+
+
+@pytest.mark.parametrize("page", ["docs/federated.md", "federated/README.md"])
+def test_flower_takes_the_connections_that_the_guides_print(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    (tmp_path / "config.toml").write_text("\n".join(blocks))
+    names = re.findall(r"^\[superlink\.(\w+)\]", "\n".join(blocks), re.MULTILINE)
+    code = (
+        "import sys; from flwr.cli.flower_config import read_superlink_connection\n"
+        "for name in sys.argv[1:]: print(read_superlink_connection(name).address)"
+    )
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    addresses = done.stdout.split()
+    assert len(addresses) == len(names) > 0
+    # ":local:" would take any server that answers on its port, whoever started it.
+    assert all(re.fullmatch(r"[\w.-]+:\d+|HOST:8000", address) for address in addresses)
+
+
+def test_our_server_is_not_taken_for_one_that_was_left_on_its_port(tmp_path: Path) -> None:
+    flower, keys = ROOT / "launch" / "flower", tmp_path / "keys"
+    subprocess.run(["bash", flower / "keys.sh", keys, "1", "127.0.0.1"], check=True, capture_output=True, timeout=200)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        command = ["bash", str(flower / "superlink.sh"), str(keys), "127.0.0.1", str(other.getsockname()[1])]
+        environment = home_of(tmp_path, 'address = "127.0.0.1:1"\ninsecure = true')
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert "address already in use" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
