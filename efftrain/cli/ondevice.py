@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Train on a microcontroller: memory plan, C99, emulated runs.")
 
-TARGETS = ("simulator", "host", "unicorn-m7", "unicorn-m4", "qemu-m7", "qemu-m4")
+TARGETS = ("simulator", "host", "unicorn-m7", "unicorn-m4", "unicorn-rv32", "qemu-m7", "qemu-m4")
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A shipped model's name, or path/to/file.py:Class of your own.")
@@ -287,11 +287,13 @@ def _stack_bound(program: Program) -> int | None:
         BudgetError: It is more than the board reserves.
     """
     from efftrain.ondevice.backends.toolchain import board_toolchain
+    from efftrain.ondevice.target import family_of
 
     try:
         board_toolchain(program.target.cpu, "gcc")
     except ToolError:
-        say("stack: what is reserved was not compared with what calls can take; that needs arm-none-eabi-gcc")
+        gcc = family_of(program.target.cpu).gcc
+        say(f"stack: what is reserved was not compared with what calls can take; that needs {gcc}")
         return None
     return program.firmware(toolchain="gcc").stack_bound_bytes
 
@@ -357,7 +359,7 @@ def _run(program: Program, samples: Samples, target: str, steps: int, seed: int)
 
 def _board_engine(program: Program, target: str) -> BoardEngine | QemuEngine:
     emulator, _, name = target.partition("-")
-    cpu = cast('Literal["m4", "m7"]', name)
+    cpu = cast("CpuName", name)
     if emulator == "unicorn":
         return program.board(cpu)
     from efftrain.ondevice.backends.qemu import QemuEngine

@@ -1,6 +1,6 @@
 """The boards that programs are planned for. A board is data: one TOML file each in ``boards/``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,16 +8,61 @@ from typing import Literal
 from efftrain.config.load import load_recipe
 from efftrain.errors import ConfigError
 
-Cpu = Literal["cortex-m0plus", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"]
-CpuName = Literal["m0plus", "m4", "m7", "m33", "m55"]
+Cpu = Literal["cortex-m0plus", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55", "rv32imac"]
+CpuName = Literal["m0plus", "m4", "m7", "m33", "m55", "rv32"]
 CPUS: Mapping[CpuName, Cpu] = {
     "m0plus": "cortex-m0plus",
     "m4": "cortex-m4",
     "m7": "cortex-m7",
     "m33": "cortex-m33",
     "m55": "cortex-m55",
+    "rv32": "rv32imac",
 }
 """Processors by their short names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Processors that one cross compiler builds for."""
+
+    name: str
+    gcc: str
+    """Name of the GNU compiler, and of the Debian package that has it."""
+    package: str
+    gcc_flags: Callable[[Cpu], tuple[str, ...]]
+    zig_flags: Callable[[Cpu], tuple[str, ...]]
+    stack_alignment: int
+    """Bytes of which the stack pointer is a multiple at a call (AAPCS; psABI of RISC-V)."""
+    code_percent: int
+    """Most that code takes, of what it takes on Cortex-M (``emit.code_size``)."""
+
+
+# All code is built for the soft-float interface, so that no floating point can be used unseen.
+_ARM = Family(
+    name="Cortex-M",
+    gcc="arm-none-eabi-gcc",
+    package="gcc-arm-none-eabi",
+    gcc_flags=lambda cpu: (f"-mcpu={cpu}", "-mthumb", "-mfloat-abi=soft"),
+    zig_flags=lambda cpu: ("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}"),
+    stack_alignment=8,
+    code_percent=100,
+)
+# Small data would be addressed from a register that nobody sets, in sections of its own.
+_RISCV = Family(
+    name="RISC-V",
+    gcc="riscv64-unknown-elf-gcc",
+    package="gcc-riscv64-unknown-elf",
+    gcc_flags=lambda cpu: (f"-march={cpu}", "-mabi=ilp32", "-msmall-data-limit=0"),
+    zig_flags=lambda _: ("-target", "riscv32-freestanding-none", "-mcpu=generic_rv32+m+a+c", "-mabi=ilp32"),
+    stack_alignment=16,
+    code_percent=115,
+)
+
+
+def family_of(cpu: Cpu) -> Family:
+    """Arm's or RISC-V's."""
+    return _RISCV if cpu.startswith("rv32") else _ARM
+
 
 _FOLDER = Path(__file__).parent / "boards"
 
@@ -48,8 +93,9 @@ class Board:
     def __post_init__(self) -> None:
         if self.ram_bytes <= 0 or self.flash_bytes <= 0 or self.clock_hz <= 0:
             raise ValueError("ram_bytes, flash_bytes and clock_hz must be positive")
-        if self.stack_bytes <= 0 or self.stack_bytes % 8:
-            raise ValueError(f"stack_bytes is {self.stack_bytes}; it must be a positive multiple of 8")
+        alignment = family_of(self.cpu).stack_alignment
+        if self.stack_bytes <= 0 or self.stack_bytes % alignment:
+            raise ValueError(f"stack_bytes is {self.stack_bytes}; it must be a positive multiple of {alignment}")
         if any(origin % 4096 for origin in (self.ram_origin, self.flash_origin, self.data_origin)):
             raise ValueError("origins must be multiples of 4096")
 

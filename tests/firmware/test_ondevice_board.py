@@ -14,7 +14,7 @@ from efftrain.errors import BudgetError, DeviceFault, ToolError
 from efftrain.models.watch_cnn import WatchCNN
 from efftrain.ondevice import Board, LayerShare, Program, Scheme, compile
 from efftrain.ondevice.backends import toolchain
-from efftrain.ondevice.backends.board import BoardEngine, _num_instructions
+from efftrain.ondevice.backends.board import BoardEngine, _core, _num_instructions
 from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.scheme import PRESETS
 from efftrain.ondevice.target import CpuName
@@ -248,7 +248,8 @@ def test_instructions_are_counted_and_do_not_change_the_result() -> None:
     plain.train_step(samples[0], 3)
     assert engine.state() == plain.state()
     assert program.plan.macs_forward < forward < step < 30 * (program.plan.macs_forward + program.plan.macs_backward)
-    assert _num_instructions(bytes.fromhex("00bf aff30080 00bf")) == 3
+    assert _num_instructions(bytes.fromhex("00bf aff30080 00bf"), _core("m7").is_wide) == 3
+    assert _num_instructions(bytes.fromhex("0100 13000000 8280"), _core("rv32").is_wide) == 3  # c.nop, nop, ret
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------

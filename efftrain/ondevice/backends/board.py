@@ -1,7 +1,7 @@
-"""The generated C as Cortex-M firmware on an emulated board that has the board's memory and no byte more."""
+"""The generated C as firmware on an emulated board that has the board's memory and no byte more."""
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from efftrain.ondevice.backends.toolchain import Kind, board_toolchain, build
 from efftrain.ondevice.emit.c_source import CSource
 from efftrain.ondevice.emit.project import firmware_sources, linker_script
 from efftrain.ondevice.memory import MemoryPlan
-from efftrain.ondevice.target import CPUS, Board, CpuName
+from efftrain.ondevice.target import CPUS, Board, CpuName, family_of
 
 _PAGE = 4096
 _UNTOUCHED = 0xDEADBEEF
@@ -65,7 +65,8 @@ def build_firmware(
     """
     if cpu is not None and cpu not in CPUS:
         raise ValueError(f"cpu {cpu!r} is not known; known are {', '.join(CPUS)}")
-    toolchain = board_toolchain(CPUS[cpu] if cpu else board.cpu, kind)
+    processor = CPUS[cpu] if cpu else board.cpu
+    toolchain = board_toolchain(processor, kind)
     path = build(toolchain, firmware_sources(name, code), "firmware.elf", script=linker_script(board, plan))
     firmware = _read_elf(path, toolchain.name, board)
     planned = plan.total_ram_bytes - plan.stack_bytes
@@ -73,8 +74,10 @@ def build_firmware(
         raise BudgetError(
             f"the firmware links {firmware.ram_bytes} B of RAM besides its stack; the plan says {planned} B"
         )
-    if firmware.flash_bytes > plan.flash_bytes:
-        raise BudgetError(f"the firmware takes {firmware.flash_bytes} B of flash; the plan allows {plan.flash_bytes} B")
+    # Code of another family than the one that was planned for is of another size.
+    allowed = plan.flash_bytes if family_of(processor) is family_of(board.cpu) else board.flash_bytes
+    if firmware.flash_bytes > allowed:
+        raise BudgetError(f"the firmware takes {firmware.flash_bytes} B of flash; the plan allows {allowed} B")
     if firmware.stack_bound_bytes is not None and firmware.stack_bound_bytes > plan.stack_bytes:
         raise BudgetError(
             f"calls can take {firmware.stack_bound_bytes} B of stack; {plan.stack_bytes} B are reserved. "
@@ -113,7 +116,8 @@ class BoardEngine(Engine):
         self.instructions = 0
         """Executed by the last ``count_instructions``."""
         self._fault = ""
-        self._uc = self._machine(cpu or board.cpu_name)
+        self._core = _core(cpu or board.cpu_name)
+        self._uc = self._machine()
         self._invoke("board_init", seed & 0xFFFFFFFF)
 
     # --- measurements -------------------------------------------------------------------------------------------------
@@ -133,14 +137,14 @@ class BoardEngine(Engine):
 
     def count_instructions(self, x: Samples, label: int | None = None) -> int:
         """Instructions of one training step, or of a prediction without a label. The step is really made."""
-        unicorn, _ = _unicorn()
+        unicorn = _unicorn()
         lengths: dict[tuple[int, int], int] = {}
         total = 0
 
         def on_block(uc: Any, address: int, size: int, _: object) -> None:
             nonlocal total
             if (address, size) not in lengths:
-                lengths[address, size] = _num_instructions(bytes(uc.mem_read(address, size)))
+                lengths[address, size] = _num_instructions(bytes(uc.mem_read(address, size)), self._core.is_wide)
             total += lengths[address, size]
 
         # What was translated before the hook was there would run without it.
@@ -196,18 +200,11 @@ class BoardEngine(Engine):
 
     # --- machine ------------------------------------------------------------------------------------------------------
 
-    def _machine(self, cpu: CpuName) -> Any:
-        unicorn, arm = _unicorn()
-        uc = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
-        models = {
-            "m0plus": arm.UC_CPU_ARM_CORTEX_M0,
-            "m4": arm.UC_CPU_ARM_CORTEX_M4,
-            "m7": arm.UC_CPU_ARM_CORTEX_M7,
-            "m33": arm.UC_CPU_ARM_CORTEX_M33,
-        }
-        if cpu not in models:
-            raise ToolError(f"unicorn does not emulate {CPUS[cpu]}; it does {', '.join(models)}")
-        uc.ctl_set_cpu_model(models[cpu])
+    def _machine(self) -> Any:
+        unicorn, core = _unicorn(), self._core
+        uc = unicorn.Uc(core.architecture, core.mode)
+        if core.model is not None:
+            uc.ctl_set_cpu_model(core.model)
         board, symbols = self._board, self.firmware.symbols
         uc.mem_map(board.flash_origin, _pages(board.flash_bytes), unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC)
         uc.mem_map(board.ram_origin, _pages(board.ram_bytes), unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
@@ -241,32 +238,30 @@ class BoardEngine(Engine):
 
     def _invoke(self, entry: str, *arguments: int) -> int:
         """Call a function of the driver and wait for it to return."""
-        unicorn, arm = _unicorn()
+        unicorn, core = _unicorn(), self._core
         uc, symbols = self._uc, self.firmware.symbols
         back = self._board.flash_origin + self._board.flash_bytes - 16
-        uc.reg_write(arm.UC_ARM_REG_SP, symbols["_stack_top"])
-        uc.reg_write(arm.UC_ARM_REG_LR, back | 1)
-        registers = (arm.UC_ARM_REG_R0, arm.UC_ARM_REG_R1, arm.UC_ARM_REG_R2, arm.UC_ARM_REG_R3)
-        for register, value in zip(registers, arguments, strict=False):
+        uc.reg_write(core.stack, symbols["_stack_top"])
+        uc.reg_write(core.link, back | core.code_bit)
+        for register, value in zip(core.arguments, arguments, strict=False):
             uc.reg_write(register, value)
         self._fault = ""
         try:
-            uc.emu_start(symbols[entry] | 1, back, timeout=int(self._timeout_s * 1e6))
+            uc.emu_start(symbols[entry] | core.code_bit, back, timeout=int(self._timeout_s * 1e6))
         except unicorn.UcError as error:
             raise self._device_fault(entry, str(error)) from error
         if self._fault:
             raise self._device_fault(entry, "access outside RAM")
-        if uc.reg_read(arm.UC_ARM_REG_PC) & ~1 != back:
+        if uc.reg_read(core.counter) & ~1 != back:
             raise DeviceFault(f"{entry} did not finish within {self._timeout_s:.0f} s on {self._board.name}")
-        result = struct.unpack("<i", struct.pack("<I", uc.reg_read(arm.UC_ARM_REG_R0) & 0xFFFFFFFF))[0]
+        result = struct.unpack("<i", struct.pack("<I", uc.reg_read(core.arguments[0]) & 0xFFFFFFFF))[0]
         if result < 0 and entry != "board_init":
             raise ValueError(f"{self._board.name}: {_ERRORS.get(result, f'error {result}')}")
         return int(result)
 
     def _device_fault(self, entry: str, reason: str) -> DeviceFault:
-        _, arm = _unicorn()
         board = self._board
-        pc = self._uc.reg_read(arm.UC_ARM_REG_PC)
+        pc = self._uc.reg_read(self._core.counter)
         where = f" ({self._fault})" if self._fault else ""
         return DeviceFault(
             f"{entry} on {board.name} stopped at pc {pc:#010x}: {reason}{where}. RAM is [{board.ram_origin:#010x}, "
@@ -301,20 +296,76 @@ def _read_elf(path: Path, toolchain: str, board: Board) -> Firmware:
     return Firmware(path, toolchain, ram, flash, bound, symbols, segments)
 
 
-def _unicorn() -> tuple[Any, Any]:
+@dataclass(frozen=True, slots=True)
+class _Core:
+    """A processor as unicorn has it: which machine, and the registers of a call."""
+
+    architecture: int
+    mode: int
+    model: int | None
+    counter: int
+    stack: int
+    link: int
+    arguments: tuple[int, ...]
+    """The first one holds the result."""
+    code_bit: int
+    """Set in the address of code."""
+    is_wide: Callable[[int, int], bool]
+    """Whether an instruction that begins with these two bytes has four."""
+
+
+def _core(cpu: CpuName) -> _Core:
+    unicorn = _unicorn()
+    if cpu == "rv32":
+        import unicorn.riscv_const as riscv
+
+        return _Core(
+            unicorn.UC_ARCH_RISCV,
+            unicorn.UC_MODE_RISCV32,
+            None,
+            riscv.UC_RISCV_REG_PC,
+            riscv.UC_RISCV_REG_SP,
+            riscv.UC_RISCV_REG_RA,
+            (riscv.UC_RISCV_REG_A0, riscv.UC_RISCV_REG_A1, riscv.UC_RISCV_REG_A2, riscv.UC_RISCV_REG_A3),
+            0,
+            lambda low, _: low & 3 == 3,
+        )
+    import unicorn.arm_const as arm
+
+    models = {
+        "m0plus": arm.UC_CPU_ARM_CORTEX_M0,
+        "m4": arm.UC_CPU_ARM_CORTEX_M4,
+        "m7": arm.UC_CPU_ARM_CORTEX_M7,
+        "m33": arm.UC_CPU_ARM_CORTEX_M33,
+    }
+    if cpu not in models:
+        raise ToolError(f"unicorn does not emulate {CPUS[cpu]}; it does {', '.join(models)} and rv32")
+    return _Core(
+        unicorn.UC_ARCH_ARM,
+        unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS,
+        models[cpu],
+        arm.UC_ARM_REG_PC,
+        arm.UC_ARM_REG_SP,
+        arm.UC_ARM_REG_LR,
+        (arm.UC_ARM_REG_R0, arm.UC_ARM_REG_R1, arm.UC_ARM_REG_R2, arm.UC_ARM_REG_R3),
+        1,
+        lambda _, high: high >> 3 in (0b11101, 0b11110, 0b11111),
+    )
+
+
+def _unicorn() -> Any:
     try:
         import unicorn
-        import unicorn.arm_const
     except ImportError as error:
         raise ToolError("the emulator unicorn is missing. `pip install 'efftrain[board]'` brings it.") from error
-    return unicorn, unicorn.arm_const
+    return unicorn
 
 
-def _num_instructions(code: bytes) -> int:
-    """Thumb instructions are 2 bytes, or 4 if their first 5 bits are 0b11101, 0b11110 or 0b11111."""
+def _num_instructions(code: bytes, is_wide: Callable[[int, int], bool]) -> int:
+    """Thumb's and RISC-V's are 2 bytes, or 4."""
     count = at = 0
     while at < len(code):
-        at += 4 if code[at + 1] >> 3 in (0b11101, 0b11110, 0b11111) else 2
+        at += 4 if is_wide(code[at], code[at + 1]) else 2
         count += 1
     return count
 

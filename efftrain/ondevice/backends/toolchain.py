@@ -1,4 +1,4 @@
-"""Compilers: the system's or zig's for the host, arm-none-eabi-gcc or zig's for Cortex-M.
+"""Compilers: the system's or zig's for the host; arm-none-eabi-gcc, riscv64-unknown-elf-gcc or zig's for boards.
 
 Objects and libraries are cached under the hash of everything that goes into them. Each is built in a folder of its
 own and moved into place whole, so two processes may build the same thing at once. What nobody asked for in a month is
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from efftrain.errors import BudgetError, ToolError
-from efftrain.ondevice.target import Cpu
+from efftrain.ondevice.target import Cpu, family_of
 
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Wvla", "-Werror")
 _COMMON = ("-std=c99", *WARNINGS, "-fno-strict-aliasing")
@@ -82,15 +82,16 @@ def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
     Raises:
         ToolError: There is none.
     """
-    gcc = shutil.which("arm-none-eabi-gcc")
+    family = family_of(cpu)
+    gcc = shutil.which(family.gcc)
     common = (*_COMMON, "-O2", "-ffreestanding", "-fno-builtin", "-ffunction-sections")
     link = ("-nostdlib", "-Wl,--gc-sections")
     if kind != "zig" and gcc:
-        machine = (f"-mcpu={cpu}", "-mthumb", "-mfloat-abi=soft")
+        machine = family.gcc_flags(cpu)
         graph = "-fcallgraph-info=su"
-        return Toolchain("arm-none-eabi-gcc", (gcc,), (*common, graph, *machine), (*machine, *link, "-lgcc"))
+        return Toolchain(family.gcc, (gcc,), (*common, graph, *machine), (*machine, *link, "-lgcc"))
     if kind != "gcc" and _has_zig():
-        machine = ("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}")
+        machine = family.zig_flags(cpu)
         command = (sys.executable, "-m", "ziglang", "cc")
         return Toolchain(
             "zig",
@@ -99,8 +100,8 @@ def board_toolchain(cpu: Cpu, kind: Kind = "auto") -> Toolchain:
             (*machine, *link, "-O2", "-lcompiler_rt"),
         )
     raise ToolError(
-        "no compiler for Cortex-M was found. `pip install 'efftrain[board]'` brings one (zig); or install "
-        "arm-none-eabi-gcc, for example with `apt install gcc-arm-none-eabi`."
+        f"no compiler for {family.name} was found. `pip install 'efftrain[board]'` brings one (zig); or install "
+        f"{family.gcc}, for example with `apt install {family.package}`."
     )
 
 

@@ -7,7 +7,7 @@ from efftrain.ondevice.constants import Number
 from efftrain.ondevice.emit.c_source import CSource
 from efftrain.ondevice.emit.names import safe
 from efftrain.ondevice.memory import MemoryPlan
-from efftrain.ondevice.target import Board
+from efftrain.ondevice.target import Board, Family, family_of
 from efftrain.units import format_bytes, format_count
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
@@ -53,6 +53,8 @@ def write_project(
 ) -> None:
     """A self-contained folder: program, kernels, an example and what it costs."""
     folder.mkdir(parents=True, exist_ok=True)
+    family = family_of(board.cpu)
+    toolchain = _toolchain_file(family)
     files = {
         **runtime_sources(),
         f"{name}.h": code.header,
@@ -61,13 +63,27 @@ def write_project(
         "startup.c": (_TEMPLATES / "startup.c").read_text(),
         "board.ld": linker_script(board, plan),
         "CMakeLists.txt": template(
-            "CMakeLists.txt", name=name, board=safe(board.name), kernels="\n    ".join(_kernel_files())
+            "CMakeLists.txt",
+            name=name,
+            board=safe(board.name),
+            kernels="\n    ".join(_kernel_files()),
+            toolchain=toolchain,
         ),
-        "arm-none-eabi.cmake": template("arm-none-eabi.cmake", board=safe(board.name), cpu=board.cpu),
+        toolchain: template(
+            "toolchain.cmake",
+            board=safe(board.name),
+            cpu=board.cpu,
+            gcc=family.gcc,
+            machine=" ".join(family.gcc_flags(board.cpu)),
+        ),
         "README.md": _readme(name, plan, board, scheme, number),
     }
     for file, text in files.items():
         (folder / file).write_text(text)
+
+
+def _toolchain_file(family: Family) -> str:
+    return f"{family.gcc.removesuffix('-gcc')}.cmake"
 
 
 def _kernel_files() -> list[str]:
@@ -85,9 +101,11 @@ def _readme(name: str, plan: MemoryPlan, board: Board, scheme: str, number: Numb
     }
     table = "\n".join(f"| {part} | {num_bytes:,} B |" for part, num_bytes in rows.items())
     common = "-std=c99 -O2 -ffreestanding -nostdlib -ffunction-sections -Wl,--gc-sections -T board.ld *.c"
-    gcc = f"-mcpu={board.cpu} -mthumb -mfloat-abi=soft {common} -lgcc -o {name}.elf"
-    cpu = board.cpu.replace("-", "_")
-    zig = f"-target thumb-freestanding-eabi -mcpu={cpu} {common} -lcompiler_rt -Wl,-e,Reset_Handler -o {name}.elf"
+    family = family_of(board.cpu)
+    toolchain = _toolchain_file(family)
+    gcc = f"{family.gcc} {' '.join(family.gcc_flags(board.cpu))} {common} -lgcc -o {name}.elf"
+    flags = " ".join(family.zig_flags(board.cpu))
+    zig = f"{flags} {common} -lcompiler_rt -Wl,-e,Reset_Handler -o {name}.elf"
     where = safe(board.name)
     return f"""\
 # {name}: a model that trains on {where}
@@ -99,9 +117,9 @@ Made by `efftrain`, update scheme `{safe(scheme)}`. C99 without heap, stdio, rec
 | `{name}.h`, `{name}.c` | the model; the header is the contract |
 | `eft.h`, `eft_*.h`, `eft_*.c` | the kernels that it calls |
 | `main.c` | an example; replace its `read_sensor` and `read_label` by what the product has |
-| `startup.c` | vector table and reset handler of a bare Cortex-M |
+| `startup.c` | what runs first on a bare {family.name} |
 | `board.ld` | a linker script that holds the program to the board's memory |
-| `CMakeLists.txt`, `arm-none-eabi.cmake` | both builds below, for CMake |
+| `CMakeLists.txt`, `{toolchain}` | both builds below, for CMake |
 
 Inputs are int8, channel last. Of a real value, prepared as in training, the model takes
 `round(real / scale)`, held to [-128, 127]: scale {number.scale!r}, zero point {number.zero_point}.
@@ -110,15 +128,15 @@ Inputs are int8, channel last. Of a real value, prepared as in training, the mod
 With CMake, as a library for this machine, and as firmware for {where}:
 
     cmake -B out && cmake --build out
-    cmake -B out-board -DCMAKE_TOOLCHAIN_FILE=arm-none-eabi.cmake && cmake --build out-board
+    cmake -B out-board -DCMAKE_TOOLCHAIN_FILE={toolchain} && cmake --build out-board
 
 In a CMake project of your own, `add_subdirectory` this folder and link `eft_{name}`. Without CMake, the library:
 
     gcc -std=c99 -O2 -fPIC -shared {name}.c eft_*.c -o lib{name}.so
 
-Firmware for {where}, with Arm's compiler or with zig (`pip install ziglang`):
+Firmware for {where}, with the GNU compiler or with zig (`pip install ziglang`):
 
-    arm-none-eabi-gcc {gcc}
+    {gcc}
     python -m ziglang cc {zig}
 
 Add `-fno-strict-aliasing` if you use link-time optimization: the arena holds buffers of several types in turn. Code of

@@ -1,8 +1,8 @@
-/* What runs before main on a bare Cortex-M. The vector table is the shortest that is valid; another system has its own
- * start, so that there this file is empty. */
+/* What runs before main on a bare Cortex-M or RV32. The vector table is the shortest that is valid, and a RISC-V begins at
+ * the start of flash without one, with interrupts off; another system has its own start, so that there this file is empty. */
 #include <stdint.h>
 
-#if defined(__arm__) && !defined(__linux__)
+#if (defined(__arm__) || (defined(__riscv) && __riscv_xlen == 32)) && !defined(__linux__)
 
 extern uint32_t _stack_top;
 extern uint8_t _bss_start[], _bss_end[];
@@ -25,11 +25,20 @@ void Reset_Handler(void)
     stop();
 }
 
+#if defined(__arm__)
 __attribute__((section(".vectors"), used)) const void *const vectors[16] = {
     &_stack_top, (const void *)Reset_Handler, (const void *)stop, (const void *)stop,
     (const void *)stop, (const void *)stop, (const void *)stop, 0,
     0, 0, 0, (const void *)stop,
     (const void *)stop, 0, (const void *)stop, (const void *)stop};
+#else
+void reset(void);
+
+__attribute__((section(".vectors"), used, naked)) void reset(void)
+{
+    __asm volatile("la sp, _stack_top\n\tj Reset_Handler");
+}
+#endif
 
 /* A compiler may make these calls of plain loops and copies, even in freestanding code. */
 void *memcpy(void *to, const void *from, unsigned int count);
