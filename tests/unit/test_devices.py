@@ -1,5 +1,8 @@
 """Which device a process trains on, on machines that are not here: only what torch says of their GPUs is made up."""
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from datetime import timedelta
@@ -11,6 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 from efftrain.errors import ConfigError
 from efftrain.parallel import mesh
 from efftrain.parallel.joining import refuse_other_devices
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -80,3 +84,15 @@ def test_machines_without_gpus_beside_others_are_refused_on_all_ranks(kinds: lis
     else:
         assert len(set(found)) == 1
         assert str(found[0]).startswith(message)
+
+
+def test_the_benchmark_for_a_gpu_says_that_there_is_none() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_lm.py"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "benchmarks/gpu_lm.py needs a CUDA GPU, which torch does not see here\n"
