@@ -6,7 +6,6 @@ everything else from the message: model, recipe, round.
 
 import json
 import math
-import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from efftrain.config import from_dict
 from efftrain.errors import ConfigError
 from efftrain.federated.attack import poison_data, poison_update
-from efftrain.federated.client_uplink import PARTS, model_of, uplink_mod
+from efftrain.federated.client_uplink import PARTS, model_of, pack_mask, uplink_mod
 from efftrain.federated.data import client_data, client_train, seed_of
 from efftrain.federated.downlink import downlink_mod
 from efftrain.federated.engines import Correction, State, Trained, get_engine
@@ -151,7 +150,7 @@ def _parts(result: Trained) -> ConfigRecord:
     """Name -> which elements were trained, packed; empty for all of them. See Note [parts] in ``uplink``."""
     parts = ConfigRecord()
     for name, mask in (result.trained or {}).items():
-        parts[name] = b"" if mask is None else zlib.compress(np.packbits(np.asarray(mask, np.bool_)).tobytes(), 1)
+        parts[name] = pack_mask(mask)
     return parts
 
 

@@ -98,6 +98,11 @@ def _name_of_model(content: RecordDict) -> str:
     return names[0]
 
 
+def pack_mask(mask: npt.NDArray[np.bool_] | None) -> bytes:
+    """A mask as it travels; nothing for a whole tensor."""
+    return b"" if mask is None else zlib.compress(np.packbits(mask).tobytes(), 1)
+
+
 def unpack_mask(data: bytes, num_elements: int) -> npt.NDArray[np.bool_]:
     """The elements that a part is about, from the bytes of a ``PARTS`` record.
 

@@ -36,7 +36,6 @@ from efftrain.federated.flower import (
     read_arrays,
     write_arrays,
 )
-from efftrain.federated.gate import is_trained
 from efftrain.federated.grid import InProcessGrid
 from efftrain.federated.journal import restore_strategy, strategy_memory
 from efftrain.federated.mailbox import TOO_LATE, Delivery, Mailbox, VirtualMailbox, WallMailbox
@@ -122,10 +121,16 @@ class Driver:
         if self.fleet is None:
             self.mailbox = WallMailbox(self.wire, limit_s)
             return
-        codec = self.recipe.uplink.build()
-        sent = self._sent_state().values()
-        uplink_bytes = sum(codec.encoded_bytes(tensor.size) for tensor in sent if is_trained(tensor))
-        self.mailbox = VirtualMailbox(self.wire, self.fleet, uplink_bytes, limit_s)
+        fleet, codec, sent = self.fleet, self.recipe.uplink.build(), self._sent_state()
+        known: dict[str | None, int] = {}
+
+        def uplink_bytes(partition: int) -> int:
+            device = fleet.kind(partition).device
+            if device not in known:
+                known[device] = fleet.uplink_bytes(partition, sent, codec)
+            return known[device]
+
+        self.mailbox = VirtualMailbox(self.wire, fleet, uplink_bytes, limit_s)
 
     # A journal's -------------------------------------------------------------------------------------------------
 

@@ -6,13 +6,20 @@ download + multiply-accumulates / speed + upload, with the figures of its profil
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
+
+from efftrain.compression import Codec
 from efftrain.errors import ConfigError
 from efftrain.federated.checks import schemes_of
+from efftrain.federated.client_uplink import Tensors, pack_mask
 from efftrain.federated.data import client_train
 from efftrain.federated.devices import DeviceProfile
+from efftrain.federated.gate import is_trained
 from efftrain.federated.local import corrects_gradients
 from efftrain.federated.recipe import ClientConfig, FederatedRecipe, ModelConfig
 from efftrain.ondevice.scheme import Scheme
@@ -29,6 +36,8 @@ class Cost:
     macs_per_sample: float
     """Forward and backward."""
     number_format: str
+    masks: Mapping[str, npt.NDArray[np.bool_] | None] | None = None
+    """Which elements are trained, as ``Trained.trained`` has it; None for all of them."""
     refusal: str = ""
     """Why the device cannot do it; empty if it can."""
 
@@ -139,6 +148,14 @@ class Fleet:
             return f"training takes {needed_j:.0f} J, more than {share} of the battery of a {kind.device}"
         return ""
 
+    def uplink_bytes(self, partition: int, sent: Tensors, codec: Codec) -> int:
+        """Of a client's reply to a model, at most: its payloads, and the masks of what it trains."""
+        masks = self.kind(partition).cost.masks
+        if masks is None:
+            return sum(codec.encoded_bytes(tensor.size) for tensor in sent.values() if is_trained(tensor))
+        payloads = (sent[name].size if mask is None else int(mask.sum()) for name, mask in masks.items())
+        return sum(map(codec.encoded_bytes, payloads)) + sum(len(pack_mask(mask)) for mask in masks.values())
+
     def is_online(self, partition: int, time_s: float) -> bool:
         """Whether a client can be asked at a time."""
         device = self.kind(partition).profile
@@ -246,8 +263,9 @@ def _int8_cost(model: ModelConfig, client: ClientConfig, dataset: str) -> Cost:
     from efftrain.federated.engines.modules import fresh_state
 
     try:
-        plan = compile_clients(model, fresh_state(model, 0), client, dataset).program.plan
+        compiled = compile_clients(model, fresh_state(model, 0), client, dataset)
     except ConfigError as error:
         return Cost(ram_bytes=0, macs_per_sample=0.0, number_format="int8", refusal=str(error))
+    plan = compiled.program.plan
     macs = plan.macs_forward + plan.macs_backward
-    return Cost(ram_bytes=plan.total_ram_bytes, macs_per_sample=macs, number_format="int8")
+    return Cost(ram_bytes=plan.total_ram_bytes, macs_per_sample=macs, number_format="int8", masks=compiled.masks)

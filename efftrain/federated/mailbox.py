@@ -103,13 +103,15 @@ class VirtualMailbox:
     Args:
         wire: Around the grid.
         fleet: Says how long everything takes.
-        uplink_bytes: Of a reply, at most; known from the codec before anything runs.
+        uplink_bytes: Of a client's reply, at most, by its number; known from the codec before anything runs.
         limit_s: A message is given up after so long.
     """
 
     in_order = True
 
-    def __init__(self, wire: UplinkGrid, fleet: Fleet, uplink_bytes: int, limit_s: float = math.inf) -> None:
+    def __init__(
+        self, wire: UplinkGrid, fleet: Fleet, uplink_bytes: Callable[[int], int], limit_s: float = math.inf
+    ) -> None:
         self._wire, self._fleet, self._uplink_bytes, self._limit_s = wire, fleet, uplink_bytes, limit_s
         self._now_s = 0.0
         self._num_posted = 0
@@ -142,9 +144,9 @@ class VirtualMailbox:
         for message_id, message, start_s in zip(ids, messages, starts_s, strict=True):
             self._num_posted += 1
             node_id = message.metadata.dst_node_id
-            trip = self._fleet.trip(
-                node_id - FIRST_NODE_ID, self._num_posted, start_s, downlink_bytes, self._uplink_bytes
-            )
+            partition = node_id - FIRST_NODE_ID
+            uplink_bytes = self._uplink_bytes(partition)
+            trip = self._fleet.trip(partition, self._num_posted, start_s, downlink_bytes, uplink_bytes)
             if min(trip.duration_s, trip.ends_s or math.inf) > self._limit_s:
                 share = self._limit_s / trip.duration_s
                 trip = replace(trip, ends_s=self._limit_s, reason=TOO_LATE, energy_j=share * trip.energy_j)

@@ -163,6 +163,27 @@ def test_what_is_planned_before_a_round_is_what_its_clients_need(momentum: float
     assert {row.ram_bytes for row in one.clients} == {Fleet(recipe).kind(0).cost.ram_bytes}
 
 
+@pytest.mark.parametrize("scheme", ["sparse", "last_layer", "full"])
+def test_a_device_takes_the_time_of_what_it_sends(scheme: str) -> None:
+    """Of a sparse scheme that is a part of the model, and the masks that say which."""
+    fleet = FleetConfig(devices={"stm32f746": 1.0, "phone_high": 1.0}, schemes={"stm32f746": scheme})
+    client = ClientConfig(engine="device", epochs=1, batch_size=10)
+    recipe = replace(DIGITS, client=client, fleet=fleet, uplink=UplinkConfig(codec="Identity()", feedback=False))
+    [one] = rounds_of(with_server(recipe, rounds=1, cohort=12))
+    assert {row.device for row in one.clients} == {"stm32f746", "phone_high"}
+    names = sum(len(name) for name in run_federated(with_server(recipe, rounds=1)).state)
+    for row in one.clients:
+        assert row.device is not None
+        assert row.partition is not None
+        device, cost = DeviceProfile.named(row.device), Fleet(recipe).kind(row.partition).cost
+        rest_s = device.download_s(one.downlink_bytes / 12) + device.compute_s(
+            cost.macs_per_sample * 20, cost.number_format
+        )
+        upload_s = row.ended_s - row.started_s - rest_s
+        # Names and metrics are not counted: some 60 B of metrics, and the names once for payloads and once for masks.
+        assert device.upload_s(row.uplink_bytes - 2 * names - 80) <= upload_s <= device.upload_s(row.uplink_bytes)
+
+
 def test_momentum_is_part_of_what_must_fit() -> None:
     client = ClientConfig(engine="device", scheme="full", momentum=0.9)
     big = replace(DIGITS, client=client, model=ModelConfig(name="fashion-cnn", options={"size": 8, "hidden": 600}))
