@@ -203,7 +203,9 @@ def test_a_head_of_zeros_learns(rounding: str) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="presets are none, bias_only"):
         build("everything")
-    with pytest.raises(ConfigError, match="known are gd32vf103, nrf52840, nrf5340, nucleo-h743, rp2040, stm32f446, stm32"):
+    with pytest.raises(
+        ConfigError, match="known are gd32vf103, nrf52840, nrf5340, nucleo-h743, rp2040, stm32f446, stm32"
+    ):
         build("none", "zx81")
     for bad in ("int", "a b", "eft_x", "x" * 40, "*/", "É"):
         with pytest.raises(ConfigError, match="cannot be a C prefix"):

@@ -311,7 +311,7 @@ def _place(node: Any) -> str:
 def _users_line(stack: str) -> str:
     """``file:line`` of the last frame of a printed stack that is neither PyTorch's nor of this file; may be empty."""
     place = ""
-    others = (str(Path(torch.__file__).parent), __file__)
+    others = (str(Path(torch.__file__).parent), __file__, 'File "<')  # the last one is code made by torch
     for line in map(str.strip, stack.splitlines()):
         if line.startswith('File "') and not any(other in line for other in others):
             file, _, rest = line.removeprefix('File "').partition('"')
