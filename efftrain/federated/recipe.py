@@ -16,6 +16,10 @@ from efftrain.models import MODELS
 DATASETS = ("watch", "fashion-mnist", "digits")
 PartName = Literal["all", "first30", "rest70", "early", "middle", "late"]
 MAX_CLIENTS = 10_000_000
+MAX_THREADS = 1024
+"""Of one operator, and of workers: with many more PyTorch dies without a word."""
+MAX_SEED = 2**63 - 1
+"""What a TOML file holds, and every generator takes."""
 _MODEL_CODECS = (Identity, Half, Fp8, Mx, Int8, IntN)
 DEVICES = tuple(sorted(path.stem for path in (Path(__file__).parent / "devices").glob("*.toml")))
 """Names of the device profiles; see ``efftrain.federated.devices``."""
@@ -137,6 +141,8 @@ class ClientConfig:
         for name in ("epochs", "batch_size", "threads", "stack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.threads > MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}, expected at most {MAX_THREADS}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr is {self.lr}, expected a positive number")
         if not 0 <= self.momentum < 1:
@@ -270,8 +276,8 @@ class FleetConfig:
             raise ValueError(f"schemes is {self.schemes}, expected only devices of the fleet: {list(self.devices)}")
         if not 0 <= self.drop_out < 1:
             raise ValueError(f"drop_out is {self.drop_out}, expected a share in [0, 1)")
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}, expected at least 1")
+        if not 1 <= self.workers <= MAX_THREADS:
+            raise ValueError(f"workers is {self.workers}, expected 1 to {MAX_THREADS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,8 +346,8 @@ class FederatedRecipe:
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, expected 0 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}, expected 0 to {MAX_SEED}")
         for name in ("min_replies", "cohort"):
             if getattr(self.server, name) > self.num_clients:
                 raise ValueError(

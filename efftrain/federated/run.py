@@ -184,7 +184,7 @@ class _Writer:
         result = self._folder.finish(figures)
         _write_csv(self._path / "rounds.csv", [one.to_dict() for one in finished.rounds], _ROUND_COLUMNS)
         clients = self._clients.read()
-        _write_csv(self._path / "clients.csv", clients, tuple(spec.name for spec in fields(ClientResult)))
+        _write_csv(self._path / "clients.csv", clients, _CLIENT_COLUMNS)
         rounds = [clean(one.to_dict()) for one in finished.rounds]
         try:
             write_page(federated_page(result, rounds, clients), self._path / "report.html")
@@ -211,6 +211,7 @@ class _Writer:
         self._clients.close()
 
 
+_CLIENT_COLUMNS = (*(spec.name for spec in fields(ClientResult)), "fits")
 _ROUND_COLUMNS = tuple(
     spec.name for spec in fields(RoundResult) if spec.name not in ("clients", "reasons", "accuracy_per_person")
 )

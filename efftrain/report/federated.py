@@ -39,9 +39,12 @@ def federated_page(result: Row, rounds: Sequence[Row], clients: Sequence[Row]) -
         Section("Who took part", _participation(result), [_outcomes(clients)], _drop_outs(rounds)),
         Section("Devices", _within_ram(clients), [_devices(clients)]),
     ]
-    worst = _worst_clients(rounds)
+    worst = _least_accurate(rounds)
     if worst is not None:
         sections.append(Section("The worst off", "Accuracy of the last model on each one's own test data.", [worst]))
+    elif (worst := _most_loss(clients)) is not None:
+        text = "Clients did not measure the model. Loss of each one's last training, on its own data."
+        sections.append(Section("The worst off", text, [worst]))
     return Page(f"efftrain federate: {result['name']}", lead, sections, facts(result))
 
 
@@ -194,7 +197,7 @@ def _devices(clients: Sequence[Row]) -> Table:
     return Table(columns, rows, num_text_columns=2)
 
 
-def _worst_clients(rounds: Sequence[Row]) -> Table | None:
+def _least_accurate(rounds: Sequence[Row]) -> Table | None:
     last = next((one["accuracy_per_person"] for one in reversed(rounds) if one["accuracy_per_person"]), None)
     if not last:
         return None
@@ -202,6 +205,20 @@ def _worst_clients(rounds: Sequence[Row]) -> Table | None:
     mean = sum(last.values()) / len(last)
     rows = [(name, _share(value), f"{100 * (value - mean):+.1f}") for name, value in ranked[:_WORST]]
     return Table(("client", "accuracy", "points from the mean"), rows)
+
+
+def _most_loss(clients: Sequence[Row]) -> Table | None:
+    """Those whose data the models that they were sent fit worst."""
+    last = {row["partition"]: row for row in clients if row["outcome"] == "trained" and row["loss"] is not None}
+    if not last:
+        return None
+    mean = sum(row["loss"] for row in last.values()) / len(last)
+    ranked = sorted(last.values(), key=lambda row: (-row["loss"], str(row["partition"])))
+    rows = []
+    for row in ranked[:_WORST]:
+        figures = f"{row['loss']:.3f}", f"{row['loss'] - mean:+.3f}"
+        rows.append((str(row["partition"]), row["device"] or "-", str(row["round"]), *figures))
+    return Table(("client", "device", "last trained in round", "loss", "from the mean"), rows, num_text_columns=2)
 
 
 def _share(value: float | None) -> str:

@@ -38,8 +38,8 @@ def test_json_and_run_folder(efftrain: Run, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "watch_people"
     assert json.loads((folder / "result.json").read_text())["final_sha256"] == result["final_sha256"]
     rows = list(csv.DictReader((folder / "clients.csv").read_text().splitlines()))
-    assert [(row["round"], row["device"], row["outcome"]) for row in rows] == [
-        (number, "esp32_s3", "trained") for number in "1122"
+    assert [(row["round"], row["device"], row["outcome"], row["fits"]) for row in rows] == [
+        (number, "esp32_s3", "trained", "True") for number in "1122"
     ]
     assert len((folder / "rounds.csv").read_text().splitlines()) == 3
     page = (folder / "report.html").read_text()
@@ -192,6 +192,15 @@ def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
         "virtual_s": None,
         "recipe": {"fedbuff": {"buffer": 0}},
     }
+    shared = {"device": None, "device_ram_bytes": 0, "ram_bytes": 0, "reason": "", "energy_j": 0.0, "fits": True}
+    times = {"started_s": 0.0, "ended_s": 1.0}
+    clients = [
+        {**shared, **times, "round": number, "partition": client, "outcome": outcome, "loss": loss}
+        for number, client, outcome, loss in [(1, 0, "trained", 9.0), (2, 0, "trained", 1.0), (1, 1, "trained", 2.0),
+                                              (1, 2, "dropped", None)]
+    ]  # fmt: skip
+    [worst] = federated_page(result, [one], clients).sections[-1].tables
+    assert worst.rows == [("1", "-", "1", "2.000", "+0.500"), ("0", "-", "2", "1.000", "-0.500")]
     page = federated_page(result, [one], [])
     assert "1 rounds had too few replies" in page.sections[1].text
     assert [section.title for section in page.sections] == ["Learning", "Who took part", "Devices"]
