@@ -282,7 +282,10 @@ class Plan:
                 else.
         """
         step = step or StepConfig()
-        world_size, device = mesh.world_size(), next(model.parameters()).device
+        world_size = mesh.world_size()
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(f"model {type(model).__name__} has no trainable parameter; there is nothing to train")
+        device = next(model.parameters()).device
         mesh.check_device(device)
         if layout is None:
             layout = self.check(world_size, model, None if example is None else example.to(device), step)
