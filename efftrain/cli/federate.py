@@ -3,10 +3,11 @@
 import gc
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -16,7 +17,10 @@ from efftrain.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from efftrain.federated import FederatedRecipe, RoundResult
 
+OnRound: TypeAlias = "Callable[[RoundResult], None]"
+OnReply: TypeAlias = Callable[[int, int, int], None]
 _BARS = " ▁▂▃▄▅▆▇█"
+_REDRAW_S = 0.2
 
 
 def federate_command(
@@ -52,8 +56,10 @@ def federate_command(
     # few per cent of the time of 10,000 clients.
     gc.freeze()
     gc.set_threshold(100_000)
-    with _dashboard(settings) as on_round:
-        result = federate(settings, initial=initial, out=out, resume=resume, on_round=on_round, on_note=say)
+    with _dashboard(settings) as (on_round, on_reply):
+        result = federate(
+            settings, initial=initial, out=out, resume=resume, on_round=on_round, on_reply=on_reply, on_note=say
+        )
     if as_json:
         print_json(result)
         return
@@ -98,37 +104,54 @@ def round_line(one: "RoundResult") -> str:
 
 
 @contextmanager
-def _dashboard(recipe: "FederatedRecipe") -> Iterator[Callable[["RoundResult"], None]]:
-    """A live table on a terminal; without one a plain line a round."""
+def _dashboard(recipe: "FederatedRecipe") -> Iterator[tuple[OnRound, OnReply | None]]:
+    """A live table on a terminal, of the round that is on as well; without one a plain line a round."""
     if not sys.stderr.isatty():
-        yield lambda one: say(round_line(one))
+        yield lambda one: say(round_line(one)), None
         return
     from rich.console import Console
     from rich.live import Live
 
     seen: list[RoundResult] = []
+    drawn_s = 0.0
     with Live(console=Console(stderr=True), auto_refresh=False) as live:
 
         def on_round(one: "RoundResult") -> None:
             seen.append(one)
             live.update(_panel(recipe, seen), refresh=True)
 
-        yield on_round
+        def on_reply(number: int, num_replies: int, goal: int) -> None:
+            nonlocal drawn_s
+            if time.monotonic() - drawn_s >= _REDRAW_S:
+                live.update(_panel(recipe, seen, (number, num_replies, goal)), refresh=True)
+                drawn_s = time.monotonic()
+
+        yield on_round, on_reply
 
 
-def _panel(recipe: "FederatedRecipe", seen: "list[RoundResult]") -> Any:
+def _panel(recipe: "FederatedRecipe", seen: "list[RoundResult]", now: tuple[int, int, int] | None = None) -> Any:
+    """The rounds that are done, and of the one that is on: its number, replies so far, replies that it takes."""
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
+    table = Table.grid(padding=(0, 2))
+    panel = Panel(table, title=f"federate {recipe.name}", expand=False)
+    number, rounds = now[0] if now else seen[-1].round, recipe.server.rounds
+    table.add_row("round", f"{number} of {rounds}", ProgressBar(rounds, number - (now is not None), 30))
+    if now is not None:
+        table.add_row("replies", f"{now[1]} of {now[2]}", ProgressBar(now[2], now[1], 30))
+    if not seen:
+        return panel
     last = seen[-1]
     accuracies = [one.accuracy for one in seen if one.measured]
-    table = Table.grid(padding=(0, 2))
-    table.add_row("round", f"{last.round} of {recipe.server.rounds}", ProgressBar(recipe.server.rounds, last.round, 30))
     best = f", best {100 * max(accuracies):.1f} %" if accuracies else ""
     table.add_row("accuracy", f"{100 * last.accuracy:.1f} %{best}", _spark(accuracies))
     table.add_row("clients", f"{last.clients_trained} trained, {last.clients_dropped} dropped", "")
     table.add_row("refused", str(sum(one.replies_refused for one in seen)), "")
+    abandoned = [one for one in seen if one.abandoned]
+    if abandoned:
+        table.add_row("abandoned", str(len(abandoned)), f"the last in round {abandoned[-1].round}")
     sent = sum(one.uplink_bytes for one in seen)
     fp32 = sum(one.fp32_uplink_bytes for one in seen)
     table.add_row("uplink", format_bytes(sent), f"{fp32 / max(1, sent):.1f}x less than fp32")
@@ -136,7 +159,7 @@ def _panel(recipe: "FederatedRecipe", seen: "list[RoundResult]") -> Any:
         joules = sum(one.energy_j or 0.0 for one in seen)
         table.add_row("simulated", format_seconds(last.virtual_s), f"{joules:.4g} J")
     table.add_row("this machine", f"{last.round_s:.2f} s a round", "")
-    return Panel(table, title=f"federate {recipe.name}", expand=False)
+    return panel
 
 
 def _spark(values: list[float]) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ from efftrain.federated.strategies.scaffold import Scaffold
 from efftrain.federated.uplink import UplinkGrid
 from efftrain.units import format_seconds
 
+OnReply = Callable[[int, int, int], None]
 SURPLUS = "the round was complete without it"
 _WEEK_S = 604_800.0
 """So long in virtual time a simulated server waits where nobody can be asked."""
@@ -61,18 +62,22 @@ class Driver:
         grid: Carries the messages. An ``InProcessGrid`` is a simulation, with the recipe's fleet and virtual time.
         recipe: What to do.
         strategy: What goes out, and how replies become a model.
+        on_reply: Called with each accepted update: number of the round, updates so far, updates that it takes.
 
     Raises:
         ConfigError: A network is given a recipe that simulates devices or attacks, or no simulated device can do the
             training.
     """
 
-    def __init__(self, grid: Grid, recipe: FederatedRecipe, strategy: Strategy) -> None:
+    def __init__(
+        self, grid: Grid, recipe: FederatedRecipe, strategy: Strategy, on_reply: OnReply | None = None
+    ) -> None:
         simulated = isinstance(grid, InProcessGrid)
         if not simulated and (recipe.fleet.devices or recipe.fleet.drop_out or recipe.attack.kind != "none"):
             raise ConfigError("[fleet] and [attack] are for simulation in one process; real clients bring their own")
         self.recipe = recipe
         self.strategy = strategy
+        self._on_reply = on_reply or (lambda number, num_replies, goal: None)
         self.wire = UplinkGrid(
             grid,
             recipe.uplink.build(),
@@ -214,6 +219,7 @@ class Driver:
                 if arrival.update is None:
                     continue
                 tickets[arrival.node_id] = arrival.ticket
+                self._on_reply(number, len(tickets), goal)
                 if box.in_order and self._mean_only:  # added at once, for 10,000 of them would be gigabytes
                     taken.add(arrival.update, arrival.node_id, weight=arrival.update.num_samples)
                 else:
@@ -289,6 +295,7 @@ class Driver:
                     share = 1 / math.sqrt(1 + row.staleness)
                     taken.add(update, delivery.arrival.node_id, weight=1.0, share=share)
                     self.wire.settle({delivery.arrival.node_id: delivery.arrival.ticket})
+                    self._on_reply(number, taken.num_updates, size)
             if len(rows) >= size * (2 + self.recipe.server.max_abandoned) and not taken.num_updates:
                 raise RoundError(_too_few("training", number, 0, len(rows), 1, _reasons(rows)))
         # A strategy that remembers what it sent must remember the model that this moves on from.

@@ -16,7 +16,7 @@ from efftrain.errors import ConfigError, RoundError, ToolError
 from efftrain.federated.checks import schemes_of
 from efftrain.federated.client_app import app
 from efftrain.federated.data import client_train
-from efftrain.federated.driver import Driver
+from efftrain.federated.driver import Driver, OnReply
 from efftrain.federated.engines import State, get_engine
 from efftrain.federated.engines.modules import blank_module
 from efftrain.federated.fleet import Fleet
@@ -37,6 +37,7 @@ def run_federated(
     *,
     initial: Mapping[str, torch.Tensor] | None = None,
     on_round: Callable[[RoundResult], None] | None = None,
+    on_reply: OnReply | None = None,
     journal: Path | None = None,
 ) -> FederatedResult:
     """Run all rounds in this process, on the app's own ``ClientApp``.
@@ -45,6 +46,7 @@ def run_federated(
         recipe: What to do.
         initial: ``state_dict`` of the model to start from; None starts from fresh weights of the recipe's seed.
         on_round: Called after each round.
+        on_reply: Called with each accepted update: number of the round, updates so far, updates that it takes.
         journal: Folder to write down every round in. If there are rounds in it, the run goes on after the last one, to
             the same bits as if it had never stopped; ``initial`` is then not looked at.
 
@@ -65,7 +67,7 @@ def run_federated(
         fatal=(ConfigError, ToolError),  # what one client cannot do, no client of this process can
     )
     with quiet():
-        return drive_rounds(grid, recipe, initial=initial, on_round=on_round, journal=journal)
+        return drive_rounds(grid, recipe, initial=initial, on_round=on_round, on_reply=on_reply, journal=journal)
 
 
 def drive_rounds(
@@ -74,6 +76,7 @@ def drive_rounds(
     *,
     initial: Mapping[str, torch.Tensor] | None = None,
     on_round: Callable[[RoundResult], None] | None = None,
+    on_reply: OnReply | None = None,
     strategy: Strategy | None = None,
     journal: Path | None = None,
 ) -> FederatedResult:
@@ -86,6 +89,7 @@ def drive_rounds(
         recipe: What to do.
         initial: As for ``run_federated``.
         on_round: As for ``run_federated``.
+        on_reply: As for ``run_federated``.
         strategy: Used instead of the recipe's. It is shown the cohort of the round as if there were no other nodes.
         journal: As for ``run_federated``. What clients on a network keep is their own business.
 
@@ -99,7 +103,7 @@ def drive_rounds(
     except ToolError:
         if isinstance(grid, InProcessGrid):
             raise  # clients on a network have a compiler of their own, or say that they have none
-    driver = Driver(grid, recipe, strategy or _strategy_of(recipe))
+    driver = Driver(grid, recipe, strategy or _strategy_of(recipe), on_reply)
     book = None if journal is None else Journal(journal)
     rounds = [] if book is None else book.results()
     if book is not None and book.round:

@@ -43,6 +43,7 @@ def federate(
     out: Path = Path("runs"),
     resume: bool = False,
     on_round: Callable[[RoundResult], None] | None = None,
+    on_reply: Callable[[int, int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe in this process and leave a run folder.
@@ -54,6 +55,7 @@ def federate(
         resume: Go on with the newest run of this recipe's name that has finished a round, after its last one. If there
             is none, it starts from the beginning.
         on_round: Called after each round.
+        on_reply: Called with each accepted update: number of the round, updates so far, updates that it takes.
         on_note: Told before the first round what the run does otherwise than the recipe says.
 
     Returns:
@@ -79,7 +81,7 @@ def federate(
             if on_round is not None:
                 on_round(result)
 
-        finished = run_federated(recipe, initial=state, on_round=on_each, journal=path / "journal")
+        finished = run_federated(recipe, initial=state, on_round=on_each, on_reply=on_reply, journal=path / "journal")
         return writer.finish(finished, "fresh weights" if initial is None else str(initial), note)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -139,8 +140,23 @@ def test_a_run_belongs_to_one_process(efftrain: Run, tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_a_dashboard(tmp_path: Path) -> None:
+    text = shown_on_a_terminal(tmp_path, *SMALLEST)
+    for word in ("federate watch_people", "2 of 2", "less than fp32", "simulated"):
+        assert word in text
+    # While the first round is on, nothing is known but that.
+    assert "replies" in text.partition("accuracy")[0]
+    assert "abandoned" not in text
+
+
+def test_the_dashboard_says_which_rounds_were_abandoned(tmp_path: Path) -> None:
+    drops = ("--set", "server.rounds=6", "--set", "server.min_replies=8", "--set", "fleet.drop_out=0.1")
+    text = shown_on_a_terminal(tmp_path, *drops, "--set", "server.max_abandoned=5", "--set", "client.epochs=1")
+    assert re.search(r"abandoned\s+\d\s+the last in round \d", text)
+
+
+def shown_on_a_terminal(tmp_path: Path, *arguments: str) -> str:
     main_end, other_end = pty.openpty()
-    command = [sys.executable, "-m", "efftrain", "federate", str(RECIPE), *SMALLEST]
+    command = [sys.executable, "-m", "efftrain", "federate", str(RECIPE), *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=other_end) as started:
         os.close(other_end)
         shown = b""
@@ -153,9 +169,7 @@ def test_a_terminal_gets_a_dashboard(tmp_path: Path) -> None:
                 break
         assert started.wait(60) == 0
     os.close(main_end)
-    text = shown.decode()
-    for word in ("federate watch_people", "2 of 2", "less than fp32", "simulated"):
-        assert word in text
+    return shown.decode()
 
 
 def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
