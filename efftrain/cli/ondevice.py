@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from efftrain.ondevice import BoardEngine, Engine, Program
     from efftrain.ondevice.backends.qemu import QemuEngine
+    from efftrain.ondevice.target import CpuName
 
     Samples = npt.NDArray[np.float32]
 
