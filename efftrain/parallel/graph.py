@@ -103,10 +103,15 @@ def part_of(model: nn.Module, names: Collection[str]) -> nn.Module:
 
     Args:
         model: The whole. Its parts are shared, not copied.
-        names: Of modules or of single parameters and buffers.
+        names: Of modules or of single parameters and buffers. They keep the order that they have in ``model``, so that
+            the first name of a weight that layers share is the same.
     """
+    places: dict[str, int] = {}
+    for number, name in enumerate(model.state_dict(keep_vars=True)):
+        for end in range(name.count(".") + 1):
+            places.setdefault(name.rsplit(".", end)[0], number)
     root = nn.Module()
-    for name in sorted(names):
+    for name in sorted(names, key=lambda name: (places.get(name, len(places)), name)):
         *path, last = name.split(".")
         place = root
         for step in path:

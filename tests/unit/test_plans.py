@@ -17,6 +17,7 @@ from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import ClusterRecipe, Plan, SyncConfig, train
 from efftrain.parallel.batch_norm import warn_of_pieces
+from efftrain.parallel.graph import part_of
 from efftrain.parallel.pipeline import SCHEDULES, stages_a_rank, stages_of
 from efftrain.parallel.recompute import recompute
 from efftrain.parallel.stages import balance, cut_model
@@ -315,6 +316,16 @@ def test_a_branch_on_values_is_named() -> None:
         ConfigError, match=r"Branching cannot be cut .* set parallel\.tensor=1 and parallel\.pipeline=1"
     ):
         cut_model(Branching(), torch.ones(2, 4), 2)
+
+
+def test_a_part_has_the_order_of_the_whole() -> None:
+    """So a weight that two of its layers share has one first name, under which codecs keep what they owe of it."""
+    model = nn.ModuleDict(
+        {"tokens": nn.Embedding(6, 4), "middle": nn.Linear(4, 4), "head": nn.Linear(4, 6, bias=False)}
+    )
+    model["head"].weight = model["tokens"].weight
+    part = part_of(model, {"head", "tokens", "middle.bias"})
+    assert [name for name, _ in part.named_parameters()] == ["tokens.weight", "middle.bias"]
 
 
 def test_no_stage_ends_between_layers_that_share_features() -> None:
