@@ -82,7 +82,7 @@ class RoundResult:
     clients_trained: int
     """Clients whose update became part of the model."""
     clients_dropped: int
-    """Clients that failed, vanished or did not reply in time, in training and evaluation."""
+    """Clients that failed, vanished or did not reply in time, in training or in evaluation; in both counts once."""
     clients_surplus: int
     """Clients whose work was not waited for, because the round was complete."""
     replies_refused: int
