@@ -40,6 +40,7 @@ MODES = {
     "Int8, gathered": "codec:gather:Int8(block=256)",
     "TopK 1 %": "codec:auto:TopK(0.01)",
     "TopK 1 %, Int8 values": "codec:auto:TopK(0.01) >> Int8(block=256)",
+    "TopK 1 %, Int4 values": "codec:auto:TopK(0.01) >> IntN(4, block=256)",
     "LowRank rank 2": "codec:auto:LowRank(2)",
 }
 
