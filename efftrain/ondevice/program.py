@@ -16,7 +16,7 @@ from efftrain.ondevice.backends.host import HostEngine, build_library
 from efftrain.ondevice.backends.simulator import Simulator
 from efftrain.ondevice.backends.toolchain import Kind
 from efftrain.ondevice.calibrate import Method, as_maps, calibrate
-from efftrain.ondevice.choose import largest_first
+from efftrain.ondevice.choose import apply_scheme
 from efftrain.ondevice.constants import LOSSES, ConvConstants, Layers, Loss, Number, Optimizer, layer_of
 from efftrain.ondevice.emit.c_source import CSource, emit_c
 from efftrain.ondevice.emit.code_size import code_bytes
@@ -25,7 +25,6 @@ from efftrain.ondevice.emit.project import write_project
 from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.ir import (
     ChannelTiles,
-    Conv,
     ConvForward,
     ConvInputGrad,
     FloatGraph,
@@ -38,7 +37,7 @@ from efftrain.ondevice.memory import Arena, MemoryPlan, TiledBlock
 from efftrain.ondevice.moves import plan_with_moves
 from efftrain.ondevice.passes import OVERLAP, run_passes
 from efftrain.ondevice.quantize import quantize
-from efftrain.ondevice.scheme import Layer, Scheme, Trained, choosing, resolve
+from efftrain.ondevice.scheme import Scheme, Trained
 from efftrain.ondevice.state import Rounding, StateLayout, initial_state, lay_out
 from efftrain.ondevice.target import Board, CpuName, family_of
 
@@ -261,13 +260,9 @@ def compile(
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     target = Board.named(board) if isinstance(board, str) else board
     model_graph = read_module(model, example, autoencoder=loss == "squared_error")
-    float_layers = [Layer(op.name, 1, op.bias is not None) for op in model_graph.ops if isinstance(op, Conv)]
-    if chosen := choosing(scheme, float_layers):
-        model_graph = largest_first(model_graph, chosen)
+    model_graph, trained = apply_scheme(model_graph, scheme)
     ranges = calibrate(model_graph, calibration, calibration_method)
     quantized = quantize(model_graph, ranges, learning_rate, loss, qas=qas)
-    convs = [layer for layer in quantized.layers.values() if isinstance(layer, ConvConstants) and layer.trainable]
-    trained = resolve(scheme, [Layer(c.name, c.master.shape[3], c.has_bias, c.groups) for c in convs])
     step = replace(differentiate(quantized, trained, rounding), copies_input=copy_input)
     layout = lay_out(quantized.layers, trained, rounding, optimizer)
     initial = initial_state(layout, quantized.layers)

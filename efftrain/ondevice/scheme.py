@@ -20,7 +20,7 @@ _MOST_NAMES = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShare:
-    """Train the weights of one layer for a ``share`` of its input channels.
+    """Train the weights of one layer for a ``share`` of its input or output channels.
 
     A depthwise convolution has one channel in for each channel out: its share counts them. Of a convolution in groups
     it is that of the channels of each group; a group of one channel has none.
@@ -34,6 +34,11 @@ class LayerShare:
     share: float = 1.0
     """In (0, 1]. Rounded to whole channels; at least one is trained."""
 
+    of: Literal["inputs", "outputs"] = "inputs"
+    """``inputs`` keeps only that share of what the layer read for the backward pass. ``outputs`` keeps all of it, and
+    needs the gradient of that share of the outputs alone where no layer before it learns; the compiler makes two layers
+    of it, one that learns and one that does not."""
+
     choose: Literal["first", "largest"] = "first"
     """Which of the channels: the first ones, or those whose weights have the largest norm. For ``largest`` the compiler
     orders the channels, those that layers behind an addition read for all of them together."""
@@ -41,6 +46,8 @@ class LayerShare:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be in (0, 1]")
+        if self.of not in ("inputs", "outputs"):
+            raise ValueError(f"of is {self.of!r}; it must be inputs or outputs")
         if self.choose not in ("first", "largest"):
             raise ValueError(f"choose is {self.choose!r}; it must be first or largest")
 
@@ -155,9 +162,11 @@ class Layer:
     name: str
     in_channels: int
     """That an output sees; of a depthwise convolution, its channels."""
+    out_channels: int
     has_bias: bool
     groups: int = 1
     """Of a convolution in groups; 1 if it is dense or depthwise."""
+    depthwise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,32 +177,39 @@ class Trained:
     """Input channels [0, channels), in the order of the compiled graph. See ``choose.largest_first``."""
 
     bias: bool = False
+    outputs: int = 0
+    """Of the weights, those of output channels [0, outputs) alone; 0 for all of them. See ``choose.part_outputs``."""
 
 
 def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     """Apply a scheme to the layers of a model, in forward order, the head last.
 
     Raises:
-        ConfigError: The scheme names a layer that the model does not have, or one twice, or a share of one channel.
+        ConfigError: The scheme names a layer that the model does not have, or one twice, or a share of one channel, or
+            of the outputs of the head or of groups.
     """
     convs, head = layers[:-1], layers[-1]
     if scheme.last_k > len(layers):
         raise ConfigError(f"scheme {scheme.name!r} trains the last {scheme.last_k} layers, the model has {len(layers)}")
     whole = layers[len(layers) - scheme.last_k :] or ([head] if scheme.head else [])
-    channels = {layer.name: layer.in_channels for layer in whole}
+    channels, outputs = {layer.name: layer.in_channels for layer in whole}, {}
     named: set[str] = {layer.name for layer in layers[len(layers) - scheme.last_k :]}
     for entry in scheme.weights:
         for layer in _matches(entry.layer, layers, scheme):
             if layer.name in named:
                 raise ConfigError(f"scheme {scheme.name!r} names layer {layer.name!r} twice")
-            if entry.share < 1 and layer.groups > 1 and layer.in_channels == 1:
+            if entry.of == "inputs" and entry.share < 1 and layer.groups > 1 and layer.in_channels == 1:
                 raise ConfigError(
                     f"scheme {scheme.name!r} trains a share of {entry.share} of layer {layer.name!r}, whose "
                     f"{layer.groups} groups have one input channel each, of which there is no share. Use share = 1, or "
                     "leave the layer out."
                 )
             named.add(layer.name)
-            channels[layer.name] = max(1, round(entry.share * layer.in_channels))
+            if entry.of == "outputs" and entry.share < 1 and not layer.depthwise:
+                outputs[layer.name] = _num_outputs(entry, layer, scheme, is_head=layer is head)
+                channels[layer.name] = layer.in_channels
+            else:
+                channels[layer.name] = max(1, round(entry.share * layer.in_channels))
     count = len(convs) if scheme.last_biases == -1 else scheme.last_biases
     if count > len(convs) and not scheme.any_model:
         raise ConfigError(
@@ -205,7 +221,10 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, Trained]:
     if scheme.last_biases == -1:
         biases.add(head.name)
     return {
-        layer.name: Trained(channels.get(layer.name, 0), layer.has_bias and layer.name in biases) for layer in layers
+        layer.name: Trained(
+            channels.get(layer.name, 0), layer.has_bias and layer.name in biases, outputs.get(layer.name, 0)
+        )
+        for layer in layers
     }
 
 
@@ -217,6 +236,18 @@ def choosing(scheme: Scheme, layers: Sequence[Layer]) -> set[str]:
     """
     entries = [entry for entry in scheme.weights if entry.choose == "largest" and entry.share < 1]
     return {layer.name for entry in entries for layer in _matches(entry.layer, layers, scheme)}
+
+
+def _num_outputs(entry: LayerShare, layer: Layer, scheme: Scheme, *, is_head: bool) -> int:
+    """How many outputs of a layer learn; 0 if that comes to all of them."""
+    if is_head or layer.groups > 1:
+        what = "the head, whose outputs are the classes" if is_head else f"a convolution in {layer.groups} groups"
+        raise ConfigError(
+            f"scheme {scheme.name!r} trains a share of {entry.share} of the outputs of layer {layer.name!r}, which is "
+            f'{what}. Use of = "inputs".'
+        )
+    count = max(1, round(entry.share * layer.out_channels))
+    return count if count < layer.out_channels else 0
 
 
 def _matches(pattern: str, layers: Sequence[Layer], scheme: Scheme) -> Sequence[Layer]:

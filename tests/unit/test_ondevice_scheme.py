@@ -18,7 +18,7 @@ SCHEMES = Path(__file__).parents[2] / "ondevice" / "schemes"
 
 
 def layers(count: int) -> list[Layer]:
-    return [Layer(f"conv{i}", 8 * (i + 1), True) for i in range(count - 1)] + [Layer("head", 40, True)]
+    return [Layer(f"conv{i}", 8 * (i + 1), 8 * (i + 2), True) for i in range(count - 1)] + [Layer("head", 40, 10, True)]
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def mcunet() -> dict[Layer, tuple[int, int]]:
     assert isinstance(model, Pretrained)
     graph = read_module(model, model.example_input())
     return {
-        Layer(op.name, graph.tensors[op.x].shape[2], op.bias is not None): (
+        Layer(op.name, graph.tensors[op.x].shape[2], graph.tensors[op.y].shape[2], op.bias is not None): (
             graph.constants[op.weight].size,
             0 if op.bias is None else graph.constants[op.bias].size,
         )

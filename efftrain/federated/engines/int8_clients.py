@@ -206,15 +206,17 @@ def _masks(program: Program, state: State) -> Masks:
     """What the scheme trains, in PyTorch's shapes.
 
     Raises:
-        CompileError: The state holds more than weights and biases of layers: a batch norm was folded, and what its
-            layer learns would have no tensor to go to.
+        CompileError: The layers of the program are not those of the module: a batch norm was folded, or the scheme
+            put channels in another order or made two layers of one. What learns would have no tensor to go to.
     """
     masks: Masks = {}
     layers = [op for op in program.float_graph.ops if isinstance(op, Conv)]
     known = {name for op in layers for name in (op.weight, op.bias) if name is not None}
     for name in sorted(set(state) ^ known):
         raise CompileError(
-            f"operator batch norm or another layer without weights of its own (tensor {name!r}) is not supported here."
+            f"what a client trains cannot be sent as tensors of the model (tensor {name!r}): a batch norm or another "
+            f"layer without weights of its own was folded, or scheme {program.scheme.name!r} has a share with "
+            'choose = "largest" or of = "outputs". Use a model without, and shares of the first inputs.'
         )
     for op in layers:
         learns = program.trained[op.name]
