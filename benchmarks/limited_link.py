@@ -3,7 +3,9 @@
 Every node is a network namespace; veth pairs join them to one bridge, and a token bucket limits what each node sends.
 Bytes are read from the interface counters, so framing and acknowledgements count too. Needs root on Linux (iproute2).
 
-    python benchmarks/limited_link.py --nodes 2 --rate 100mbit --steps 10
+Modes take turns, so that a machine that others use for a while disturbs all of them alike.
+
+    python benchmarks/limited_link.py --nodes 2 --rate 100mbit --steps 12 --turns 3
 """
 
 import argparse
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -259,8 +261,28 @@ def run_workers(mode: str, environments: list[dict[str, str]], steps: int, timeo
             one.kill()
     if workers[0].returncode:
         return {"failed": (errors.strip().splitlines() or ["no message"])[-1]}
-    result = json.loads(output.strip().splitlines()[-1])
-    return {**result, "step_s": median(result["step_s"]), "steps_s": result["step_s"]}
+    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return result
+
+
+def summarize(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of each mode the median of its steps, the means of the rest, and its ratios to other modes of the same turn."""
+    modes: dict[str, Any] = {}
+    for name, found in turns.items():
+        unable = next((turn for turn in found if "step_s" not in turn), None)
+        if unable is not None:
+            modes[name] = unable
+            continue
+        means = {key: mean(turn[key] for turn in found) for key in found[0] if key != "step_s"}
+        steps_s = [second for turn in found for second in turn["step_s"]]
+        against = {}
+        for other in ("no exchange", "fp32"):
+            pairs = list(zip(found, turns.get(other, []), strict=False))
+            if pairs and all("step_s" in reference for _, reference in pairs):
+                ratios = [median(turn["step_s"]) / median(reference["step_s"]) for turn, reference in pairs]
+                against[other] = {"median": median(ratios), "turns": ratios}
+        modes[name] = {**means, "step_s": median(steps_s), "steps_s": steps_s, "against": against}
+    return modes
 
 
 def render(report: dict[str, Any]) -> str:
@@ -270,31 +292,34 @@ def render(report: dict[str, Any]) -> str:
     rows = []
     for name, mode in modes.items():
         if "skipped" in mode:
-            rows.append(f"| {name} | not run: {mode['skipped']} | | | | | |")
+            rows.append(f"| {name} | not run: {mode['skipped']} | | | | | | |")
             continue
         if "failed" in mode:
-            rows.append(f"| {name} | failed: {mode['failed']} | | | | | |")
+            rows.append(f"| {name} | failed: {mode['failed']} | | | | | | |")
             continue
-        ratio = f"{mode['step_s'] / plain['step_s']:.2f}x" if "step_s" in plain else "-"
+        ratios = " | ".join(_ratio(mode["against"].get(other)) for other in ("fp32", "no exchange"))
         less = (
             "-"
             if mode["wire_bytes"] < 1000 or "step_s" not in plain
             else f"{plain['wire_bytes'] / mode['wire_bytes']:.1f}x"
         )
         times = f"{1000 * mode['step_s']:.0f} | {1000 * min(mode['steps_s']):.0f} | {1000 * mode['cpu_s']:.0f}"
-        rows.append(f"| {name} | {times} | {ratio} | {mode['wire_bytes'] / 1e6:.3f} | {less} |")
+        rows.append(f"| {name} | {times} | {ratios} | {mode['wire_bytes'] / 1e6:.3f} | {less} |")
     lines = [
         f"# A step on limited links: {report['nodes']} nodes, {report['rate']}",
         "",
         f"`{report['command']}`, {report['date']}",
         "",
-        f"`mlp-10m` (10.05 M parameters), batch {BATCH} a node, one thread a process, median of {report['steps']} "
-        f"steps after {WARM_UP}. Network namespaces, token bucket on each node's sending, gloo. Bytes from the "
-        "interface counter of node 0, frames and acknowledgements included. CPU: of all threads of node 0, which other "
+        f"`mlp-10m` (10.05 M parameters), batch {BATCH} a node, one thread a process. {report['turns']} turns of all "
+        f"modes, {report['steps']} steps each after {WARM_UP}: median of all steps, and median over the turns of a "
+        "mode's median step against that of the other in the same turn, with the least and the largest. Network "
+        "namespaces, token bucket on each node's sending, gloo. Bytes from the interface counter of node 0, frames and "
+        "acknowledgements included. CPU: of all threads of node 0, which other "
         "work on the machine disturbs less than it does the clock.",
         "",
-        "| mode | ms a step | fastest | ms of CPU a step | against fp32 | MB sent a step | fewer bytes |",
-        "|---|---|---|---|---|---|---|",
+        "| mode | ms a step | fastest | ms of CPU a step | against fp32 | against no exchange | MB sent a step | "
+        "fewer bytes |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
         "",
         f"Environment: `{json.dumps(report['environment']['versions'])}`, {report['environment']['cpu']}, "
@@ -303,12 +328,21 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _ratio(against: dict[str, Any] | None) -> str:
+    if against is None:
+        return "-"
+    turns = against["turns"]
+    spread = f" ({min(turns):.2f} to {max(turns):.2f})" if len(turns) > 1 else ""
+    return f"{against['median']:.2f}x{spread}"
+
+
 def main() -> int:
     """Run all modes on one network and write the report; 2 where it cannot run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--rate", default="100mbit", help="as tc writes it: 100mbit, 1gbit")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="of each mode in a turn")
+    parser.add_argument("--turns", type=int, default=1, help="how often all modes are run")
     parser.add_argument("--timeout", type=float, default=150, help="seconds a mode may take")
     parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
     parser.add_argument("--hardware", default=f"{os.cpu_count()}core_{platform.machine().replace('x86_64', 'x86')}")
@@ -328,14 +362,20 @@ def main() -> int:
         return 2
     from efftrain.report.run import environment
 
-    modes: dict[str, Any] = {}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in args.modes}
     load = os.getloadavg()[0]
     with network(args.nodes, args.rate):
-        for name in args.modes:
-            modes[name] = run_mode(MODES[name], args.nodes, args.steps, args.timeout)
-            print(name, {k: v for k, v in modes[name].items() if k != "steps_s"}, file=sys.stderr, flush=True)
+        for _ in range(args.turns):
+            for name in args.modes:
+                found = run_mode(MODES[name], args.nodes, args.steps, args.timeout)
+                turns[name].append(found)
+                shown = {**found, "step_s": median(found["step_s"])} if "step_s" in found else found
+                print(name, shown, file=sys.stderr, flush=True)
+    modes = summarize(turns)
     report = {
-        "command": f"python benchmarks/limited_link.py --nodes {args.nodes} --rate {args.rate} --steps {args.steps}",
+        "command": f"python benchmarks/limited_link.py --nodes {args.nodes} --rate {args.rate} --steps {args.steps} "
+        f"--turns {args.turns}",
+        "turns": args.turns,
         "nodes": args.nodes,
         "rate": args.rate,
         "steps": args.steps,
