@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-EXTRAS := federated,board,report,tensorboard,dev
+EXTRAS := federated,board,report,tensorboard,float8,dev
 BIN    := .venv/bin
 PIP    := $(BIN)/pip --quiet --disable-pip-version-check install
 # A change of what is asked for installs again; nothing else does.

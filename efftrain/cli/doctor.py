@@ -60,6 +60,7 @@ def _checks() -> list[Check]:
         Check(
             "tensorboard", "tensorboard files", "pip install 'efftrain[tensorboard]'", lambda: _version("tensorboard")
         ),
+        Check("torchao", "step.precision=float8", "pip install 'efftrain[float8]'", lambda: _version("torchao")),
         Check("horovod", "gradients over Horovod, started by horovodrun", "bash launch/horovod.sh", _horovod),
         Check("fashion-mnist", "the data set of that name", "apt install dataset-fashion-mnist", _fashion_mnist),
     ]

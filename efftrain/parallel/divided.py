@@ -53,7 +53,6 @@ def divided(
         sync: Of the data axis.
     """
     tensor_plan, cuts = layout.tensor, layout.cuts
-    bf16 = step.precision == "bf16"
     world = axes.world()
     start_equal(world, model)
     if tensor_plan is not None:
@@ -71,6 +70,7 @@ def divided(
             compile_blocks(model)
         if tensor_plan is not None:
             divide(model, tensor_plan, axes.mesh["tensor"])
+        if tensor_plan is not None or step.precision == "float8":
             model.register_forward_hook(_copy_views)
         exchange = ManyAxes(axes, _data_exchange(plan, axes, sync), world)
         whole_model = WholeModel(
@@ -78,7 +78,7 @@ def divided(
             exchange,
             objective if classes is None else classes.objective(objective),
             micro_batches=step.micro_batches,
-            bf16=bf16,
+            precision=step.precision,
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
     _change_blocks(plan, model, cuts)
@@ -104,7 +104,7 @@ def divided(
         exchange=exchange,
         device=axes.device,
         num_parts=plan.tensor if plan.sequence else 1,
-        bf16=bf16,
+        bf16=step.precision == "bf16",
         around=around,
         whole=classes.whole if classes is not None else lambda output: output,
         counts=counts,

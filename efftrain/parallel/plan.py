@@ -33,6 +33,7 @@ from efftrain.parallel.stages import StageCut, cut_model, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
+from efftrain.training.float8 import check_float8
 from efftrain.training.job import first_names
 
 _OBJECTS = ("codec", "sync", "tensor_styles")
@@ -173,6 +174,13 @@ class Plan:
         if self.pipeline > 1:
             refuse_waiting(model)
         step = step or StepConfig()
+        if step.precision == "float8" and not self.tensor == self.pipeline == 1:
+            raise ConfigError(
+                "step.precision=float8 changes whole linear layers, which a tensor or pipeline axis takes apart; set "
+                "step.precision=bf16, or parallel.tensor=1 and parallel.pipeline=1"
+            )
+        if step.precision == "float8":
+            check_float8(model)
         share = self._share(world_size, example, step)
         layout = self.lay_out(model, share, bf16=step.precision == "bf16")
         if self.shard != "none" and world_size > 1:

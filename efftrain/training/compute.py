@@ -1,13 +1,17 @@
 """How a rank computes: forward and backward passes over the model, or over the part of it that the rank holds."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from efftrain.errors import ConfigError
 from efftrain.training.exchange import Exchange
+from efftrain.training.float8 import to_float8
 from efftrain.training.objective import Objective
+
+Precision = Literal["fp32", "bf16", "float8"]
+"""Of the forward pass and of the products in the backward pass."""
 
 
 class Compute(Protocol):
@@ -38,15 +42,17 @@ class WholeModel:
         exchange: May wrap it.
         objective: Gives the mean loss of a batch.
         micro_batches: Pieces of equal size whose gradients are accumulated.
-        bf16: Run the forward pass under autocast.
+        precision: Of the forward pass: ``bf16`` runs it under autocast, ``float8`` changes linear layers as well.
     """
 
     def __init__(
-        self, model: nn.Module, exchange: Exchange, objective: Objective, *, micro_batches: int, bf16: bool
+        self, model: nn.Module, exchange: Exchange, objective: Objective, *, micro_batches: int, precision: Precision
     ) -> None:
         self.model = model
         self._exchange, self._objective = exchange, objective
-        self._micro_batches, self._bf16 = micro_batches, bf16
+        self._micro_batches, self._bf16 = micro_batches, precision != "fp32"
+        if precision == "float8":
+            to_float8(model)
         self._wrapped = exchange.wrap(model)
         self._device = next(model.parameters()).device
 

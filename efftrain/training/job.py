@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from efftrain.errors import CheckpointError, ConfigError, NonFiniteError
-from efftrain.training.compute import Compute, WholeModel
+from efftrain.training.compute import Compute, Precision, WholeModel
 from efftrain.training.exchange import Exchange, SingleProcess
 from efftrain.training.objective import Objective, cross_entropy
 from efftrain.training.optimizer import OptimizerConfig
@@ -27,8 +27,9 @@ class StepConfig:
     but for batch norm, which sees one piece at a time."""
     clip_norm: float | None = None
     """Largest Euclidean norm of the averaged gradient; larger ones are scaled down to it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights and gradients stay fp32."""
+    precision: Precision = "fp32"
+    """``bf16`` runs the forward pass under autocast; weights and gradients stay fp32. ``float8`` also computes the
+    matrix products of linear layers in 8-bit floats, see ``training.float8``."""
     check_replicas_every: int = 100
     """Updates between two looks whether all ranks still hold the same weights. 0: never."""
 
@@ -105,7 +106,7 @@ class Job:
             self.exchange,
             objective,
             micro_batches=self.step_config.micro_batches,
-            bf16=self.step_config.precision == "bf16",
+            precision=self.step_config.precision,
         )
         self.device = next(model.parameters()).device
         self._skipped_in_a_row = 0

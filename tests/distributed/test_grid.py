@@ -190,6 +190,20 @@ def test_bf16(start_ranks: StartRanks) -> None:
             assert 0 < facts["losses"] < 0.01, plan
 
 
+def test_float8(start_ranks: StartRanks) -> None:
+    float8: Settings = {"precision": "float8", "codec": "Identity()"}
+    plans: list[Settings] = [
+        {**float8, "exchange": "gradsync"},
+        {**float8, "exchange": "ddp", "checkpointing": "full"},
+        {**float8, "shard": "full"},
+    ]
+    for found in start_ranks(grid_jobs.cells, 2, plans).results():
+        for plan, facts in zip(plans, found, strict=True):
+            # A product has 4 bits forward and 3 back.
+            assert 0.01 < facts["error"] < 0.2, plan
+            assert 0 < facts["losses"] < 0.1, plan
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiled_blocks(start_ranks: StartRanks) -> None:

@@ -50,6 +50,6 @@ def setting_of(recipe: ClusterRecipe) -> Setting:
         batch_size=recipe.loop.batch_size,
         optimizer=recipe.optimizer,
         micro_batches=recipe.step.micro_batches,
-        bf16=recipe.step.precision == "bf16",
+        bf16=recipe.step.precision != "fp32",
         clips=recipe.step.clip_norm is not None,
     )
