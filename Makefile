@@ -1,5 +1,5 @@
 # make demo    the main job on real data, from nothing      make test      what every commit must pass
-# make bench   figures of the README, some minutes          make lint      style, types, import directions
+# make bench   figures of the README, an hour             make lint      style, types, import directions
 # make report  the page of the last demo                    make clean     all that make made
 # make horovod builds Horovod for the back end of that name, some minutes
 
@@ -30,6 +30,8 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cluster_watch.py
 	$(BIN)/python benchmarks/federated_watch.py
+	$(BIN)/python benchmarks/federated_speed.py
+	$(BIN)/python benchmarks/limited_link.py --steps 10 --turns 3 || test $$? = 2  # says what it lacks
 	$(BIN)/python benchmarks/device_watch.py
 	@if command -v qemu-system-arm >/dev/null; then $(BIN)/python benchmarks/device_mcunet.py; \
 	else echo "benchmarks/device_mcunet.py needs qemu-system-arm" >&2; fi

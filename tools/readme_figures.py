@@ -28,11 +28,16 @@ def table() -> str:
     """The table, as Markdown."""
     cluster, cluster_link = newest("cluster_watch")
     federated, federated_link = newest("federated_watch")
+    link, link_link = newest("limited_link_2nodes_100mbit")
+    speed, speed_link = newest("federated_speed")
     device, device_link = newest("device_watch")
     mcunet, mcunet_link = newest("device_mcunet")
     published, reference = mcunet["mcunet"]["rows"][0], mcunet["mcunet"]["reference"]
     small = next(row for row in mcunet["mcunet"]["rows"] if row["tiled"])
     plain, packed = cluster["modes"]["uncompressed"], cluster["modes"]["compressed"]
+    modes, crowd = link["modes"], speed["round_of_10000_clients"]
+    topk = modes["TopK 1 %, Int8 values"]
+    loops_s = 10_000 / 100 * speed["ways"]["plain loop"]["wall_s"] / 2
     sparse, full = device["accuracy"]["sparse"]["integer"], device["accuracy"]["full"]["integer"]
     rows = [
         (
@@ -42,12 +47,24 @@ def table() -> str:
             cluster_link,
         ),
         (
+            "Cluster: a step of 10 million parameters, 2 nodes, 100 Mbit/s",
+            f"top-k 1 % {ms(topk)}, {topk['wire_bytes'] / 1e6:.2f} MB sent; Int8 {ms(modes['Int8, two phases'])}",
+            f"fp32 {ms(modes['fp32'])}, Horovod fp16 {ms(modes['Horovod fp16'])}, alone {ms(modes['no exchange'])}",
+            link_link,
+        ),
+        (
             f"Federated: uplinks of 8 watches, {federated['seeds']} seeds",
             f"{percent(mean(federated['accuracy_compressed']))} accuracy, "
             f"{mean(federated['uplink_ratio']):.1f}x fewer bytes",
             f"fp32 FedAvg {percent(mean(federated['accuracy_control']))}, "
             f"before {percent(mean(federated['accuracy_before']))}",
             federated_link,
+        ),
+        (
+            "Federated: 10,000 devices train in one round, 2 cores",
+            f"{crowd['train_s']:.1f} s, {crowd['peak_rss_bytes'] / 1e9:.2f} GB",
+            f"two plain PyTorch loops {loops_s:.1f} s",
+            speed_link,
         ),
         (
             f"Device: sparse update in integers, {len(device['people'])} people x {device['seeds']} seeds",
@@ -87,6 +104,11 @@ def ram(device: dict[str, Any], scheme: str) -> str:
     plan = device["back_ends"][scheme]["plan"]
     parts = ("arena_bytes", "trained_state_bytes", "scratch_bytes", "stack_bytes", "static_bytes")
     return f"{sum(plan[part] for part in parts):,}"
+
+
+def ms(mode: dict[str, Any]) -> str:
+    """Of a step."""
+    return f"{1000 * mode['step_s']:.0f} ms"
 
 
 def percent(share: float) -> str:
