@@ -108,7 +108,7 @@ def ram(device: dict[str, Any], scheme: str) -> str:
 
 def ms(mode: dict[str, Any]) -> str:
     """Of a step."""
-    return f"{1000 * mode['step_s']:.0f} ms"
+    return f"{1000 * mode['step_s']:.0f} ms" if "step_s" in mode else "not run"
 
 
 def percent(share: float) -> str:
