@@ -1,6 +1,9 @@
 """``efftrain federate RECIPE``: federated rounds in one process, watched live."""
 
+import atexit
 import gc
+import math
+import os
 import shlex
 import sys
 import time
@@ -56,31 +59,58 @@ def federate_command(
     # few per cent of the time of 10,000 clients.
     gc.freeze()
     gc.set_threshold(100_000)
-    with _dashboard(settings) as (on_round, on_reply):
+    with _end_in_spite_of_clients(), _dashboard(settings) as (on_round, on_reply):
         result = federate(
             settings, initial=initial, out=out, resume=resume, on_round=on_round, on_reply=on_reply, on_note=say
         )
     if as_json:
         print_json(result)
         return
-    _summary(result, settings, initial)
+    _summary(result, settings)
 
 
-def _summary(result: dict[str, Any], recipe: "FederatedRecipe", initial: Path | None) -> None:
-    fresh = "fresh weights (--initial FOLDER starts from a trained model)"
-    say(f"started from {fresh if initial is None else initial}, accuracy {_percent(result['accuracy_before'])}")
+@contextmanager
+def _end_in_spite_of_clients() -> Iterator[None]:
+    """Keep the exit code where a client computes for ever: Python aborts if it ends while a thread is in torch."""
+    from efftrain.federated.workers import are_computing
+
+    code = 1
+    try:
+        yield
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        if are_computing():
+            atexit.register(_end_now, code)
+
+
+def _end_now(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _summary(result: dict[str, Any], recipe: "FederatedRecipe") -> None:
+    hint = " (--initial FOLDER starts from a trained model)" if result["started_from"] == "fresh weights" else ""
+    say(f"started from {result['started_from']}{hint}, accuracy {_percent(result['accuracy_before'])}")
     if result["resumed_after"]:
         say(f"resumed after round {result['resumed_after']}")
     sent = f"clients sent {format_bytes(result['uplink_bytes'])}, {result['uplink_ratio']:.1f}x less than fp32"
-    say(f"accuracy {_percent(result['accuracy'])} after {result['rounds']} rounds; {sent}")
+    say(f"accuracy {_percent(result['accuracy'])} after {_count(result['rounds'], 'round')}; {sent}")
     if result["virtual_s"] is not None:
         say(f"simulated: {format_seconds(result['virtual_s'])}, {result['energy_j']:.4g} J of all devices")
     if result["rounds_abandoned"]:
-        expected = recipe.server.min_replies
-        say(f"{result['rounds_abandoned']} rounds had fewer than {expected} replies and were abandoned")
+        abandoned = f"{result['rounds_abandoned']} of {_count(result['rounds'], 'round')} abandoned"
+        say(f"{abandoned}: too few replies (server.min_replies is {recipe.server.min_replies})")
     if result["engine"] != "torch":
         say(f"clients were trained by the {result['engine']} engine, scheme {recipe.client.scheme}")
     say(f"run folder {result['path']}; see {shlex.quote(result['path'])}/report.html")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _percent(share: float | None) -> str:
@@ -93,7 +123,11 @@ def round_line(one: "RoundResult") -> str:
     line = f"round {one.round:3}  {accuracy}  trained {one.clients_trained}"
     line += "".join(
         f", {number} {word}"
-        for number, word in ((one.clients_dropped, "dropped"), (one.replies_refused, "refused"))
+        for number, word in (
+            (one.clients_dropped, "dropped"),
+            (one.replies_refused, "refused"),
+            (one.clients_surplus, "surplus"),
+        )
         if number
     )
     line += f"  uplink {format_bytes(one.uplink_bytes)} (fp32 {format_bytes(one.fp32_uplink_bytes)})"
@@ -146,8 +180,10 @@ def _panel(recipe: "FederatedRecipe", seen: "list[RoundResult]", now: tuple[int,
     last = seen[-1]
     accuracies = [one.accuracy for one in seen if one.measured]
     best = f", best {100 * max(accuracies):.1f} %" if accuracies else ""
-    table.add_row("accuracy", f"{100 * last.accuracy:.1f} %{best}", _spark(accuracies))
-    table.add_row("clients", f"{last.clients_trained} trained, {last.clients_dropped} dropped", "")
+    known = not math.isnan(last.accuracy)
+    table.add_row("accuracy", f"{_percent(last.accuracy if known else None)}{best}", _spark(accuracies))
+    surplus = f"{last.clients_surplus} surplus" if last.clients_surplus else ""
+    table.add_row("clients", f"{last.clients_trained} trained, {last.clients_dropped} dropped", surplus)
     table.add_row("refused", str(sum(one.replies_refused for one in seen)), "")
     abandoned = [one for one in seen if one.abandoned]
     if abandoned:

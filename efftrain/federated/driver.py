@@ -36,7 +36,7 @@ from efftrain.federated.flower import (
     read_arrays,
     write_arrays,
 )
-from efftrain.federated.grid import InProcessGrid
+from efftrain.federated.grid import FIRST_NODE_ID, InProcessGrid
 from efftrain.federated.journal import restore_strategy, strategy_memory
 from efftrain.federated.mailbox import TOO_LATE, Delivery, Mailbox, VirtualMailbox, WallMailbox
 from efftrain.federated.recipe import FederatedRecipe
@@ -48,6 +48,7 @@ from efftrain.units import format_seconds
 
 OnReply = Callable[[int, int, int], None]
 SURPLUS = "the round was complete without it"
+ABANDONED = "the round was abandoned"
 _WEEK_S = 604_800.0
 """So long in virtual time a simulated server waits where nobody can be asked."""
 _MEASURE_FACTOR = 2.0
@@ -398,7 +399,11 @@ class Driver:
         if self.fleet is None:
             silent = {row.node_id: row.outcome == "late" for row in rows if row.outcome != "surplus"}
             self._silent = {node for node in self._silent | set(silent) if silent.get(node, True)}
-        trained = [row for row in rows if row.outcome == "trained"] if not problem else []
+        if problem:  # what was accepted came to nothing
+            rows = [
+                replace(row, outcome="surplus", reason=ABANDONED) if row.outcome == "trained" else row for row in rows
+            ]
+        trained = [row for row in rows if row.outcome == "trained"]
         due = number % server.evaluate_every == 0 or number == server.rounds
         unmeasured = ""
         if due:
@@ -492,7 +497,10 @@ class Driver:
             {"arrays": self.arrays, "config": ConfigRecord({"recipe": self._text, "server-round": number})}
         )
         nodes = self._nodes or sorted(self.wire.get_node_ids())
-        nodes = [node_id for node_id in nodes if node_id not in self._silent] or nodes
+        if self.fleet is None:
+            nodes = [node_id for node_id in nodes if node_id not in self._silent] or nodes
+        else:
+            nodes = [node_id for node_id in nodes if self.fleet.can_measure(node_id - FIRST_NODE_ID)]
         box = WallMailbox(self.wire)
         box.post([Message(content, node_id, MessageType.EVALUATE) for node_id in nodes], number)
         deliveries: list[Delivery] = []

@@ -123,11 +123,30 @@ class Fleet:
             profile = None if device is None else DeviceProfile.named(device)
             self._kinds[device] = Kind(device=device, profile=profile, cost=cost)
             refusals.append(cost.refusal)
-        if all(refusals):
-            raise ConfigError(
-                f"no device of the fleet can do this training: {refusals[-1].rstrip('.')}. Lower client.batch_size, "
-                "give an update scheme of the device engine (fleet.schemes), or name other devices."
+        if not all(refusals):
+            return
+        if not self.has_devices:
+            raise ConfigError(refusals[-1])
+        advice = "Name other devices or schemes (fleet.devices, fleet.schemes)."
+        if client.scheme == "fp32":
+            advice = (
+                "Lower client.batch_size, give an update scheme of the device engine (fleet.schemes), or name other "
+                "devices."
             )
+        raise ConfigError(f"no device of the fleet can do this training: {refusals[-1].rstrip('.')}. {advice}")
+
+    def refusals(self) -> list[str]:
+        """A line a device of the fleet that is never asked, because the training does not fit it."""
+        return [
+            f"clients with the device {device} are never asked: {kind.cost.refusal}"
+            for device, kind in self._kinds.items()
+            if device is not None and kind.cost.refusal
+        ]
+
+    def can_measure(self, partition: int) -> bool:
+        """Whether a client can compute the model. In fp32 all can; in integers it needs its program."""
+        cost = self.kind(partition).cost
+        return cost.number_format == "fp32" or not cost.refusal
 
     def num_samples(self, partition: int) -> int:
         """Size of a client's training data."""
@@ -266,6 +285,9 @@ def _int8_cost(model: ModelConfig, client: ClientConfig, dataset: str) -> Cost:
         compiled = compile_clients(model, fresh_state(model, 0), client, dataset)
     except ConfigError as error:
         return Cost(ram_bytes=0, macs_per_sample=0.0, number_format="int8", refusal=str(error))
+    if not compiled.masks:
+        reason = f"the update scheme {client.scheme!r} trains nothing; choose another, such as 'sparse'"
+        return Cost(ram_bytes=0, macs_per_sample=0.0, number_format="int8", refusal=reason)
     plan = compiled.program.plan
     macs = plan.macs_forward + plan.macs_backward
     return Cost(ram_bytes=plan.total_ram_bytes, macs_per_sample=macs, number_format="int8", masks=compiled.masks)

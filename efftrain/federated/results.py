@@ -14,8 +14,8 @@ from efftrain.federated.flower import VERSION
 from efftrain.federated.recipe import FederatedRecipe
 
 Outcome = Literal["trained", "dropped", "late", "surplus", "refused"]
-"""``dropped``: failed or vanished. ``late``: no reply by the deadline. ``surplus``: the round was complete without it.
-``refused``: its reply did not pass the gate."""
+"""``dropped``: failed or vanished. ``late``: no reply by the deadline. ``surplus``: its work came to nothing, for the
+round was complete without it or was abandoned. ``refused``: its reply did not pass the gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class RoundResult:
     clients_dropped: int
     """Clients that failed, vanished or did not reply in time, in training or in evaluation; in both counts once."""
     clients_surplus: int
-    """Clients whose work was not waited for, because the round was complete."""
+    """Clients whose work came to nothing: the round was complete without it, or was abandoned."""
     replies_refused: int
     """Replies that did not pass the gate."""
     abandoned: bool
@@ -177,6 +177,7 @@ class FederatedResult:
             "downlink_bytes": self.total("downlink_bytes"),
             "fp32_uplink_bytes": self.total("fp32_uplink_bytes"),
             "uplink_ratio": self.uplink_ratio,
+            "clients_selected": self.total("clients_selected"),
             "clients_trained": self.total("clients_trained"),
             "clients_dropped": self.total("clients_dropped"),
             "clients_surplus": self.total("clients_surplus"),

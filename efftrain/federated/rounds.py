@@ -151,14 +151,19 @@ def check_model(recipe: FederatedRecipe) -> None:
     )
 
 
-def check_run(recipe: FederatedRecipe) -> None:
+def check_run(recipe: FederatedRecipe) -> list[str]:
     """Build what a simulated run is made of, before it leaves anything on the disk.
+
+    Returns:
+        Which devices of the fleet are never asked, and why: a line each.
 
     Raises:
         ConfigError: The strategy is unknown, or no device of the fleet can do the training.
     """
     _strategy_of(recipe)
-    Fleet(recipe).check()
+    fleet = Fleet(recipe)
+    fleet.check()
+    return fleet.refusals()
 
 
 def with_usable_engine(recipe: FederatedRecipe) -> tuple[FederatedRecipe, str]:

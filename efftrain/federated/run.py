@@ -70,11 +70,14 @@ def federate(
     check_model(recipe)
     state = None if initial is None else read_model(initial, recipe)
     recipe, note = with_usable_engine(recipe)
-    check_run(recipe)
-    if note and on_note is not None:
-        on_note(f"clients are trained by the torch engine. {note}")
+    notes = [f"clients are trained by the torch engine. {note}"] if note else []
+    notes += check_run(recipe)
+    if on_note is not None:
+        for line in notes:
+            on_note(line)
     path = run_path(out, recipe.name, _run_number(recipe, out, resume))
-    with _owned(path), _Writer(path, recipe) as writer:
+    start = "fresh weights" if initial is None else str(initial)
+    with _owned(path), _Writer(path, recipe, start) as writer:
 
         def on_each(result: RoundResult) -> None:
             writer.round(result)
@@ -82,7 +85,7 @@ def federate(
                 on_round(result)
 
         finished = run_federated(recipe, initial=state, on_round=on_each, on_reply=on_reply, journal=path / "journal")
-        return writer.finish(finished, "fresh weights" if initial is None else str(initial), note)
+        return writer.finish(finished, note)
 
 
 def read_model(folder: Path, recipe: FederatedRecipe) -> dict[str, torch.Tensor]:
@@ -155,11 +158,16 @@ def _owned(path: Path) -> Iterator[None]:
 class _Writer:
     """The files of one run."""
 
-    def __init__(self, path: Path, recipe: FederatedRecipe) -> None:
+    def __init__(self, path: Path, recipe: FederatedRecipe, start: str) -> None:
         self._path, self._recipe = path, recipe
         self._folder = RunFolder(path)
         self._folder.write_recipe(recipe)
         done = Journal(path / "journal").results()
+        # A run that goes on started from what it was first given, whatever this process is given.
+        started_from = path / "journal" / "started_from.txt"
+        if not done:
+            write_atomic(started_from, start)
+        self._start = started_from.read_text(encoding="utf-8") if started_from.exists() else start
         # The journal is what counts: a line that was logged for a round that it does not have comes again.
         self._folder.rewind(-1)
         self._uplink_bytes = 0
@@ -172,14 +180,14 @@ class _Writer:
         self._clients.add(result.clients)
         self._log(result)
 
-    def finish(self, finished: FederatedResult, start: str, engine_note: str) -> dict[str, Any]:
+    def finish(self, finished: FederatedResult, engine_note: str) -> dict[str, Any]:
         """Write what is left."""
         save_model(self._recipe, finished.state, self._path / "model")
         figures = {
             "path": str(self._path),
             "kind": "federated",
             **finished.to_dict(),
-            "started_from": start,
+            "started_from": self._start,
             "engine_note": engine_note,
             "peak_rss_bytes": peak_rss_bytes(),
         }
@@ -226,8 +234,9 @@ class _Rows:
         self._path = path
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n") and int(json.loads(line)["round"]) <= last:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            for number, line in enumerate(lines, 1):
+                if line.endswith("\n") and _round_of(line, f"{path}, line {number}") <= last:
                     kept.append(line)
         write_atomic(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
@@ -246,6 +255,15 @@ class _Rows:
         self._file.close()
 
 
+def _round_of(line: str, where: str) -> int:
+    try:
+        return int(json.loads(line)["round"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}, is no row of a client ({error}); take the line out, or start a new run without --resume"
+        ) from error
+
+
 def _write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -262,7 +280,13 @@ def _run_number(recipe: FederatedRecipe, out: Path, resume: bool) -> int:
         done = _num_rounds(path)
         if not done:
             continue
-        old = load_recipe(FederatedRecipe, path / "recipe.toml")
+        try:
+            old = load_recipe(FederatedRecipe, path / "recipe.toml")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{path} cannot be resumed: {str(error).rstrip('.')}; put its recipe back, or start a new run without "
+                "--resume"
+            ) from error
         if _same_run(old) != _same_run(recipe):
             changed = [spec.name for spec in fields(recipe) if getattr(old, spec.name) != getattr(recipe, spec.name)]
             raise ConfigError(

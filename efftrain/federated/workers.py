@@ -11,6 +11,7 @@ R = TypeVar("R")
 _AHEAD = 4
 """Results that a worker may be ahead of whoever takes them: enough to keep it busy, few enough to stay small."""
 _STOP_S = 5.0
+_THREAD_NAME = "efftrain-client"
 
 
 def in_order(
@@ -37,6 +38,15 @@ def in_order(
             yield work.take(number)
     finally:
         work.stop()
+
+
+def are_computing() -> bool:
+    """Whether threads that were given up still compute; waits for a moment for their end."""
+    end = time.monotonic() + _STOP_S
+    left = [thread for thread in threading.enumerate() if thread.name == _THREAD_NAME]
+    for thread in left:
+        thread.join(max(0.0, end - time.monotonic()))
+    return any(thread.is_alive() for thread in left)
 
 
 class _Work(Generic[T, R]):
@@ -88,7 +98,7 @@ class _Work(Generic[T, R]):
 
     def _spawn(self) -> None:
         # A daemon: a thread that hangs must not keep the process from ending.
-        thread = threading.Thread(target=self._serve, name="efftrain-client", daemon=True)
+        thread = threading.Thread(target=self._serve, name=_THREAD_NAME, daemon=True)
         self._threads.append(thread)
         thread.start()
 

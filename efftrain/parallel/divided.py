@@ -166,7 +166,7 @@ class _Given(nn.Module):
 
 def _copy_views(_: nn.Module, __: object, output: Tensor) -> Tensor:
     """A part of a DTensor is a view, which torch's split backward passes cannot detach and ``fully_shard`` warns of."""
-    return output.clone() if output._is_view() else output
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 class _Classes:

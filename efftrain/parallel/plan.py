@@ -33,7 +33,7 @@ from efftrain.parallel.stages import StageCut, cut_model, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.training import Exchange, Job, Objective, OptimizerConfig, SingleProcess, StepConfig, cross_entropy
-from efftrain.training.float8 import check_float8
+from efftrain.training.float8 import check_float8, to_float8
 from efftrain.training.job import first_names
 
 _OBJECTS = ("codec", "sync", "tensor_styles")
@@ -174,6 +174,19 @@ class Plan:
         if self.pipeline > 1:
             refuse_waiting(model)
         step = step or StepConfig()
+        self._check_step(model, step)
+        share = self._share(world_size, example, step)
+        layout = self.lay_out(model, share, bf16=step.precision == "bf16")
+        if self.shard != "none" and world_size > 1:
+            check_shards([cut.build(model) for cut in layout.cuts] or [model])
+        return layout
+
+    def _check_step(self, model: nn.Module, step: StepConfig) -> None:
+        if self.pipeline > 1 and step.micro_batches > 1:
+            raise ConfigError(
+                f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "
+                f"parallel.microbatches={step.micro_batches} and leave step.micro_batches out"
+            )
         if step.precision == "float8" and not self.tensor == self.pipeline == 1:
             raise ConfigError(
                 "step.precision=float8 changes whole linear layers, which a tensor or pipeline axis takes apart; set "
@@ -181,11 +194,6 @@ class Plan:
             )
         if step.precision == "float8":
             check_float8(model)
-        share = self._share(world_size, example, step)
-        layout = self.lay_out(model, share, bf16=step.precision == "bf16")
-        if self.shard != "none" and world_size > 1:
-            check_shards([cut.build(model) for cut in layout.cuts] or [model])
-        return layout
 
     def lay_out(self, model: nn.Module, share: Tensor, *, bf16: bool = False) -> Layout:
         """Find out how the tensor and pipeline axis divide a model.
@@ -241,11 +249,6 @@ class Plan:
     def _share(self, world_size: int, example: Tensor | None, step: StepConfig) -> Tensor:
         """What one replica gets of the example."""
         self._check_processes(world_size)
-        if self.pipeline > 1 and step.micro_batches > 1:
-            raise ConfigError(
-                f"step.micro_batches is {step.micro_batches}: a pipeline cuts its batch already; set "
-                f"parallel.microbatches={step.micro_batches} and leave step.micro_batches out"
-            )
         if self.tensor == self.pipeline == 1:
             return torch.empty(0)
         if example is None:
@@ -295,6 +298,7 @@ class Plan:
             raise ConfigError(f"model {type(model).__name__} has no trainable parameter; there is nothing to train")
         device = next(model.parameters()).device
         mesh.check_device(device)
+        self._check_step(model, step)
         if layout is None:
             layout = self.check(world_size, model, None if example is None else example.to(device), step)
         optimizer = optimizer or OptimizerConfig()
@@ -312,6 +316,8 @@ class Plan:
         if mesh.rank() == 0:
             warn_of_pieces(model, self.replicas(world_size), self.num_micro_batches * step.micro_batches)
         momentum = optimizer.momentum if self._corrects(optimizer) else 0.0
+        if step.precision == "float8":
+            to_float8(model)
         if self.is_divided and world_size > 1:
             return self._divided_job(model, layout, objective, optimizer, step, total_steps, momentum, seed)
         recompute(model, self.checkpointing)

@@ -36,7 +36,7 @@ def check_float8(model: nn.Module) -> None:
         raise ConfigError(
             "step.precision=float8 needs torchao; pip install 'efftrain[float8]', or set step.precision=bf16"
         )
-    if not any(_fits(module, name) for name, module in model.named_modules()):
+    if not any(_is_float8(module) or _fits(module, name) for name, module in model.named_modules()):
         raise ConfigError(
             f"step.precision=float8 changes linear layers inside a model whose sizes are multiples of {_MULTIPLE}; "
             f"{type(model).__name__} has none. Set step.precision=bf16."
@@ -46,7 +46,8 @@ def check_float8(model: nn.Module) -> None:
 def to_float8(model: nn.Module) -> None:
     """Let the linear layers of a model compute in 8-bit floats, in place; names and parameters stay.
 
-    Layers whose sizes are no multiples of 16 stay as they are. Doing it again does nothing.
+    Layers whose sizes are no multiples of 16 stay as they are, and so do subclasses of ``nn.Linear`` and layers with
+    hooks, which may do more than a product. Before ``recompute`` and ``compile_blocks``. Doing it again does nothing.
 
     Args:
         model: On its device. A CPU does it too, to try it out: it has no units for it and gains nothing.
@@ -55,18 +56,24 @@ def to_float8(model: nn.Module) -> None:
         ConfigError: torchao is not there, the GPU has no 8-bit floats, or no layer can be changed.
     """
     check_float8(model)
+    if any(map(_is_float8, model.modules())):
+        return
     for name in ("torchao", "torch.utils._pytree"):  # they tell of kernels for other machines, and of one another
         logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    from torchao.float8.float8_linear import Float8Linear
 
-    if not any(isinstance(module, Float8Linear) for module in model.modules()):
-        # A batch of any size: rows are filled up where they are multiplied along.
-        convert_to_float8_training(model, config=Float8LinearConfig(pad_inner_dim=True), module_filter_fn=_fits)
+    # A batch of any size: rows are filled up where they are multiplied along.
+    convert_to_float8_training(model, config=Float8LinearConfig(pad_inner_dim=True), module_filter_fn=_fits)
+
+
+def _is_float8(module: nn.Module) -> bool:
+    return type(module).__module__ == "torchao.float8.float8_linear"
 
 
 def _fits(module: nn.Module, name: str) -> bool:
     """A layer without a name is the whole model, which cannot be changed in place."""
-    if not name or not isinstance(module, nn.Linear):
+    if not name or type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
         return False
     return module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0

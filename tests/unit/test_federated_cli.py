@@ -139,6 +139,70 @@ def test_a_run_belongs_to_one_process(efftrain: Run, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["resumed_after"] == lines, done.stderr
 
 
+def test_a_resumed_run_started_from_what_it_was_first_given(efftrain: Run, tmp_path: Path) -> None:
+    model = model_class("watch-cnn").from_config().save_pretrained(tmp_path / "model")
+    first = efftrain("federate", RECIPE, *SMALLEST, "--initial", model)
+    assert first.returncode == 0, first.stderr
+    done = efftrain("federate", RECIPE, *SMALLEST, "--set", "server.rounds=3", "--resume")
+    assert f"started from {model}, accuracy" in done.stderr
+    folder = tmp_path / "runs" / "watch_people"
+    assert json.loads((folder / "result.json").read_text())["started_from"] == str(model)
+
+
+def test_a_damaged_folder_is_not_resumed_and_nothing_in_it_is_lost(efftrain: Run, tmp_path: Path) -> None:
+    first = efftrain("federate", RECIPE, *SMALLEST)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "runs" / "watch_people"
+    clients, recipe = folder / "clients.jsonl", folder / "recipe.toml"
+    text = recipe.read_text()
+
+    def refused() -> str:
+        before = sorted(path.name for path in folder.rglob("*"))
+        done = efftrain("federate", RECIPE, *SMALLEST, "--set", "server.rounds=3", "--resume")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert sorted(path.name for path in folder.rglob("*")) == before
+        return done.stderr
+
+    recipe.unlink()
+    assert "cannot be resumed: recipe runs/watch_people/recipe.toml does not exist; put its recipe back" in refused()
+    recipe.write_text(text)
+    rows = clients.read_text()
+    clients.write_text(rows + "no row\n")
+    assert "clients.jsonl, line 5, is no row of a client (Expecting value" in refused()
+    assert clients.read_text() == rows + "no row\n"
+    clients.write_text(rows)
+    done = efftrain("federate", RECIPE, *SMALLEST, "--set", "server.rounds=3", "--resume", "--json")
+    assert json.loads(done.stdout)["resumed_after"] == 2, done.stderr
+
+
+def test_a_client_that_never_ends_costs_its_own_reply_and_no_exit_code(efftrain: Run, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import os, threading\n"
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
+        "    def forward(self, x):\n"
+        "        in_client = threading.current_thread().name == 'efftrain-client'\n"
+        "        if self.training and in_client and os.environ.setdefault('HUNG', 'no') == 'no':\n"
+        "            os.environ['HUNG'] = 'yes'\n"
+        "            while True:\n"
+        "                super().forward(x).sum().backward()\n"
+        "        return super().forward(x)\n"
+    )
+    digits = ("data.name=digits", "data.partition=iid", "data.clients=2", "model.name=net.py:Net", "fleet.devices={}")
+    server = ("server.rounds=2", "server.evaluate=server", "client.timeout_s=2.0")
+    arguments = [word for setting in digits + server for word in ("--set", setting)]
+    done = efftrain("federate", RECIPE, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["clients_selected"], result["clients_trained"], result["clients_dropped"]) == (4, 3, 1)
+    # Where the run fails the exit code is that of the failure.
+    done = efftrain("federate", RECIPE, *arguments, "--set", "server.rounds=1", "--set", "server.min_replies=2")
+    assert done.returncode == 1, done.stderr
+    assert "one after the other were abandoned" in done.stderr.splitlines()[-1]
+
+
 def test_a_terminal_gets_a_dashboard(tmp_path: Path) -> None:
     text = shown_on_a_terminal(tmp_path, *SMALLEST)
     for word in ("federate watch_people", "2 of 2", "less than fp32", "simulated"):
@@ -152,6 +216,8 @@ def test_the_dashboard_says_which_rounds_were_abandoned(tmp_path: Path) -> None:
     drops = ("--set", "server.rounds=6", "--set", "server.min_replies=8", "--set", "fleet.drop_out=0.1")
     text = shown_on_a_terminal(tmp_path, *drops, "--set", "server.max_abandoned=5", "--set", "client.epochs=1")
     assert re.search(r"abandoned\s+\d\s+the last in round \d", text)
+    assert re.search(r"0 trained, \d dropped\s+\d surplus", text)
+    assert re.search(r"\d of 6 rounds abandoned: too few replies \(server.min_replies is 8\)", text)
 
 
 def shown_on_a_terminal(tmp_path: Path, *arguments: str) -> str:

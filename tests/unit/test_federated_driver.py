@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from efftrain.federated.recipe import (
     RoundsConfig,
     UplinkConfig,
 )
+from efftrain.federated.rounds import check_run
 from efftrain.federated.selection import Selector
 from efftrain.federated.uplink import PartialUpdate
 
@@ -119,6 +121,11 @@ def test_below_the_quorum_a_round_is_abandoned_and_the_model_stays() -> None:
         if one.abandoned:
             assert "replies were accepted, expected at least 5" in one.reasons[0]
             assert (one.accuracy, one.loss, one.clients_trained) == (before.accuracy, before.loss, 0)
+            # Nobody is lost in the counts: what was accepted came to nothing, and the rows say so too.
+            assert one.clients_dropped + one.clients_surplus == one.clients_selected == 8
+            outcomes = Counter(row.outcome for row in one.clients)
+            assert outcomes == Counter(dropped=one.clients_dropped, surplus=one.clients_surplus)
+            assert "the round was abandoned" in {row.reason for row in one.clients}
         else:
             assert one.loss != before.loss
 
@@ -152,6 +159,28 @@ def test_a_device_that_cannot_hold_the_training_is_never_asked() -> None:
         assert {row.device for row in one.clients} == {"phone_high"}
     with pytest.raises(ConfigError, match=r"no device of the fleet can do this training: training needs \d+ bytes"):
         run_federated(replace(recipe, fleet=FleetConfig(devices={"rp2040": 1.0})))
+
+
+@pytest.mark.parametrize("share", ['choose = "largest"', 'of = "outputs"'])
+def test_a_device_whose_scheme_cannot_be_used_is_neither_asked_nor_measures(share: str, tmp_path: Path) -> None:
+    scheme = tmp_path / "scheme.toml"
+    scheme.write_text(f'name = "part"\nhead = true\n[[weights]]\nlayer = "-1"\nshare = 0.5\n{share}\n')
+    fleet = FleetConfig(devices={"stm32f746": 1.0, "phone_high": 1.0}, schemes={"stm32f746": str(scheme)})
+    client = ClientConfig(engine="device", epochs=1, batch_size=10)
+    recipe = with_server(replace(DIGITS, client=client, fleet=fleet), rounds=1, evaluate="clients")
+    [refusal] = check_run(recipe)
+    assert re.match(r"clients with the device stm32f746 are never asked: .* scheme 'part' has a share with", refusal)
+    [one] = rounds_of(recipe)
+    assert {row.device for row in one.clients} == {"phone_high"}
+    phones = {str(client) for client in range(40) if device_of(recipe, client) == "phone_high"}
+    assert set(one.accuracy_per_person) == phones
+    assert 0 < len(phones) < 40
+
+
+def test_a_scheme_that_trains_nothing_is_refused() -> None:
+    client = ClientConfig(engine="device", scheme="none")
+    with pytest.raises(ConfigError, match=r"^the update scheme 'none' trains nothing; choose another"):
+        run_federated(replace(DIGITS, client=client))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -61,12 +61,34 @@ def test_only_what_fits_is_changed_and_once() -> None:
         assert [type(changed[i]).__name__ for i in (1, 3, 5)] == ["Float8Linear", "Float8Linear", "Linear"]  # type: ignore[index]
 
 
+class Half(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * super().forward(input)
+
+
+def test_what_does_more_than_a_product_stays() -> None:
+    hooked = nn.Linear(32, 32)
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    changed = nn.Sequential(nn.Linear(32, 32), Half(32, 32), hooked)
+    inputs = torch.randn(16, 32)
+    expected = changed(inputs)
+    to_float8(changed)
+    assert [type(layer).__name__ for layer in changed] == ["Float8Linear", "Half", "Linear"]
+    found = changed(inputs)
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    with pytest.raises(ConfigError, match="MultiheadAttention has none"):  # it reads the weights of its layers
+        to_float8(nn.MultiheadAttention(32, 2))
+
+
 def test_what_it_cannot_do_is_refused_before_any_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = torch.zeros(4, 8, dtype=torch.long)
     for axis in ("tensor", "pipeline"):
         plan = Plan(**{axis: 2})  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=r"float8 changes whole linear layers.*step\.precision=bf16"):
             plan.check(2, build_model("char-transformer"), inputs, FLOAT8)
+        layout = plan.check(2, build_model("char-transformer"), inputs)
+        with pytest.raises(ConfigError, match="float8 changes whole linear layers"):
+            plan.apply(build_model("char-transformer"), inputs, step=FLOAT8, layout=layout)
     for small in (nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 10)), nn.Sequential(nn.Conv2d(16, 16, 1))):
         with pytest.raises(ConfigError, match=r"multiples of 16; \w+ has none"):
             Plan().check(1, small, None, FLOAT8)
