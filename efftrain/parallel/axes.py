@@ -88,6 +88,7 @@ class ManyAxes(TransportLine):
     ) -> None:
         super().__init__(world)
         self.replica, self.num_replicas = inner.replica, inner.num_replicas
+        self.axes = f"pipeline={axes.pipeline} data={self.num_replicas} tensor={axes.tensor}"
         self._axes, self._inner, self._shared = axes, inner, shared
         self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None

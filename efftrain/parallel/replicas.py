@@ -87,6 +87,7 @@ class Replicas(TransportLine, ABC):
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport)
         self.replica, self.num_replicas = transport.rank, transport.world_size
+        self.axes = f"pipeline=1 data={self.num_replicas} tensor=1"
 
     def agree(self, model: nn.Module, loss: Tensor, *, took_part: bool) -> Agreement:
         """See ``Exchange``. All ranks hold the whole average: its norm needs no question, and is taken meanwhile."""

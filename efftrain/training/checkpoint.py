@@ -132,7 +132,7 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
     Args:
         folder: The run's ``checkpoints`` folder.
         job: Built as for the run that wrote it.
-        seed: Of the run; starts the random state anew when the world size changed.
+        seed: Of the run; starts the random state anew, alike on the ranks of a replica, when the axes changed.
 
     Raises:
         CheckpointError: Damaged, or of another model. The message names file, expected and found.
@@ -152,10 +152,10 @@ def load_checkpoint(folder: Path, job: Job, *, seed: int) -> Restored | None:
         raise CheckpointError(f"{path}: {error}") from error
     exchange = job.exchange
     exchange.load_state_dicts([_with_prefix(state, "exchange/") for state in own])
-    if meta["world_size"] == exchange.world_size:
+    if meta.get("axes") == exchange.axes:
         _restore_random(own[exchange.rank])
     else:
-        torch.manual_seed(hash_seed(seed, job.num_steps, exchange.rank))
+        torch.manual_seed(hash_seed(seed, job.num_steps, exchange.replica))
     return Restored(path, job.num_steps, meta["extra"])
 
 
@@ -234,6 +234,7 @@ class _Snapshot:
     numbers: dict[str, Any]
     own: dict[str, Tensor]
     extra: dict[str, Any]
+    axes: str
     is_divided: bool
 
     @classmethod
@@ -242,7 +243,7 @@ class _Snapshot:
         own = _own_state(job.exchange)
         if copy:
             tensors, own = ({name: value.clone() for name, value in state.items()} for state in (tensors, own))
-        return cls(tensors, numbers, own, json.loads(json.dumps(extra)), job.exchange.is_divided)
+        return cls(tensors, numbers, own, json.loads(json.dumps(extra)), job.exchange.axes, job.exchange.is_divided)
 
 
 def _save(path: Path, snapshot: _Snapshot, line: Line, group: ProcessGroup | None) -> None:
@@ -282,6 +283,7 @@ def _commit(path: Path, snapshot: _Snapshot, world_size: int) -> None:
     meta = {
         "format_version": FORMAT_VERSION,
         "world_size": world_size,
+        "axes": snapshot.axes,
         "numbers": snapshot.numbers,
         "extra": snapshot.extra,
         "files": {name.as_posix(): _sha256((partial / name).read_bytes()) for name in found},

@@ -42,6 +42,8 @@ class Exchange(Line, Protocol):
     replica: int
     """Which copy of the model this rank belongs to; each copy takes its share of the batch."""
     num_replicas: int
+    axes: str
+    """Sizes of the axes that the ranks are laid out in, e.g. ``pipeline=1 data=2 tensor=2``."""
     is_divided: bool
     """Whether ranks hold different parts of the model, so that all of them have to write a checkpoint."""
 
@@ -133,6 +135,7 @@ class SingleProcess:
 
     rank = replica = 0
     world_size = num_replicas = 1
+    axes = "pipeline=1 data=1 tensor=1"
     is_divided = lacks_gradients = False
 
     def wrap(self, model: nn.Module) -> nn.Module:

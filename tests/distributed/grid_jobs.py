@@ -150,7 +150,7 @@ def train_and_save(settings: Settings, folder: str, num_steps: int, background: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         restored = load_checkpoint(Path(folder), job, seed=0)
-    first = job.num_steps
+    first, draw = job.num_steps, float(torch.rand(()))
     losses = [step_of(job, step).loss for step in range(first, first + num_steps)]
     saver = Saver(Path(folder), job, background=background)
     saver.save()
@@ -160,6 +160,8 @@ def train_and_save(settings: Settings, folder: str, num_steps: int, background: 
     return {
         "losses": losses,
         "first": first,
+        "draw": draw,
+        "replica": job.exchange.replica,
         "restored": restored is not None,
         "owed": job.exchange.residual_norm(),
         "warnings": [str(warning.message) for warning in caught],

@@ -56,6 +56,18 @@ def test_any_plan_goes_on_where_another_stopped(name: str, start_ranks: StartRan
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=2e-6, msg=key)
 
 
+@pytest.mark.parametrize("before", [(1, {}), (4, {})], ids=["other world", "other axes"])
+def test_ranks_of_a_replica_draw_alike_under_another_plan(
+    before: tuple[int, dict[str, Any]], start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    """A tensor axis whose ranks drop out different units computes no function at all."""
+    start_ranks(grid_jobs.train_and_save, *before, str(tmp_path), 1).results()
+    ranks = start_ranks(grid_jobs.train_and_save, 4, {"tensor": 2}, str(tmp_path), 1).results()
+    draws = {replica: {facts["draw"] for facts in ranks if facts["replica"] == replica} for replica in (0, 1)}
+    assert [len(found) for found in draws.values()] == [1, 1]
+    assert draws[0] != draws[1]
+
+
 @pytest.mark.parametrize(
     "settings", [{"codec": "TopK(0.1)"}, {"shard": "full"}, {"pipeline": 2, "schedule": "zbv"}], ids=str
 )
