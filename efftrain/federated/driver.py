@@ -579,7 +579,8 @@ def _wait_for_nodes(grid: Grid, recipe: FederatedRecipe) -> None:
 
 
 def _reasons(rows: Sequence[ClientResult]) -> list[str]:
-    return [f"node {row.node_id} {row.outcome}: {row.reason}" for row in rows if row.reason]
+    keys = {"late": " (server.timeout_s)"}
+    return [f"node {row.node_id} {row.outcome}: {row.reason}{keys.get(row.outcome, '')}" for row in rows if row.reason]
 
 
 def _too_few(what: str, number: int, num_accepted: int, num_sent: int, expected: int, reasons: Sequence[str]) -> str:

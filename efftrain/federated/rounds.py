@@ -212,9 +212,10 @@ def _client_states(grid: Grid, result: RoundResult) -> dict[int, RecordDict]:
 def _check_abandoned(rounds: Sequence[RoundResult], recipe: FederatedRecipe) -> None:
     abandoned = list(takewhile(lambda one: one.abandoned, reversed(rounds)))
     if len(abandoned) > recipe.server.max_abandoned or len(abandoned) == recipe.server.rounds:
-        raise RoundError(
-            f"{len(abandoned)} rounds one after the other were abandoned. The last: {rounds[-1].reasons[0]}"
-        )
+        which = f"{len(abandoned)} rounds one after the other were abandoned. The last"
+        if len(abandoned) == 1:
+            which = "the only round was abandoned"
+        raise RoundError(f"{which}: {rounds[-1].reasons[0]}")
 
 
 def _first_state(recipe: FederatedRecipe, initial: Mapping[str, torch.Tensor] | None) -> State:

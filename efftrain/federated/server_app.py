@@ -33,16 +33,18 @@ def main(grid: Grid, context: Context) -> None:
     Leaves the final model (``"arrays"``) and the figures as JSON (``"result"``, key ``"json"``) in ``context.state``.
 
     Raises:
-        ConfigError: The run config is no recipe.
+        ConfigError: The run config is no recipe, or there is no folder to write ``output`` to.
         RoundError: As ``drive_rounds``.
     """
     recipe = recipe_from_run_config(context.run_config)
+    output = str(context.run_config.get(OUTPUT, ""))
+    if output and not Path(output).parent.is_dir():  # found now, not when the last round is done
+        raise ConfigError(f"run config output = {output!r} is in no folder of the server; make {Path(output).parent}")
     journal = str(context.run_config.get(JOURNAL, ""))
     result = drive_rounds(grid, recipe, on_round=_print_round, journal=Path(journal) if journal else None)
     text = json.dumps(result.to_dict())
     context.state["arrays"] = ArrayRecord(result.state)
     context.state["result"] = ConfigRecord({"json": text})
-    output = str(context.run_config.get(OUTPUT, ""))
     if output:
         Path(output).write_text(text + "\n", encoding="utf-8")
 
@@ -64,6 +66,8 @@ def recipe_from_run_config(run_config: Mapping[str, bool | float | int | str]) -
         place = table
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"run config {path}: {section!r} is given as {place!r}, expected a section")
         place[key] = _list(path, value) if isinstance(value, str) and value.startswith("[") else value
     recipe = from_dict(FederatedRecipe, table)
     check(recipe)
@@ -80,6 +84,7 @@ def _list(path: str, text: str) -> Any:
 def _print_round(result: RoundResult) -> None:
     print(
         f"round {result.round}: accuracy {result.accuracy:.4f}, uplink {result.uplink_bytes} bytes, "
-        f"{result.clients_trained} trained, {result.clients_dropped} dropped, {result.replies_refused} refused",
+        f"{result.clients_trained} trained, {result.clients_dropped} dropped, {result.replies_refused} refused"
+        + (f", ABANDONED: {result.reasons[0]}" if result.abandoned else ""),
         flush=True,
     )

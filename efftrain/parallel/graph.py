@@ -74,10 +74,10 @@ def facts(model: nn.Module, graph: fx.Graph, inputs: Tensor, *, bf16: bool = Fal
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode meanwhile: no dropout, no running statistics."""
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Every module in evaluation mode meanwhile, without dropout and running statistics; or all of them in training."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from efftrain.errors import ConfigError
-from efftrain.parallel.graph import NodeFacts, facts, part_of, tensors, trace, uses
+from efftrain.parallel.graph import NodeFacts, evaluating, facts, part_of, tensors, trace, uses
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def cut_model(
         bf16: It runs under autocast; what travels between stages has another dtype then.
 
     Raises:
-        ConfigError: The model cannot be traced, has fewer than ``S`` parts that train something, with one tensor
+        ConfigError: The model cannot be traced or asks for ``self.training`` where it is cut, has fewer than ``S`` parts that train something, with one tensor
             between them, or uses a buffer in two stages.
     """
     opened: set[str] = set()
@@ -76,6 +76,7 @@ def cut_model(
             )
         dearest = model.get_submodule(str(max(units, key=lambda node: found[node].cost).target))
         opened |= {str(n.target) for n in units if type(model.get_submodule(str(n.target))) is type(dearest)}
+    _refuse_modes(model, opened)
     nodes = list(graph.nodes)
     costs = [sum(found[node].cost for node in nodes[a:b]) for a, b in itertools.pairwise([0, *ends])]
     chosen = [ends[i - 1] for i in balance(costs, num_stages)]
@@ -90,6 +91,20 @@ def cut_model(
         model, graph, {node: i for i, (a, b) in enumerate(itertools.pairwise([0, *chosen])) for node in nodes[a:b]}
     )
     return cuts
+
+
+def _refuse_modes(model: nn.Module, opened: Collection[str]) -> None:
+    """A graph has only one of the ways that a forward takes."""
+    graphs = []
+    for training in (True, False):
+        with evaluating(model, training):
+            graphs.append(str(trace(model, opened)))
+    if graphs[0] != graphs[1]:
+        raise ConfigError(
+            f"model {type(model).__name__} does something else in training than in evaluation where it is cut into "
+            "stages (self.training in its forward), and a stage would do one of them always; use nn.Dropout or another "
+            "module for it, put that part into a module of its own, or set parallel.pipeline=1"
+        )
 
 
 def _unused(model: nn.Module, cuts: Sequence[StageCut]) -> list[str]:

@@ -107,7 +107,8 @@ def plan_tensor(
         ConfigError: Nothing can be divided, a size is not divisible, a name or style is unknown, or the divided model
             computes something else.
     """
-    graph = trace(model)
+    with evaluating(model):
+        graph = trace(model)
     wanted = {name: _checked_override(model, name, style) for name, style in (overrides or {}).items()}
     kept_whole = frozenset(name for name, style in wanted.items() if style == "whole")
     values = {node: found.value for node, found in facts(model, graph, example).items()}

@@ -98,6 +98,8 @@ def test_a_round_ends_at_its_deadline_with_what_has_come() -> None:
     assert one.clients_trained + len(late) == 8
     assert one.clients_dropped == len(late)
     assert one.virtual_s == pytest.approx(limit)
+    with pytest.raises(RoundError, match=r"late: no reply by the deadline \(server.timeout_s\)"):
+        run_federated(with_server(replace(DIGITS, fleet=MIXED), timeout_s=1e-6, rounds=1))
 
 
 def test_drop_outs_do_not_hold_a_round_up_and_over_selection_makes_up_for_them() -> None:

@@ -152,6 +152,25 @@ def test_server_app_goes_on_from_its_journal(tmp_path: Path) -> None:
     assert result["final_sha256"] == run_federated(whole).final_sha256
 
 
+def test_server_app_finds_a_missing_folder_before_its_rounds_and_says_which_are_abandoned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config: dict[str, bool | float | int | str] = {
+        "data.people": "[1, 4]",
+        "client.epochs": 1,
+        "server.rounds": 1,
+        "server.evaluate": "server",
+        "gate.max_samples": 1,
+    }
+    output = str(tmp_path / "nowhere" / "result.json")
+    with quiet(), pytest.raises(ConfigError, match=r"is in no folder of the server; make .*nowhere$"):
+        server_app(InProcessGrid(client_app, 2), Context(1, 1, {}, RecordDict(), {**config, "output": output}))
+    assert "round 1" not in capfd.readouterr().out
+    with quiet(), pytest.raises(RoundError, match="the only round was abandoned: round 1, training: 0 of 2 replies"):
+        server_app(InProcessGrid(client_app, 2), Context(1, 1, {}, RecordDict(), config))
+    assert "ABANDONED: round 1, training: 0 of 2 replies" in capfd.readouterr().out
+
+
 def test_quorum() -> None:
     strict = replace(SMALL, gate=GateConfig(max_samples=1))
     with pytest.raises(RoundError, match=r"0 of 3 replies were accepted.*num-examples is \d+, expected 1 to 1"):
@@ -216,6 +235,7 @@ def test_the_recipe_the_app_and_the_defaults_are_one() -> None:
             },
             r"clients with the scheme 'sparse' \(client.scheme, fleet.schemes\); set client.engine=\"device\"",
         ),
+        ({"server": 3, "server.rounds": 2}, r"run config server.rounds: 'server' is given as 3, expected a section"),
         (
             {"data.people": "[1, 2]", "attack.kind": "scale", "attack.share": 0.9},
             r"attack.share 0\.9 of 2 clients leaves nobody honest",

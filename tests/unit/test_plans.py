@@ -303,6 +303,30 @@ def test_blocks_are_opened_only_if_need_be() -> None:
         cut_model(model, inputs, 40)
 
 
+class Noisy(nn.Module):
+    """Two halves; the first drops out by a function, which must know whether it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(torch.relu(self.one(x)), 0.5, training=self.training)
+        result: Tensor = self.two(x)
+        return result
+
+
+def test_a_graph_that_knows_one_mode_only_is_refused() -> None:
+    for training in (True, False):
+        model = Noisy().train(training)
+        with pytest.raises(ConfigError, match=r"model Noisy does something else in training .* use nn\.Dropout"):
+            cut_model(model, torch.zeros(4, 8), 2)
+        assert plan_tensor(model, torch.randn(4, 8), 2).styles == {"one": "columns", "two": "rows"}
+        assert model.training == training
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    assert len(cut_model(module, torch.zeros(4, 8), 2)) == 2
+
+
 def test_a_branch_on_values_is_named() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
