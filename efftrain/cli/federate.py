@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OnRound: TypeAlias = "Callable[[RoundResult], None]"
 OnReply: TypeAlias = Callable[[int, int, int], None]
+OnResume: TypeAlias = "Callable[[list[RoundResult]], None] | None"
 _BARS = " ▁▂▃▄▅▆▇█"
 _REDRAW_S = 0.2
 
@@ -59,9 +60,16 @@ def federate_command(
     # few per cent of the time of 10,000 clients.
     gc.freeze()
     gc.set_threshold(100_000)
-    with _end_in_spite_of_clients(), _dashboard(settings) as (on_round, on_reply):
+    with _end_in_spite_of_clients(), _dashboard(settings) as (on_round, on_reply, on_resume):
         result = federate(
-            settings, initial=initial, out=out, resume=resume, on_round=on_round, on_reply=on_reply, on_note=say
+            settings,
+            initial=initial,
+            out=out,
+            resume=resume,
+            on_round=on_round,
+            on_reply=on_reply,
+            on_note=say,
+            on_resume=on_resume,
         )
     if as_json:
         print_json(result)
@@ -138,10 +146,10 @@ def round_line(one: "RoundResult") -> str:
 
 
 @contextmanager
-def _dashboard(recipe: "FederatedRecipe") -> Iterator[tuple[OnRound, OnReply | None]]:
+def _dashboard(recipe: "FederatedRecipe") -> Iterator[tuple[OnRound, OnReply | None, OnResume]]:
     """A live table on a terminal, of the round that is on as well; without one a plain line a round."""
     if not sys.stderr.isatty():
-        yield lambda one: say(round_line(one)), None
+        yield lambda one: say(round_line(one)), None, None
         return
     from rich.console import Console
     from rich.live import Live
@@ -160,7 +168,7 @@ def _dashboard(recipe: "FederatedRecipe") -> Iterator[tuple[OnRound, OnReply | N
                 live.update(_panel(recipe, seen, (number, num_replies, goal)), refresh=True)
                 drawn_s = time.monotonic()
 
-        yield on_round, on_reply
+        yield on_round, on_reply, seen.extend
 
 
 def _panel(recipe: "FederatedRecipe", seen: "list[RoundResult]", now: tuple[int, int, int] | None = None) -> Any:

@@ -45,6 +45,7 @@ def federate(
     on_round: Callable[[RoundResult], None] | None = None,
     on_reply: Callable[[int, int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_resume: Callable[[list[RoundResult]], None] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe in this process and leave a run folder.
 
@@ -57,6 +58,7 @@ def federate(
         on_round: Called after each round.
         on_reply: Called with each accepted update: number of the round, updates so far, updates that it takes.
         on_note: Told before the first round what the run does otherwise than the recipe says.
+        on_resume: Told the rounds that earlier processes have done, if there are any.
 
     Returns:
         The content of ``result.json``, with ``path`` of the folder.
@@ -78,6 +80,8 @@ def federate(
     path = run_path(out, recipe.name, _run_number(recipe, out, resume))
     start = "fresh weights" if initial is None else str(initial)
     with _owned(path), _Writer(path, recipe, start) as writer:
+        if writer.done and on_resume is not None:
+            on_resume(writer.done)
 
         def on_each(result: RoundResult) -> None:
             writer.round(result)
@@ -162,7 +166,7 @@ class _Writer:
         self._path, self._recipe = path, recipe
         self._folder = RunFolder(path)
         self._folder.write_recipe(recipe)
-        done = Journal(path / "journal").results()
+        self.done = done = Journal(path / "journal").results()
         # A run that goes on started from what it was first given, whatever this process is given.
         started_from = path / "journal" / "started_from.txt"
         if not done:

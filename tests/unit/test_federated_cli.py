@@ -214,10 +214,16 @@ def test_a_terminal_gets_a_dashboard(tmp_path: Path) -> None:
 
 def test_the_dashboard_says_which_rounds_were_abandoned(tmp_path: Path) -> None:
     drops = ("--set", "server.rounds=6", "--set", "server.min_replies=8", "--set", "fleet.drop_out=0.1")
-    text = shown_on_a_terminal(tmp_path, *drops, "--set", "server.max_abandoned=5", "--set", "client.epochs=1")
+    more = ("--set", "server.max_abandoned=5", "--set", "client.epochs=1")
+    text = shown_on_a_terminal(tmp_path, *drops, *more)
     assert re.search(r"abandoned\s+\d\s+the last in round \d", text)
     assert re.search(r"0 trained, \d dropped\s+\d surplus", text)
-    assert re.search(r"\d of 6 rounds abandoned: too few replies \(server.min_replies is 8\)", text)
+    found = re.search(r"(\d) of 6 rounds abandoned: too few replies \(server.min_replies is 8\)", text)
+    assert found is not None
+    # Gone on with, it counts the rounds before as well.
+    again = shown_on_a_terminal(tmp_path, *drops, "--set", "server.rounds=7", *more, "--resume")
+    [counted, *_] = re.findall(r"abandoned\s+(\d)\s+the last in round \d", again)
+    assert int(found[1]) <= int(counted) <= int(found[1]) + 1
 
 
 def shown_on_a_terminal(tmp_path: Path, *arguments: str) -> str:
