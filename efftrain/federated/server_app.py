@@ -16,6 +16,8 @@ from efftrain.federated.flower import ArrayRecord, ConfigRecord, Context, Grid, 
 from efftrain.federated.own_code import check
 from efftrain.federated.recipe import FederatedRecipe
 from efftrain.federated.rounds import RoundResult, drive_rounds
+from efftrain.federated.run import peak_rss_bytes
+from efftrain.report.run import clean
 
 OUTPUT = "output"
 """Run-config key beside the recipe's: a file on the server that the result is written to as JSON; "" writes none."""
@@ -42,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError(f"run config output = {output!r} is in no folder of the server; make {Path(output).parent}")
     journal = str(context.run_config.get(JOURNAL, ""))
     result = drive_rounds(grid, recipe, on_round=_print_round, journal=Path(journal) if journal else None)
-    text = json.dumps(result.to_dict())
+    text = json.dumps(clean({**result.to_dict(), "peak_rss_bytes": peak_rss_bytes()}))
     context.state["arrays"] = ArrayRecord(result.state)
     context.state["result"] = ConfigRecord({"json": text})
     if output:

@@ -129,6 +129,7 @@ def test_server_app_gives_the_same_bits() -> None:
         server_app(InProcessGrid(client_app, 3), context)
     result = json.loads(str(context.state.config_records["result"]["json"]))
     assert result["final_sha256"] == run_federated(SMALL).final_sha256
+    assert result["peak_rss_bytes"] > 50 << 20
     assert set(context.state.array_records["arrays"]) == set(run_federated(SMALL).state)
 
 
