@@ -45,7 +45,13 @@ def apply_scheme(graph: FloatGraph, scheme: Scheme) -> tuple[FloatGraph, dict[st
     layers = [_layer(op, graph) for op in graph.ops if isinstance(op, Conv)]
     trained = resolve(scheme, layers)
     if chosen := choosing(scheme, layers):
-        graph = largest_first(graph, {name: trained[name].outputs > 0 for name in chosen})
+        of_outputs = {
+            layer.name: trained[layer.name].outputs > 0
+            for layer in layers
+            if trained[layer.name].outputs or 0 < trained[layer.name].channels < layer.in_channels
+        }
+        first = {name: of_outputs.pop(name) for name in of_outputs.keys() - chosen}
+        graph = largest_first(graph, of_outputs, first)
     return part_outputs(graph, trained)
 
 
@@ -90,7 +96,7 @@ def part_outputs(graph: FloatGraph, trained: Mapping[str, Trained]) -> tuple[Flo
     return replace(graph, ops=tuple(ops), constants=_used(constants, ops), tensors=tensors), learns
 
 
-def largest_first(graph: FloatGraph, layers: Mapping[str, bool]) -> FloatGraph:
+def largest_first(graph: FloatGraph, layers: Mapping[str, bool], first: Mapping[str, bool] | None = None) -> FloatGraph:
     """Order channels by the norm of the weights that read or make them, the largest first.
 
     Layers that share channels, as those before and behind an addition do, get one order, by the sum of their squares.
@@ -98,13 +104,15 @@ def largest_first(graph: FloatGraph, layers: Mapping[str, bool]) -> FloatGraph:
     Args:
         graph: A canonical graph.
         layers: Names of the layers that choose, and whether among their outputs and not their inputs.
+        first: The same of layers whose first channels learn, whichever these are.
 
     Returns:
         A graph of the same function. Constants in another order are called ``NAME.chosen``, so that nobody takes them
         for the module's.
 
     Raises:
-        ConfigError: The order of the channels is given: the input's, those of a concatenation, or of groups.
+        ConfigError: The order of the channels is given: the input's, those of a concatenation or of groups, or of
+            ``first``.
     """
     same = _tied(graph)
     fixed = {same[name] for name in (graph.input, graph.output)}
@@ -112,6 +120,8 @@ def largest_first(graph: FloatGraph, layers: Mapping[str, bool]) -> FloatGraph:
     for op in graph.ops:
         if isinstance(op, Concat) or (isinstance(op, Conv) and op.groups > 1 and not _is_depthwise(op, graph)):
             fixed |= {same[name] for name in (*op.reads, *op.writes)}
+        if op.name in (first or {}):
+            fixed.add(same[op.y if (first or {})[op.name] else op.x])
     for op in graph.ops:
         if not isinstance(op, Conv) or op.name not in layers:
             continue
@@ -119,7 +129,7 @@ def largest_first(graph: FloatGraph, layers: Mapping[str, bool]) -> FloatGraph:
         if tensor in fixed:
             raise ConfigError(
                 f"layer {op.name!r} cannot choose the largest of its channels: they are the input's, or of a "
-                'concatenation or of groups, and have an order. Use choose = "first".'
+                'concatenation or of groups, or another layer learns the first of them. Use choose = "first".'
             )
         squares = graph.constants[op.weight].astype(np.float64) ** 2
         by_row = layers[op.name] or _is_depthwise(op, graph)

@@ -59,7 +59,7 @@ def _least_ram_bytes(program: Program, learning_rate: float) -> int:
     """Trained state and the peak of the backward pass when every block is taken in the smallest tiles."""
     ranges = {name: number.scale * number.top for name, number in program.numbers.items()}
     quantized = quantize(program.float_graph, ranges, learning_rate, program.loss)
-    step = replace(differentiate(quantized, program.trained), copies_input=program.graph.copies_input)
+    step = replace(differentiate(quantized, program.trained, program.rounding), copies_input=program.graph.copies_input)
     graph = run_passes(step, quantized.layers, ("stream_rows",), arena_bytes=0)
     backward = step_bytes(graph, quantized.layers, range(graph.num_predict, len(graph.ops)))
     return program.layout.ram_bytes + max(backward, default=0)

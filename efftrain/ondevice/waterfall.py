@@ -58,7 +58,9 @@ def waterfall(program: Program, learning_rate: float) -> tuple[WaterfallStep, ..
     """
     ranges = {name: number.scale * number.top for name, number in program.numbers.items()}
     quantized = quantize(program.float_graph, ranges, learning_rate, program.loss)
-    naive = replace(differentiate(quantized, program.trained), copies_input=program.graph.copies_input)
+    naive = replace(
+        differentiate(quantized, program.trained, program.rounding), copies_input=program.graph.copies_input
+    )
     layers, plan = quantized.layers, program.plan
     arena_bytes = program.target.ram_bytes - (plan.total_ram_bytes - plan.arena_bytes)
     rows: list[WaterfallStep] = []

@@ -19,7 +19,7 @@ from efftrain.parallel.backends import Transport
 from efftrain.parallel.backends.torch import TorchTransport
 from efftrain.parallel.feedback import AXES, axes_of, forget, of_replicas
 from efftrain.parallel.local import local, local_grad
-from efftrain.parallel.replicas import TransportLine, broadcast, check_replicas
+from efftrain.parallel.replicas import TransportLine, broadcast, check_replicas, sum_numbers
 from efftrain.training import Exchange
 from efftrain.training.exchange import Agreement
 
@@ -92,6 +92,8 @@ class ManyAxes(TransportLine):
         self._axes, self._inner, self._shared = axes, inner, shared
         self._sizes = (axes.pipeline, axes.data, axes.tensor, axes.shard)
         self._model: nn.Module | None = None
+        self._has_shared: list[bool] = []
+        """Of each shared parameter, whether this stage gave it a gradient."""
         self._shares: list[tuple[Tensor, float]] = []
         """Parameters, and one over the number of ranks that hold the same piece."""
 
@@ -121,15 +123,21 @@ class ManyAxes(TransportLine):
         if self._axes.tensor > 1:
             whole = [p for p in model.parameters() if not _is_divided(p)]
             check_replicas(self._axes.transport("tensor"), whole, "tensor")
+        for shared, ranks in self._shared:
+            check_replicas(ranks, [shared], "pipeline")
 
     @property
     def lacks_gradients(self) -> bool:
         """See ``Exchange``."""
-        return self._inner.lacks_gradients
+        return self._inner.lacks_gradients or not all(self._has_shared)
 
     def leave_out(self) -> None:
-        """Over the data axis."""
+        """Over the data axis; what stages share has a gradient if one of them has, on all of them."""
+        sums = [shared.grad for shared, _ in self._shared]
         self._inner.leave_out()
+        for (shared, ranks), had, total in zip(self._shared, self._has_shared, sums, strict=True):
+            [count] = sum_numbers(ranks, [float(had and shared.grad is not None)])
+            shared.grad = total if count else None
 
     def finish(self) -> bool:
         """See ``Exchange``."""
@@ -137,6 +145,7 @@ class ManyAxes(TransportLine):
         for parameter in self._model.parameters():
             settle_layout(parameter)  # of schedules whose weight gradients come past the hooks
         took_part = self._inner.finish()
+        self._has_shared = [shared.grad is not None for shared, _ in self._shared]
         for shared, ranks in self._shared:
             ranks.all_reduce(local_grad(shared)).wait()
         return took_part

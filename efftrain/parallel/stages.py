@@ -57,8 +57,8 @@ def cut_model(
         bf16: It runs under autocast; what travels between stages has another dtype then.
 
     Raises:
-        ConfigError: The model cannot be traced or asks for ``self.training`` where it is cut, has fewer than ``S`` parts that train something, with one tensor
-            between them, or uses a buffer in two stages.
+        ConfigError: The model cannot be traced, asks for ``self.training`` where it is cut, has fewer than ``S`` parts
+            that train something, with one tensor between them, or uses a buffer in two stages.
     """
     opened: set[str] = set()
     while True:

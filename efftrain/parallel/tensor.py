@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from efftrain.errors import ConfigError
 from efftrain.parallel.graph import evaluating, facts, trace
@@ -198,6 +199,7 @@ def _walk(
         name = str(node.target)
         module = model.get_submodule(name) if node.op == "call_module" else None
         free = name not in used_directly and name not in refused and called.count(name) == 1
+        free = free and not (module is not None and is_parametrized(module))
         if module is not None or node.op == "placeholder" or not activations.isdisjoint(node.all_input_nodes):
             activations.add(node)
         elif _is_trained(model, node) or not learned.isdisjoint(node.all_input_nodes):
@@ -220,7 +222,8 @@ def _walk(
             else:
                 parts[node] = whole
         elif isinstance(module, nn.Embedding):
-            if free and module.num_embeddings % size == 0 and module.max_norm is None and module.padding_idx is None:
+            plain = module.max_norm is None and module.padding_idx is None and not module.scale_grad_by_freq
+            if free and plain and module.num_embeddings % size == 0:
                 styles[name] = "entries"
             parts[node] = whole
         elif given:

@@ -87,7 +87,8 @@ def _output_and_gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]
 def _difference(found: Tensor, expected: Tensor, scale: float) -> float:
     if found.shape != expected.shape:
         return math.inf
-    return float((found - expected).abs().max()) / (scale + 1e-30) if expected.numel() else 0.0
+    difference = float((found - expected).abs().max()) / (scale + 1e-30) if expected.numel() else 0.0
+    return difference if math.isfinite(difference) else math.inf
 
 
 def _beginning(axes: Axes) -> str:

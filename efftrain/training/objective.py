@@ -18,6 +18,10 @@ Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, inputs, targets) -> mean loss``, a scalar tensor."""
 
 
+_IGNORED = -100
+"""A label that torch's cross-entropy leaves out."""
+
+
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean softmax cross-entropy in nats.
 
@@ -38,14 +42,24 @@ def label_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
     Raises:
         DataError: As ``cross_entropy``.
     """
+    num_classes = logits.shape[-1]
+    if type(logits) is not Tensor and not bool(_is_class(labels, num_classes).all()):
+        raise _out_of_range(labels, num_classes)  # of divided classes torch takes it for another rank's
     try:
         return F.cross_entropy(logits, labels, reduction=reduction)
     except IndexError as error:
-        low, high = int(labels.min()), int(labels.max())
-        raise DataError(
-            f"labels run from {low} to {high}, the model has {logits.shape[-1]} outputs; "
-            f"expected labels from 0 to {logits.shape[-1] - 1}"
-        ) from error
+        raise _out_of_range(labels, num_classes) from error
+
+
+def _is_class(labels: Tensor, num_classes: int) -> Tensor:
+    return (labels == _IGNORED) | (labels >= 0) & (labels < num_classes)
+
+
+def _out_of_range(labels: Tensor, num_classes: int) -> DataError:
+    return DataError(
+        f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {num_classes} outputs; "
+        f"expected labels from 0 to {num_classes - 1}"
+    )
 
 
 def check_distillation(temperature: float, weight: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from efftrain.compression import parse_codec
-from efftrain.errors import ConfigError
+from efftrain.errors import ConfigError, DataError
 from efftrain.models import build_model
 from efftrain.parallel import Plan, SyncConfig, mesh
 from efftrain.training import Job, OptimizerConfig, StepConfig
@@ -74,6 +74,44 @@ def one_process(num_steps: int, **kind: bool) -> Facts:
         if step == 0:
             grads = {name: p.grad.clone() for name, p in job.model.named_parameters() if p.grad is not None}
     return {"grads": grads, "losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
+
+
+@in_group
+def label_out_of_range(settings: Settings, label: int) -> str:
+    """The error of a step whose labels hold one that is no class."""
+    job = job_of(settings)
+    inputs, targets = batch(0)
+    targets = targets.clone()
+    targets[:, 2] = label
+    try:
+        result = job.step(*job.share(inputs, targets))
+    except DataError as error:
+        return str(error)
+    return f"trained: {result.loss}"
+
+
+class Detached(torch.nn.Module):
+    """The last layer uses the weights of the first, and gives them no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = torch.nn.Embedding(32, 8)
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(torch.relu(self.up(self.emb(x))))
+        return torch.nn.functional.linear(x, self.emb.weight.detach())
+
+
+@in_group
+def detached(settings: Settings, num_steps: int) -> dict[str, float]:
+    """Sums of this rank's parameters after some steps, with replicas compared after each."""
+    torch.manual_seed(0)
+    step = StepConfig(check_replicas_every=1)
+    job = plan_of(settings).apply(Detached(), batch(0)[0], optimizer=OPTIMIZER, step=step)
+    for number in range(num_steps):
+        step_of(job, number)
+    return {name: float(p.detach().double().sum()) for name, p in job.model.named_parameters()}
 
 
 @in_group

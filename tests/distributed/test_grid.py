@@ -190,6 +190,22 @@ def test_bf16(start_ranks: StartRanks) -> None:
             assert 0 < facts["losses"] < 0.01, plan
 
 
+@pytest.mark.parametrize("label", [300, -5])
+def test_a_label_of_no_class_is_refused_where_classes_are_divided(start_ranks: StartRanks, label: int) -> None:
+    for found in start_ranks(grid_jobs.label_out_of_range, 2, {"tensor": 2}, label).results():
+        assert found.startswith("labels run from ")
+        assert "expected labels from 0 to 31" in found
+
+
+def test_a_weight_that_one_of_its_stages_gives_no_gradient_stays_one(start_ranks: StartRanks) -> None:
+    [alone] = start_ranks(grid_jobs.detached, 1, {}, 3).results()
+    ranks = start_ranks(grid_jobs.detached, 4, {"data": 2, "pipeline": 2, "schedule": "1f1b"}, 3).results()
+    for found in ranks:
+        for name, value in found.items():
+            assert value == pytest.approx(alone[name], abs=1e-4), name
+    assert len({found["emb.weight"] for found in ranks}) == 1
+
+
 def test_float8(start_ranks: StartRanks) -> None:
     float8: Settings = {"precision": "float8", "codec": "Identity()"}
     plans: list[Settings] = [

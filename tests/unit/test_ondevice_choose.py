@@ -177,6 +177,16 @@ def test_three_back_ends_are_one(model: type[nn.Module], rounding: str) -> None:
     assert engines[0].state() != program.initial_state
 
 
+def test_the_first_stay_the_first_where_another_layer_chooses() -> None:
+    layers = (nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(*layers, nn.Linear(4, 3))
+    largest = LayerShare(layer="2", share=0.25, choose="largest")
+    with pytest.raises(ConfigError, match=r"layer '2' cannot choose .* another layer learns the first of them"):
+        compiled(model, (3, 6, 6), LayerShare(layer="0", share=0.25, of="outputs"), largest)
+    whole = LayerShare(layer="0", share=0.9, choose="largest")
+    assert compiled(model, (3, 6, 6), whole, largest).trained["0"].channels == 3, "of three inputs 0.9 is all"
+
+
 def test_what_cannot_be_ordered_is_refused(tmp_path: Path) -> None:
     model, shape = build(Pools), Pools.shape
     for layer in ("stem", "join"):

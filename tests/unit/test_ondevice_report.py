@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from efftrain.cli.main import main
 from efftrain.models import build_model
@@ -54,6 +55,17 @@ def test_every_row_is_what_compile_plans(name: str, scheme: str) -> None:
     for step in steps:
         peak = max(step.max_live_forward_bytes, step.max_live_backward_bytes)
         assert peak == step.arena_lower_bound_bytes <= step.arena_bytes
+
+
+def test_stochastic_programs_are_counted_with_what_their_biases_need() -> None:
+    layers = (nn.Conv2d(3, 256, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3))
+    samples = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
+    settings: dict[str, Any] = {"scheme": "bias_only", "board": "nucleo-h743", "learning_rate": 0.01}
+    example = torch.zeros(1, 3, 2, 2)
+    program = compile(nn.Sequential(*layers), example, calibration=samples, rounding="stochastic", **settings)
+    steps = waterfall(program, 0.01)
+    assert {step.max_live_forward_bytes for step in steps[-2:]} == {steps[-1].max_live_forward_bytes}
+    assert steps[-1].max_live_forward_bytes > 256 * 4
 
 
 def figures(plan: Any) -> tuple[int, ...]:

@@ -355,8 +355,15 @@ class Planner:
     def _stays_sparse(self, plan: Plan) -> bool:
         """Whether the mean of gradients is added to the weights where it has entries, see ``GradSync(entrywise=)``."""
         setting, data, codec = self.setting, self._data(plan), plan.codec
-        plain_sgd = setting.optimizer.name == "sgd" and not setting.optimizer.weight_decay and not self._momentum(plan)
-        gathered = plan.sync.node_size == 1 and not plan.sync.whole_buckets and not plan.is_divided and data > 1
+        optimizer = setting.optimizer if self._momentum(plan) else replace(setting.optimizer, momentum=0.0)
+        plain_sgd = optimizer.is_entrywise
+        gathered = (
+            plan.sync.algorithm in ("auto", "gather")
+            and plan.sync.node_size == 1
+            and not plan.sync.whole_buckets
+            and not plan.is_divided
+            and data > 1
+        )
         if not (isinstance(codec, Sparse) and plain_sgd and gathered) or setting.clips or not self.hardware.cores:
             return False
         return SPARSE_SHARE * data * codec.most_sent(1 << 20) <= 1 << 20
