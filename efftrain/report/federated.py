@@ -129,9 +129,7 @@ def _rounds_table(rounds: Sequence[Row]) -> Table:
 
 
 def _participation(result: Row) -> str:
-    asked = result["clients_trained"] + result["clients_dropped"] + result["clients_surplus"]
-    asked += result["replies_refused"]
-    text = f"{result['clients_trained']} of {asked} trainings became part of the model."
+    text = f"{result['clients_trained']} of {result['clients_selected']} trainings became part of the model."
     if result["rounds_abandoned"]:
         text += f" {result['rounds_abandoned']} rounds had too few replies and were abandoned."
     return text
