@@ -188,7 +188,9 @@ def train_and_save(settings: Settings, folder: str, num_steps: int, background: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         restored = load_checkpoint(Path(folder), job, seed=0)
-    first, draw = job.num_steps, float(torch.rand(()))
+    first = job.num_steps
+    with torch.random.fork_rng():
+        draw = float(torch.rand(()))
     losses = [step_of(job, step).loss for step in range(first, first + num_steps)]
     saver = Saver(Path(folder), job, background=background)
     saver.save()

@@ -270,6 +270,7 @@ def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
         "uplink_bytes": 100,
         "downlink_bytes": 3000,
         "uplink_ratio": 2.0,
+        "clients_selected": 3,
         "clients_trained": 0,
         "clients_dropped": 2,
         "clients_surplus": 0,
