@@ -31,6 +31,17 @@ def norms(weight: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(squares.sum((1, 2, 3) if weight.shape[3] == 1 else (0, 1, 2))))
 
 
+def check_back_ends(program: Program, shape: tuple[int, ...]) -> None:
+    """Twelve steps on random samples end in one state on all of them, and not where they began."""
+    xs = program.quantize_input(RNG.normal(size=(12, *shape)))
+    labels = RNG.integers(0, program.num_classes, 12)
+    engines = [program.simulator(), program.host(), program.board("m4")]
+    for engine in engines:
+        engine.train(xs, labels)
+    assert len({engine.state() for engine in engines}) == 1
+    assert engines[0].state() != program.initial_state
+
+
 @pytest.mark.parametrize("model", CLASSIFIERS)
 def test_any_layer_may_choose_and_the_function_stays(model: type[nn.Module]) -> None:
     """Each layer alone: what reads the input, a concatenation or groups is refused, the others are in order."""
@@ -151,13 +162,7 @@ def test_outputs_learn_alike_on_three_back_ends(model: type[nn.Module], rounding
     deeper = LayerShare(layer="-3", share=0.5, of="outputs")
     program = compiled(build(model), shape, share, deeper, rounding=rounding)
     assert sum(name.endswith(".learns") for name in program.layers) >= 1
-    xs = program.quantize_input(RNG.normal(size=(12, *shape)))
-    labels = RNG.integers(0, program.num_classes, 12)
-    engines = [program.simulator(), program.host(), program.board("m4")]
-    for engine in engines:
-        engine.train(xs, labels)
-    assert len({engine.state() for engine in engines}) == 1
-    assert engines[0].state() != program.initial_state
+    check_back_ends(program, shape)
 
 
 @pytest.mark.firmware
@@ -168,13 +173,7 @@ def test_three_back_ends_are_one(model: type[nn.Module], rounding: str) -> None:
     share = LayerShare(layer="-1", share=0.4, choose="largest")
     program = compiled(build(model), shape, share, rounding=rounding)
     assert any(name.endswith(".chosen") for name in program.float_graph.constants)
-    xs = program.quantize_input(RNG.normal(size=(12, *shape)))
-    labels = RNG.integers(0, program.num_classes, 12)
-    engines = [program.simulator(), program.host(), program.board("m4")]
-    for engine in engines:
-        engine.train(xs, labels)
-    assert len({engine.state() for engine in engines}) == 1
-    assert engines[0].state() != program.initial_state
+    check_back_ends(program, shape)
 
 
 def test_the_first_stay_the_first_where_another_layer_chooses() -> None:
