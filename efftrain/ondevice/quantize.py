@@ -347,8 +347,8 @@ def _layer(
         operand_bits=operand_bits,
         grad_shift=math.ceil(math.log2(max(float(bound.max()), 1.0))) + operand_bits - 15,
         # A gradient with respect to an integer carries its scale; QAS divides by the scale's square.
-        weight_rate=fix(learning_rate * sigma * x.scale * (1 / scale if qas else scale)),
-        bias_rate=fix(learning_rate * sigma * (1 / bias_scale if qas else bias_scale)),
+        weight_rate=_rates(learning_rate * sigma * x.scale * (1 / scale if qas else scale)),
+        bias_rate=_rates(learning_rate * sigma * (1 / bias_scale if qas else bias_scale)),
         first_index=first_index,
         x_scale=x.scale,
         weight_scale=scale,
@@ -443,6 +443,17 @@ def _forward_factors(ratios: Reals, name: str) -> Factors:
             f"layer {name}: a scale of {ratios.max():.3g} cannot be a shift; check its weights and the calibration"
         )
     return Factors(np.where(tiny, 0, factors.multiplier), np.where(tiny | (factors.multiplier == 0), 62, factors.shift))
+
+
+def _rates(ratios: Reals) -> Factors:
+    """Shifts are kept in a byte: what is below ``2^-97`` moves no weight and is 0."""
+    factors = fix(ratios)
+    if (factors.shift < -128).any():
+        raise CompileError(
+            f"a learning rate of {ratios.max():.3g} a unit of a weight cannot be a shift; take a smaller one"
+        )
+    tiny = factors.shift > 127
+    return Factors(np.where(tiny, 0, factors.multiplier), np.where(tiny, 0, factors.shift))
 
 
 def _round(values: Reals) -> Ints:

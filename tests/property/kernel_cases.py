@@ -139,7 +139,7 @@ class Case:
         self.trained = np.ascontiguousarray(self.w[..., : self.trained_c])
         self.frozen = np.ascontiguousarray(self.w[..., self.trained_c :])
         self.multiplier = rng.integers(1 << 30, 1 << 31, out_c).astype(np.int32)
-        self.shift = rng.integers(28, 45, out_c).astype(np.int16)
+        self.shift = rng.integers(28, 45, out_c).astype(np.int8)
         self.factors = Struct(self.multiplier, self.shift)
         self.weights = Struct(self.trained, self.frozen, self.trained_c)
         self.mask = rng.integers(0, 256, (in_h * in_w * in_c + 7) // 8).astype(np.uint8)

@@ -219,7 +219,7 @@ def test_bias_update(m: KernelMachine, c: Case, exponent: int, lr_shift: int) ->
     assert np.array_equal(bias, np.clip(before - ((t + 32768) >> 16), -(2**30), 2**30))
     # The same where only moves are kept.
     base, moved = before.astype(np.int32), c.rng.integers(-(2**15), 2**15, c.s.out_c).astype(np.int16)
-    output_shift = c.rng.integers(1, 63, c.s.out_c).astype(np.int16)
+    output_shift = c.rng.integers(1, 63, c.s.out_c).astype(np.int8)
     unit = np.clip(output_shift.astype(np.int64) - 39, 0, 15)
     m.call("eft_moved_bias_s32", base, moved, output_shift, c.s.out_c, bias)
     assert np.array_equal(bias, np.clip(before + moved * (1 << unit), -(2**30), 2**30))

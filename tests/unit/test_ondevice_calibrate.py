@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from efftrain.errors import ConfigError
-from efftrain.ondevice import compile
+from efftrain.errors import CompileError, ConfigError
+from efftrain.ondevice import Program, compile
 from efftrain.ondevice.calibrate import Method, calibrate
 from efftrain.ondevice.frontend import read_module
 from efftrain.ondevice.reference import run_float
@@ -70,17 +70,40 @@ class Silent(nn.Module):
         return logits
 
 
-def test_a_layer_that_is_silent_on_the_data_compiles() -> None:
-    data = np.random.default_rng(0).normal(size=(8, 2, 6, 6)).astype(np.float32)
+SILENT_INPUTS = np.random.default_rng(0).normal(size=(8, 2, 6, 6)).astype(np.float32)
+
+
+def silent_program(learning_rate: float) -> Program:
     torch.manual_seed(0)
-    program = compile(
-        Silent(), torch.zeros(1, 2, 6, 6), scheme="full", board="stm32f746", calibration=data, learning_rate=0.01
+    example = torch.zeros(1, 2, 6, 6)
+    return compile(
+        Silent(), example, scheme="full", board="stm32f746", calibration=SILENT_INPUTS, learning_rate=learning_rate
     )
-    xs = program.quantize_input(data)
-    simulator, host = program.simulator(), program.host()
-    for engine in (simulator, host):
-        engine.train(xs, np.arange(8) % 3)
-    assert simulator.state_sha256() == host.state_sha256()
+
+
+def parameters_after_training(program: Program) -> set[bytes]:
+    """In the simulator and in the host's engine; the state begins with the step."""
+    engines = (program.simulator(), program.host())
+    for engine in engines:
+        engine.train(program.quantize_input(SILENT_INPUTS), np.arange(8) % 3)
+    return {engine.state()[4:] for engine in engines}
+
+
+def test_a_layer_that_is_silent_on_the_data_compiles() -> None:
+    program = silent_program(0.01)
+    learned = parameters_after_training(program)
+    assert len(learned) == 1
+    assert learned != {program.host().state()[4:]}
+
+
+def test_a_rate_too_small_for_a_byte_of_shift_moves_nothing() -> None:
+    program = silent_program(1e-40)
+    assert parameters_after_training(program) == {program.host().state()[4:]}
+
+
+def test_a_rate_too_large_for_a_byte_of_shift_is_refused() -> None:
+    with pytest.raises(CompileError, match="learning rate"):
+        silent_program(1e60)
 
 
 def test_without_qas_a_step_is_smaller_by_the_square_of_each_scale() -> None:

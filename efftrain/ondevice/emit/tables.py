@@ -129,7 +129,7 @@ class Tables:
 
     def _factors(self, name: str, factors: Factors, *, as_struct: bool = True) -> None:
         self._array("int32_t", f"{name}_multiplier", factors.multiplier)
-        self._array("int16_t", f"{name}_shift", factors.shift)
+        self._array("int8_t", f"{name}_shift", factors.shift)
         if as_struct:
             self._constant(f"static const eft_factors {name} = {{{name}_multiplier, {name}_shift}};", 8)
 

@@ -60,7 +60,7 @@ typedef struct {
 /** One factor a channel: multiplier * 2^-shift. */
 typedef struct {
     const int32_t *multiplier; /**< 0 or in [2^30, 2^31) */
-    const int16_t *shift;
+    const int8_t *shift;       /**< In [-128, 127] */
 } eft_factors;
 
 /** How accumulators become activations. */
@@ -424,11 +424,11 @@ void eft_bias_update_s32(const eft_gradient *gradient, int32_t pixels, int32_t c
  *
  * @param[in] shift  Of the factors with which the sums of a convolution become activations
  */
-void eft_moved_bias_s32(const int32_t *base, const int16_t *moved, const int16_t *shift, int32_t channels, int32_t *bias);
+void eft_moved_bias_s32(const int32_t *base, const int16_t *moved, const int8_t *shift, int32_t channels, int32_t *bias);
 
 /** One step on such moves, held to int16. */
 void eft_moved_bias_update_s16(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
-                               const eft_optimizer *optimizer, const int16_t *shift, int16_t *moved);
+                               const eft_optimizer *optimizer, const int8_t *shift, int16_t *moved);
 
 /** Words from one place to another that may overlap with it, both aligned to 4; num_bytes is rounded up to whole words. */
 void eft_move(void *to, const void *from, uint32_t num_bytes);

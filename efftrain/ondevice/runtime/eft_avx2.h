@@ -79,19 +79,6 @@ static inline __m256i eft_some_words(const int32_t *at, int32_t count)
     return eft_load256(words);
 }
 
-/** The first 8 int16 as int32, with zeros behind the first count. */
-static inline __m256i eft_some_halves(const int16_t *at, int32_t count)
-{
-    int16_t halves[8] = {0};
-    if (count >= 8) {
-        return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at));
-    }
-    for (int32_t i = 0; i < count; i++) {
-        halves[i] = at[i];
-    }
-    return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)halves));
-}
-
 /** int8 as int16, less a zero point. */
 static inline void eft_widen(const int8_t *from, int32_t count, int32_t zero_point, int16_t *to)
 {

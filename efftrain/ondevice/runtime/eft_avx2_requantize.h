@@ -20,7 +20,8 @@ static inline eft_lane_factors eft_factors_of(const eft_requantize *out, const i
     for (int32_t i = 0; i < EFT_LANES; i += 8) {
         const int32_t at = first + eft_least(i, count);
         const int32_t some = count - eft_least(i, count);
-        const __m256i shift = _mm256_sub_epi32(eft_some_halves(out->factors.shift + at, some), _mm256_set1_epi32(33));
+        const __m256i given = _mm256_cvtepi8_epi32(eft_some_bytes(out->factors.shift + at, some));
+        const __m256i shift = _mm256_sub_epi32(given, _mm256_set1_epi32(33));
         const uint32_t lanes = (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(shift));
         eft_store256(found.bias + i, eft_some_words(bias + at, some));
         eft_store256(found.multiplier + i, eft_some_words(out->factors.multiplier + at, some));

@@ -84,7 +84,7 @@ static inline void eft_move_lanes(const eft_moves *m, const int32_t *sums, int32
         if (apart != 0) {
             const int32_t first = eft_least(count, 8 * i);
             multiplier[i] = eft_some_words(m->rate->multiplier + channel + first, count - first);
-            shift[i] = eft_some_halves(m->rate->shift + channel + first, count - first);
+            shift[i] = _mm256_cvtepi8_epi32(eft_some_bytes(m->rate->shift + channel + first, count - first));
         } else {
             multiplier[i] = _mm256_set1_epi32(m->rate->multiplier[channel]);
             shift[i] = _mm256_set1_epi32(m->rate->shift[channel]);

@@ -1,7 +1,7 @@
 #include "eft_bias_sums.h"
 
 void eft_moved_bias_update_s16(const eft_gradient *gradient, int32_t pixels, int32_t channels, const eft_factors *rate,
-                               const eft_optimizer *optimizer, const int16_t *shift, int16_t *moved)
+                               const eft_optimizer *optimizer, const int8_t *shift, int16_t *moved)
 {
     const int32_t cut = eft_cut(gradient->bits, pixels);
     for (int32_t first = 0; first < channels; first += EFT_BIASES) {

@@ -70,7 +70,7 @@ static inline void eft_mask_channels(const int32_t *doubled, int32_t count, int3
 }
 
 /** Channels of the first pixel. What eft_doubled gives stays where the sums were. */
-static inline void eft_requantize_one(int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
+static inline void eft_requantize_one(int32_t *sums, int32_t count, const int32_t *multiplier, const int8_t *shift,
                                       int32_t round, int32_t minimum, int8_t *y)
 {
     const int8_t *const end = y + count;
@@ -83,7 +83,7 @@ static inline void eft_requantize_one(int32_t *sums, int32_t count, const int32_
 }
 
 /** Channels of two pixels, whose outputs are y and z. */
-static inline void eft_requantize_both(int32_t *sums, int32_t count, const int32_t *multiplier, const int16_t *shift,
+static inline void eft_requantize_both(int32_t *sums, int32_t count, const int32_t *multiplier, const int8_t *shift,
                                        int32_t round, int32_t minimum, int8_t *y, int8_t *z)
 {
     const int32_t *const end = sums + 2 * count;
@@ -112,7 +112,7 @@ static EFT_OUT_OF_LINE void eft_requantize_pixels(int32_t *sums, int32_t pixels,
                                                   int32_t o, int8_t *y, int32_t pixel_step, uint8_t *mask, int32_t index)
 {
     const int32_t *const multiplier = out->factors.multiplier + o;
-    const int16_t *const shift = out->factors.shift + o;
+    const int8_t *const shift = out->factors.shift + o;
     const int32_t round = 1 + 2 * out->zero_point;
     if (pixels == 1 && out->minimum == -128) {
         eft_requantize_one(sums, count, multiplier, shift, round, -128, y);
