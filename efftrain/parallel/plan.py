@@ -326,8 +326,7 @@ class Plan:
         exchange: Exchange = SingleProcess()
         if world_size > 1:
             optimizer = replace(optimizer, momentum=0.0) if momentum else optimizer
-            entrywise = optimizer.is_entrywise and step.clip_norm is None
-            exchange = self._exchange(mesh.transport(device), momentum, seed, entrywise)
+            exchange = self._exchange(mesh.transport(device), momentum, seed)
         return Job(
             model, objective=objective, optimizer=optimizer, step=step, total_steps=total_steps, exchange=exchange
         )
@@ -373,12 +372,12 @@ class Plan:
             names=names,
         )
 
-    def _exchange(self, transport: Transport, momentum: float, seed: int, entrywise: bool) -> Exchange:
+    def _exchange(self, transport: Transport, momentum: float, seed: int) -> Exchange:
         plain = isinstance(self.codec, Identity) and self.backend == "torch"
         if self.exchange == "ddp" or (self.exchange == "auto" and plain):
             return DataParallel(transport, bucket_mb=self.sync.bucket_mb)
         sync = replace(self.sync, momentum=momentum, seed=seed)
-        return GradSync(self.codec, transport, sync, entrywise=entrywise)
+        return GradSync(self.codec, transport, sync)
 
     def _corrects(self, optimizer: OptimizerConfig) -> bool:
         if self.momentum_correction and optimizer.name != "sgd":

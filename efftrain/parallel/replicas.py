@@ -60,6 +60,8 @@ def start_equal(transport: Transport, model: nn.Module) -> None:
 class TransportLine:
     """Numbers over a transport: a ``Line``, and what each ``Exchange`` has of one."""
 
+    is_entrywise = False
+
     def __init__(self, transport: Transport) -> None:
         self.rank, self.world_size = transport.rank, transport.world_size
         self._transport = transport

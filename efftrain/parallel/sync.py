@@ -104,13 +104,13 @@ class GradSync(Replicas):
     counts as zero there; one without any on all ranks has none (``leave_out``). Running statistics stay each rank's own
     until ``sync_buffers``.
 
+    Where ``is_entrywise`` and a sparse codec leaves few entries, the mean stays sparse: ``descend`` moves those weights
+    and ``.grad`` is ``None``. (Zeros, norm and update of whole tensors take a sixth of a step of a perceptron.)
+
     Args:
         codec: Encodes the gradients. One whose payloads combine by ``sum`` (``Identity``) is a plain fp32 all-reduce.
         transport: The ranks.
         config: See ``SyncConfig``.
-        entrywise: The optimizer is plain SGD, which moves no weight whose gradient is zero. So where a sparse codec
-            leaves few entries, the mean stays sparse: ``descend`` moves these weights, and ``.grad`` is ``None``.
-            (Zeros, norm and update of whole tensors take a sixth of a step of a perceptron.)
 
     Raises:
         ConfigError: See ``refuse_deflate``; codec and ``node_size`` do not go together, or the nodes do not divide the
@@ -119,9 +119,7 @@ class GradSync(Replicas):
 
     is_divided = False
 
-    def __init__(
-        self, codec: Codec, transport: Transport, config: SyncConfig | None = None, *, entrywise: bool = False
-    ) -> None:
+    def __init__(self, codec: Codec, transport: Transport, config: SyncConfig | None = None) -> None:
         refuse_deflate(codec)
         super().__init__(transport)
         self.codec, self.config = codec, config or SyncConfig()
@@ -146,7 +144,6 @@ class GradSync(Replicas):
         self._num_started = 0
         self._num_steps = 0
         self._suspended = False
-        self._entrywise = entrywise
         self._sparse: dict[str, tuple[Tensor, Entries]] = {}
         """Parameters whose mean of this step is sparse."""
         self._absent: set[str] = set()
@@ -328,7 +325,7 @@ class GradSync(Replicas):
         codec = self.codec.warmed_up(self._num_steps / warm) if warm else self.codec
         pieces = bucket.pieces(codec)
         algorithm = self._algorithm(bucket, codec, pieces)
-        if self._entrywise and algorithm is gather and not self._inside and not self.config.whole_buckets:
+        if self.is_entrywise and algorithm is gather and not self._inside and not self.config.whole_buckets:
             pieces = [self._apart(bucket.parameters[piece.name], piece) for piece in pieces]
         return self._coded(bucket, pieces, algorithm), num_collectives(algorithm) + (2 if self._inside else 0)
 

@@ -46,6 +46,9 @@ class Exchange(Line, Protocol):
     """Sizes of the axes that the ranks are laid out in, e.g. ``pipeline=1 data=2 tensor=2``."""
     is_divided: bool
     """Whether ranks hold different parts of the model, so that all of them have to write a checkpoint."""
+    is_entrywise: bool
+    """Set by the job: nothing is clipped, and the optimizer moves no weight whose gradient is zero (plain SGD). So a
+    mean with few entries may be kept for ``descend``."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make the backward pass of ``model`` leave the average gradient of all ranks in ``.grad``."""
@@ -108,8 +111,7 @@ class Exchange(Line, Protocol):
     def descend(self, lr: float) -> None:
         """Move the weights whose mean is not in ``.grad``, where the optimizer finds it, by ``-lr`` times the mean.
 
-        Called in steps that count, behind ``settle``. Only an exchange that was told that the optimizer is plain SGD
-        keeps a mean to itself.
+        Called in steps that count, behind ``settle``. A mean is kept only where ``is_entrywise``.
         """
 
     def residual_norm(self) -> float:
@@ -136,7 +138,7 @@ class SingleProcess:
     rank = replica = 0
     world_size = num_replicas = 1
     axes = "pipeline=1 data=1 tensor=1"
-    is_divided = lacks_gradients = False
+    is_divided = is_entrywise = lacks_gradients = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model itself."""

@@ -98,6 +98,7 @@ class Job:
         self.step_config = step or StepConfig()
         self.total_steps = total_steps
         self.exchange = exchange or SingleProcess()
+        self.exchange.is_entrywise = self.optimizer_config.is_entrywise and self.step_config.clip_norm is None
         self.optimizer = self.optimizer_config.build(model)
         self.num_steps = 0
         self.num_skipped = 0

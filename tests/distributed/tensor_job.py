@@ -24,6 +24,8 @@ SYMBOLS, WIDTH, LENGTH = 16, 8, 4
 class Attention(nn.Module):
     """Fewer keys and values than queries, a learned temperature, and an MLP: seven layers to be scattered in order."""
 
+    share = 1.0
+
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(SYMBOLS, WIDTH)
@@ -37,7 +39,7 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         x = x + self.o(attended.transpose(1, 2).flatten(2))
-        result: Tensor = self.head(x + self.scale * self.down(F.gelu(self.up(x))))
+        result: Tensor = self.head(x + self.share * self.scale * self.down(F.gelu(self.up(x))))
         return result
 
 
@@ -65,6 +67,12 @@ class Centered(Attention):
         x = x + self.down(F.gelu(self.up(x)))
         result: Tensor = self.head(x - x.mean(1, keepdim=True))
         return result
+
+
+class Faint(Attention):
+    """What the parameter scales hardly matters, and so its gradient is a thousandth of others."""
+
+    share = 1e-3
 
 
 class Learned(nn.Module):
@@ -101,6 +109,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Plan, Objective]] = {
     "pipeline": (Attention, Plan(tensor=1, pipeline=2, microbatches=2), cross_entropy),
     "centered": (Centered, Plan(tensor=2, sequence=True), cross_entropy),
     "gain": (Attention, Plan(tensor=2, sequence=True), cross_entropy),
+    "faint gain": (Faint, Plan(tensor=2, sequence=True), cross_entropy),
     "tied, divided": (Tied, Plan(tensor=2, tensor_styles={"head": "columns"}), cross_entropy),
 }
 
