@@ -31,6 +31,7 @@ from efftrain.config.load import from_dict
 from efftrain.models import build_model
 from efftrain.parallel import Plan, mesh
 from efftrain.parallel.backends import Transport
+from efftrain.parallel.pipeline import SCHEDULES, SPLIT_BACKWARD
 from efftrain.parallel.planner import Hardware, Planner, Setting, describe, load_hardware
 from efftrain.parallel.planner.calibrate import Calibration
 from efftrain.parallel.replicas import sum_numbers
@@ -85,6 +86,12 @@ def plans(name: str, ranks: int, rate: str) -> list[Plan]:
             Plan(data=data, pipeline=2, schedule="1f1b"),
             Plan(data=data, pipeline=2, schedule="interleaved_zero_bubble"),
         ]
+    if name == "char-large":  # memory alone, so more ways to spend it
+        found += [Plan(checkpointing="selective"), Plan(checkpointing="full")]
+        for schedule in SCHEDULES:
+            found.append(Plan(data=1, pipeline=2, schedule=schedule, microbatches=8))
+            if schedule not in SPLIT_BACKWARD:
+                found.append(Plan(data=1, pipeline=2, schedule=schedule, microbatches=4, checkpointing="full"))
     return found
 
 
@@ -124,6 +131,7 @@ class _Steps:
         else:
             inputs, targets = torch.randn(shape), torch.randint(10, shape[:1])
         self._job = plan.apply(what.model, inputs, optimizer=what.optimizer)
+        del what
         self._batch = self._job.share(inputs, targets)
         self._take(WARM_UP)
         took = self._job.exchange.sum([median(self._take(3))])[0] / mesh.world_size()

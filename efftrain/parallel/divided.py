@@ -11,13 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from efftrain.errors import ConfigError
 from efftrain.parallel.axes import Axes, ManyAxes
 from efftrain.parallel.backends import Transport
-from efftrain.parallel.graph import part_of
+from efftrain.parallel.graph import part_of, tensors
 from efftrain.parallel.layout import Layout
 from efftrain.parallel.pipeline import Pipeline, holders, stages_of
-from efftrain.parallel.recompute import blocks, compile_blocks, recompute
+from efftrain.parallel.recompute import compile_blocks, recompute
 from efftrain.parallel.replicas import start_equal
 from efftrain.parallel.sharded import Sharded
 from efftrain.parallel.stages import StageCut, shared_parameters
@@ -81,7 +80,9 @@ def divided(
             precision=step.precision,
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
-    _change_blocks(plan, model, cuts)
+    recompute(model, plan.checkpointing)  # after the cut: what is traced is the model itself
+    if plan.compile:
+        compile_blocks(model)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})
     stages: dict[int, nn.Module] = {number: cuts[number].build(model) for number in own}
@@ -89,8 +90,9 @@ def divided(
         divide(part, tensor_plan, axes.mesh["tensor"])
         for stage in stages.values():
             stage.register_forward_hook(_copy_views)
-    inner = _data_exchange(plan, axes, sync, list(stages.values()))
-    exchange = ManyAxes(axes, inner, world, _shared(plan, axes, model, cuts))
+    shared = _shared(plan, axes, model, cuts)
+    _leave_to_others(model, part)
+    exchange = ManyAxes(axes, _data_exchange(plan, axes, sync, list(stages.values())), world, shared)
     exchange.wrap(part)
     given = classes.objective(objective) if classes is not None else objective
     pipeline = Pipeline(
@@ -112,21 +114,16 @@ def divided(
     return part, exchange, pipeline
 
 
-def _change_blocks(plan: "Plan", model: nn.Module, cuts: Sequence[StageCut]) -> None:
-    """After the cut: what is traced is the model itself."""
-    if plan.checkpointing == "none" and not plan.compile:
-        return
-    called = {name for cut in cuts for name in cut.names}
-    opened = [name for name in blocks(model) if name not in called]
-    if opened or not blocks(model):
-        where = f"cut through block {opened[0]!r}" if opened else "have no blocks (a ModuleList)"
-        raise ConfigError(
-            f"{len(cuts)} stages {where}, which parallel.checkpointing and parallel.compile work on as a whole; take "
-            "fewer stages, or leave both out"
-        )
-    recompute(model, plan.checkpointing)
-    if plan.compile:
-        compile_blocks(model)
+def _leave_to_others(model: nn.Module, part: nn.Module) -> None:
+    """Free the weights of other stages: this rank never moves them, so they would be those of step 0 for ever."""
+    own = {id(tensor) for _, tensor in tensors(part)}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in own:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in own:
+                module._buffers[name] = buffer.to("meta")
 
 
 def _shared(plan: "Plan", axes: Axes, model: nn.Module, cuts: Sequence[StageCut]) -> list[tuple[Tensor, Transport]]:

@@ -26,18 +26,19 @@ class NodeFacts:
     """FLOPs of its forward pass, and a share for every element it writes."""
 
 
-def trace(model: nn.Module, opened: Collection[str] | None = None) -> fx.Graph:
+def trace(model: nn.Module, opened: Collection[str] | None = None, closed: Collection[str] = ()) -> fx.Graph:
     """The order in which a model calls its parts.
 
     Args:
         model: Any module whose control flow does not depend on its input.
-        opened: Names of modules to look into; the others are one node each. ``Sequential`` is always opened. ``None``
+        opened: Names of modules to look into; the others are one node each. ``Sequential`` is opened, too. ``None``
             opens everything down to torch's own layers.
+        closed: Names of modules that are one node whatever they are.
 
     Raises:
         ConfigError: It cannot be traced; with torch's reason.
     """
-    tracer = _Tracer(opened)
+    tracer = _Tracer(opened, closed)
     try:
         return tracer.trace(model)
     except Exception as error:  # whatever a user's forward does with a value that stands for all values
@@ -140,11 +141,13 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, opened: Collection[str] | None) -> None:
+    def __init__(self, opened: Collection[str] | None, closed: Collection[str]) -> None:
         super().__init__()
-        self._opened = opened
+        self._opened, self._closed = opened, closed
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if name in self._closed:
+            return True
         if isinstance(module, nn.Sequential):
             return False
         return super().is_leaf_module(module, name) if self._opened is None else name not in self._opened

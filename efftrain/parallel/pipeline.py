@@ -9,7 +9,7 @@ it is right with every schedule, also those that compute the gradients of inputs
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ _SCHEDULES: Mapping[str, type[Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-SCHEDULES: tuple[str, ...] = tuple(_SCHEDULES)
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
 """Schedules that compute gradients of inputs first and those of weights later."""
 

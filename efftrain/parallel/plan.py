@@ -27,7 +27,7 @@ from efftrain.parallel.pipeline import (
     holders,
     stages_a_rank,
 )
-from efftrain.parallel.recompute import Checkpointing, check_blocks, compile_blocks, recompute
+from efftrain.parallel.recompute import Checkpointing, blocks, check_blocks, compile_blocks, recompute
 from efftrain.parallel.sharded import check_shards
 from efftrain.parallel.stages import StageCut, cut_model, shared_parameters
 from efftrain.parallel.sync import GradSync, SyncConfig
@@ -212,9 +212,22 @@ class Plan:
         if self.pipeline > 1:
             micro_batch = share[: len(share) // self.num_micro_batches]
             together = () if tensor is None else tensor.together
-            cuts = cut_model(model, micro_batch, self.num_stages, together=together, bf16=bf16)
+            closed = self._closed_blocks(model)
+            cuts = cut_model(model, micro_batch, self.num_stages, together=together, closed=closed, bf16=bf16)
             self._check_shared(model, cuts)
         return Layout(tensor, tuple(cuts))
+
+    def _closed_blocks(self, model: nn.Module) -> list[str]:
+        """Names of what a stage has as a whole or not at all."""
+        if self.checkpointing == "none" and not self.compile:
+            return []
+        found = blocks(model)
+        if not found:
+            raise ConfigError(
+                f"{type(model).__name__} has no ModuleList of blocks, which parallel.compile works on in a pipeline; "
+                "put its layers into one or set parallel.compile=false"
+            )
+        return found
 
     def _check_shared(self, model: nn.Module, cuts: Sequence[StageCut]) -> None:
         for name, stages in shared_parameters(model, cuts).items():

@@ -1,6 +1,6 @@
 """How the blocks of a model are computed: again in the backward pass, for less memory, or compiled, for less time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 
 from efftrain.errors import ConfigError
 from efftrain.parallel.batch_norm import refuse_twice
+from efftrain.parallel.stages import StageCut
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 
@@ -57,13 +58,19 @@ def check_blocks(model: nn.Module, kind: Checkpointing) -> None:
     refuse_twice(model, blocks(model))
 
 
-def recompute(model: nn.Module, kind: Checkpointing) -> None:
+def blocks_of(model: nn.Module, cut: StageCut) -> list[str]:
+    """Those blocks that one stage of the model has as a whole."""
+    return [name for name in blocks(model) if any(f"{name}.".startswith(f"{called}.") for called in cut.names)]
+
+
+def recompute(model: nn.Module, kind: Checkpointing, names: Sequence[str] | None = None) -> None:
     """Let each block of a model forget its activations and compute them again in the backward pass.
 
     Args:
         model: Its blocks' ``forward`` is replaced; names and parameters stay.
         kind: ``full`` keeps only what goes into a block, and costs about a third more compute; ``selective`` also
             keeps what its matrix products, convolutions and attentions gave, and costs little.
+        names: Of the blocks, where the model is a part of one that has ``ModuleList``s.
 
     Raises:
         ConfigError: The model has no blocks.
@@ -73,11 +80,13 @@ def recompute(model: nn.Module, kind: Checkpointing) -> None:
     """
     if kind == "none":
         return
-    check_blocks(model, kind)
+    if names is None:
+        check_blocks(model, kind)
+        names = blocks(model)
     contexts: dict[str, Any] = {}
     if kind == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for name in blocks(model):
+    for name in names:
         block = model.get_submodule(name)
         inner: Callable[..., Any] = block.forward
         block.forward = partial(checkpoint, inner, use_reentrant=False, **contexts)

@@ -7,6 +7,7 @@ optimizer state, codec feedback and checkpoints of a pipeline are those of the w
 # S stages, U units: the parts between two places where a model can be cut
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,16 @@ class StageCut:
     output_shape: tuple[int, ...]
     output_dtype: torch.dtype
 
+    @property
+    def input_bytes(self) -> int:
+        """Of a micro-batch."""
+        return math.prod(self.input_shape) * self.input_dtype.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        """Of a micro-batch."""
+        return math.prod(self.output_shape) * self.output_dtype.itemsize
+
     def build(self, model: nn.Module) -> fx.GraphModule:
         """The stage, made of the model's own parts: of the model that was cut, or one that has the same."""
         return fx.GraphModule(model, self.graph)
@@ -43,6 +54,7 @@ def cut_model(
     num_stages: int,
     *,
     together: Sequence[Collection[str]] = (),
+    closed: Collection[str] = (),
     bf16: bool = False,
 ) -> list[StageCut]:
     """Cut a model into stages such that the most expensive one is as cheap as can be.
@@ -54,6 +66,7 @@ def cut_model(
         example: A micro-batch of inputs, any values. Costs and shapes are found without computing.
         num_stages: ``S``, at least 1.
         together: Names of modules that belong into one stage, with all between them.
+        closed: Names of modules that are not cut.
         bf16: It runs under autocast; what travels between stages has another dtype then.
 
     Raises:
@@ -62,21 +75,27 @@ def cut_model(
     """
     opened: set[str] = set()
     while True:
-        graph = trace(model, opened)
+        graph = trace(model, opened, closed)
         found = facts(model, graph, example, bf16=bf16)
         ends = _places(model, graph, found, together)
         if len(ends) >= num_stages:
             break
-        units = [node for node in graph.nodes if node.op == "call_module" and _can_open(model, node)]
+        units = [
+            node
+            for node in graph.nodes
+            if node.op == "call_module" and _can_open(model, node) and node.target not in closed
+        ]
         if not units:
+            kept = " and blocks that parallel.checkpointing and parallel.compile keep whole" if closed else ""
             raise ConfigError(
                 f"model {type(model).__name__} can be cut into {len(ends)} stages at most, the plan wants {num_stages} "
-                "(parallel.pipeline x stages a rank), each with parameters that are trained. Lower parallel.pipeline, "
-                "take a schedule with one stage a rank, or give the model more layers with one tensor between them"
+                f"(parallel.pipeline x stages a rank), each with parameters that are trained{kept}. Lower "
+                "parallel.pipeline, take a schedule with one stage a rank, or give the model more layers with one "
+                "tensor between them"
             )
         dearest = model.get_submodule(str(max(units, key=lambda node: found[node].cost).target))
         opened |= {str(n.target) for n in units if type(model.get_submodule(str(n.target))) is type(dearest)}
-    _refuse_modes(model, opened)
+    _refuse_modes(model, opened, closed)
     nodes = list(graph.nodes)
     costs = [sum(found[node].cost for node in nodes[a:b]) for a, b in itertools.pairwise([0, *ends])]
     chosen = [ends[i - 1] for i in balance(costs, num_stages)]
@@ -93,12 +112,12 @@ def cut_model(
     return cuts
 
 
-def _refuse_modes(model: nn.Module, opened: Collection[str]) -> None:
+def _refuse_modes(model: nn.Module, opened: Collection[str], closed: Collection[str]) -> None:
     """A graph has only one of the ways that a forward takes."""
     graphs = []
     for training in (True, False):
         with evaluating(model, training):
-            graphs.append(str(trace(model, opened)))
+            graphs.append(str(trace(model, opened, closed)))
     if graphs[0] != graphs[1]:
         raise ConfigError(
             f"model {type(model).__name__} does something else in training than in evaluation where it is cut into "

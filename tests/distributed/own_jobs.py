@@ -134,6 +134,33 @@ def frozen_in_a_pipeline() -> list[float]:
     return [job.step(*job.share(*tokens(step))).loss for step in range(3)]
 
 
+def sequential() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+    return nn.Sequential(nn.Embedding(16, 8), InOrder(*blocks), nn.Linear(8, 16))
+
+
+@in_group
+def recompute_in_a_pipeline(settings: dict[str, Any]) -> tuple[list[float], list[str], int]:
+    """Losses, what this rank still has weights of, and how often its blocks went forward in one step."""
+    model = sequential()
+    plan = Plan(pipeline=2, microbatches=2, schedule="interleaved_1f1b", **settings)
+    job = plan.apply(model, tokens(0)[0], optimizer=OPTIMIZER)
+    here = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    losses = [job.step(*job.share(*tokens(step))).loss for step in range(3)]
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 8:
+            module.register_forward_pre_hook(count)
+    job.step(*job.share(*tokens(3)))
+    return losses, here, calls
+
+
 @in_group
 def batch_norm_in(settings: dict[str, Any]) -> list[str]:
     """What is warned of."""

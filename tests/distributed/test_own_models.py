@@ -88,6 +88,20 @@ def test_frozen_layers_in_a_pipeline(start_ranks: StartRanks) -> None:
         assert losses == pytest.approx(own_jobs.losses_of(own_jobs.frozen(), 3), abs=2e-6)
 
 
+def test_a_stage_computes_its_blocks_again_and_leaves_other_weights_to_others(start_ranks: StartRanks) -> None:
+    once, twice = (
+        start_ranks(own_jobs.recompute_in_a_pipeline, 2, settings).results()
+        for settings in ({}, {"checkpointing": "full"})
+    )
+    for losses, _, _ in once + twice:
+        assert losses == pytest.approx(own_jobs.losses_of(own_jobs.sequential(), 3), abs=2e-6)
+    for ranks in (once, twice):
+        held = [name for _, here, _ in ranks for name in here]
+        assert sorted(held) == sorted(name for name, _ in own_jobs.sequential().named_parameters()), "each on one rank"
+    calls = [sum(calls for _, _, calls in ranks) for ranks in (once, twice)]
+    assert calls == [2 * 4, 2 * 2 * 4], "micro-batches, blocks"
+
+
 @pytest.mark.parametrize(("settings", "pieces"), [({}, 2), ({"pipeline": 2, "microbatches": 4}, 4)])
 def test_one_rank_warns_of_batch_norm(settings: dict[str, Any], pieces: int, start_ranks: StartRanks) -> None:
     first, other = start_ranks(own_jobs.batch_norm_in, 2, settings).results()

@@ -17,11 +17,13 @@ from efftrain.config import dump_toml
 from efftrain.errors import ConfigError
 from efftrain.models import build_model
 from efftrain.parallel import Plan, SyncConfig
+from efftrain.parallel.pipeline import Schedule
 from efftrain.parallel.planner import Planner, Prediction, Refusal, Setting, describe, enumerate_plans, reasons
 from efftrain.parallel.planner.calibrate import Axis, calibrate
 from efftrain.parallel.planner.exchange import codec_speed
 from efftrain.parallel.planner.hardware import Hardware, Link, load_hardware, shipped_hardware
 from efftrain.parallel.planner.work import measure_work, seconds
+from efftrain.parallel.recompute import Checkpointing
 from efftrain.parallel.tensor import plan_tensor
 from efftrain.profile import profile_model
 from efftrain.training import OptimizerConfig
@@ -214,6 +216,17 @@ def test_memory_goes_where_the_literature_says(planner: Planner) -> None:
     assert memory_of(planner, 4, codec=Int8()).feedback == 2 * weights
     all_in_flight = memory_of(planner, 2, pipeline=2, schedule="gpipe", microbatches=8).activations
     assert memory_of(planner, 2, pipeline=2, microbatches=8).activations < all_in_flight
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b"])
+def test_stages_can_compute_their_blocks_again(schedule: Schedule, planner: Planner) -> None:
+    plan = Plan(pipeline=2, schedule=schedule, microbatches=4)
+    kinds: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    none, selective, full = (planner.predict(replace(plan, checkpointing=kind), 2) for kind in kinds)
+    assert none.memory.activations > selective.memory.activations > full.memory.activations
+    assert none.memory.weights == full.memory.weights
+    assert none.time.compute < full.time.compute < 1.6 * none.time.compute
+    assert describe(full.plan)["checkpointing"] == "full"
 
 
 def test_zero_bubble_idles_least(planner: Planner) -> None:

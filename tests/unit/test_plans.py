@@ -1,6 +1,7 @@
 """Plans without processes: what is refused and with which remedy, how models are cut and divided."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -528,3 +529,18 @@ def test_a_model_without_blocks_has_nothing_to_recompute() -> None:
         Plan(checkpointing="full").check(1, build_model("fashion-cnn"))
     with pytest.raises(ConfigError, match=r"goes through a graph twice"):
         Plan(pipeline=2, schedule="zbv", checkpointing="full")
+
+
+def test_stages_hold_whole_blocks_to_recompute_or_are_refused_without_processes() -> None:
+    model, inputs = Blocks(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), torch.randn(6, 8)
+    found = Plan(pipeline=3, microbatches=3).check(3, model, inputs).cuts
+    assert [cut.names for cut in found] == [("blocks.0.0",), ("blocks.0.1",), ("head",)]
+    for plan in (
+        Plan(pipeline=2, microbatches=2, checkpointing="full"),
+        Plan(pipeline=2, microbatches=2, compile=True),
+    ):
+        assert [cut.names for cut in plan.check(2, model, inputs).cuts] == [("blocks.0",), ("head",)]
+        with pytest.raises(ConfigError, match=r"2 stages at most, .* 3 .* and blocks that .* keep whole\. Lower"):
+            replace(plan, pipeline=3, microbatches=3).check(3, model, inputs)
+    with pytest.raises(ConfigError, match=r"FashionCNN has no ModuleList .* or set parallel\.compile=false"):
+        plan.check(2, build_model("fashion-cnn"), example("fashion-cnn"))

@@ -32,6 +32,8 @@ def describe(plan: Plan) -> dict[str, Any]:
             found["shard_size"] = plan.shard_size
     if plan.pipeline > 1:
         found |= {"schedule": plan.schedule, "microbatches": plan.num_micro_batches}
+    if plan.checkpointing != "none":
+        found["checkpointing"] = plan.checkpointing
     if not isinstance(plan.codec, Identity):
         found["codec"] = format_codec(plan.codec)
         if plan.sync.node_size > 1:

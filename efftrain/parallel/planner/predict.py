@@ -8,7 +8,7 @@ All of a cluster that goes into it is in one small file (``hardware``).
 # N ranks in all: D data x T tensor x P pipeline; M micro-batches
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from efftrain.parallel.planner.plans import Refusal, describe
 from efftrain.parallel.planner.schedules import bubble, in_flight
 from efftrain.parallel.planner.setting import Setting
 from efftrain.parallel.planner.work import Work, measure_work, ready_times, seconds
+from efftrain.parallel.recompute import blocks_of
+from efftrain.parallel.stages import StageCut
 from efftrain.parallel.sync import SPARSE_SHARE
 
 _GIB = 1 << 30
@@ -126,11 +128,6 @@ class Planner:
             ConfigError: It does not fit the processes, the model, the batch or the memory of a rank.
         """
         plan.check(world_size)
-        if plan.checkpointing != "none" and plan.pipeline > 1:
-            raise ConfigError(
-                f"parallel.checkpointing={plan.checkpointing} in a pipeline is not predicted; plan with --set "
-                "parallel.checkpointing=none, and take it if memory falls short"
-            )
         plan = replace(plan, data=plan.replicas(world_size))
         works = self._works_of(plan)
         slowdown = self.hardware.slowdown(world_size)
@@ -145,7 +142,8 @@ class Planner:
         if memory.total > self.hardware.memory_gib * _GIB:
             raise ConfigError(
                 f"needs {memory.total / _GIB:.1f} GiB a rank, {self.hardware.name} has {self.hardware.memory_gib:g}; "
-                "more ranks on the tensor or pipeline axis, shard=full or more micro-batches need less"
+                "more ranks on the tensor or pipeline axis, more micro-batches, shard=full and checkpointing=full need "
+                "less"
             )
         times = self._time(plan, works, exchanges, world_size, slowdown)
         return Prediction(plan, memory, times, max(exchange.wire_bytes for exchange in exchanges))
@@ -262,12 +260,11 @@ class Planner:
         gradients, weights, activations = 4 * num, work.weight_bytes, work.later_peak_bytes
         buffers = exchange.buffer_bytes
         if plan.pipeline > 1:
-            others = in_flight(plan.schedule, plan.pipeline, plan.num_micro_batches, rank) - 1
-            activations += int(others * work.saved_bytes)
-            # What came from the stage before, went to the next, and the gradient of it, of every micro-batch.
-            activations += 3 * plan.num_micro_batches * work.output_bytes
-        elif divisor == 1 and self.setting.micro_batches == 1:
-            # Gradients come while activations go: both are never there as a whole.
+            others = in_flight(plan.schedule, plan.pipeline, plan.num_micro_batches, rank)
+            others -= 1 / stages_a_rank(plan.schedule)  # whose peak it is
+            activations += int(others * work.saved_bytes) + plan.num_micro_batches * work.handed_bytes
+        elif divisor == 1 and self.setting.micro_batches == 1 and not (_by_ddp(plan) and self._data(plan) > 1):
+            # Gradients come while activations go: both are never there as a whole. DDP's have their place all the time.
             activations = max(0, work.first_peak_bytes - gradients)
         if plan.shard != "none":
             share, unit = 4 * -(-num // divisor), buffers
@@ -324,17 +321,21 @@ class Planner:
         inputs = inputs[:size]
         styles = {} if layout.tensor is None else layout.tensor.styles
         more: dict[str, Any] = {"styles": styles, "size": plan.tensor, "bf16": setting.bf16}
+        more["checkpointing"] = plan.checkpointing
         if plan.pipeline == 1:
-            return [measure_work(setting.model, inputs, checkpointing=plan.checkpointing, **more)]
+            return [measure_work(setting.model, inputs, **more)]
         parts = []
         for number, cut in enumerate(layout.cuts):
             given = (
                 inputs if number == 0 else setting.sample.new_zeros(1, dtype=cut.input_dtype).expand(cut.input_shape)
             )
-            last = number == plan.num_stages - 1
-            parts.append(measure_work(cut.build(setting.model), given, with_loss=last, **more))
+            last, blocks = number == plan.num_stages - 1, blocks_of(setting.model, cut)
+            part = measure_work(cut.build(setting.model), given, with_loss=last, blocks=blocks, **more)
+            # What came from another rank is in its buffer already.
+            received = cut.input_bytes if number else 0
+            parts.append(replace(part, saved_bytes=max(0, part.saved_bytes - received)))
         own = [stages_of(rank, plan.pipeline, plan.schedule) for rank in range(plan.pipeline)]
-        return [_joined([parts[number] for number in numbers]) for numbers in own]
+        return [_joined([parts[i] for i in numbers], _handed_bytes(layout.cuts, numbers)) for numbers in own]
 
     def _num_pieces(self, plan: Plan) -> int:
         return plan.num_micro_batches if plan.pipeline > 1 else self.setting.micro_batches
@@ -353,7 +354,7 @@ class Planner:
         return optimizer.name == "sgd" and optimizer.momentum > 0 and not corrected
 
     def _stays_sparse(self, plan: Plan) -> bool:
-        """Whether the mean of gradients is added to the weights where it has entries, see ``GradSync(entrywise=)``."""
+        """Whether the mean of gradients is added to the weights where it has entries, see ``GradSync``."""
         setting, data, codec = self.setting, self._data(plan), plan.codec
         optimizer = setting.optimizer if self._momentum(plan) else replace(setting.optimizer, momentum=0.0)
         plain_sgd = optimizer.is_entrywise
@@ -387,7 +388,20 @@ def _num_units(work: Work) -> int:
     return 1 + sum(path in blocks or size >= _LARGE for path, size in sizes.items())
 
 
-def _joined(works: Sequence[Work]) -> Work:
+def _handed_bytes(cuts: Sequence[StageCut], own: Collection[int]) -> int:
+    """See ``Work``. Schedules of several stages a rank wait at the end of a step for what they sent, and keep it."""
+    total, ways = 0, 1 if len(own) == 1 else 2
+    for number in own:
+        if number and number - 1 not in own:
+            total += ways * cuts[number].input_bytes
+        if number == len(cuts) - 1:
+            total += cuts[number].output_bytes
+        elif number + 1 not in own:
+            total += ways * cuts[number].output_bytes
+    return total
+
+
+def _joined(works: Sequence[Work], handed_bytes: int) -> Work:
     """The stages of one rank as one part."""
     return Work(
         forward=tuple(operation for work in works for operation in work.forward),
@@ -400,4 +414,5 @@ def _joined(works: Sequence[Work]) -> Work:
         reduced_bytes=tuple(size for work in works for size in work.reduced_bytes),
         divided_operators=sum(work.divided_operators for work in works),
         output_bytes=max(work.output_bytes for work in works),
+        handed_bytes=handed_bytes,
     )

@@ -2,7 +2,7 @@
 
 # P ranks of the pipeline axis
 
-from efftrain.parallel.pipeline import SPLIT_BACKWARD, stages_a_rank
+from efftrain.parallel.pipeline import stages_a_rank
 
 
 def bubble(schedule: str, size: int, forward: float, backward: float, tensor: float) -> float:
@@ -25,13 +25,16 @@ def bubble(schedule: str, size: int, forward: float, backward: float, tensor: fl
 
 
 def in_flight(schedule: str, size: int, num: int, rank: int) -> float:
-    """Micro-batches whose activations a rank keeps at once, at most. See ``bubble`` for the sources."""
+    """Micro-batches whose activations a rank keeps at once, at most; half of one are those of one of two stages.
+
+    See ``bubble`` for the sources. Interleaved zero bubble as torch has it: the weight half follows later by a rank's
+    number.
+    """
     if schedule == "gpipe":
         return num
     if schedule == "1f1b":
         return min(num, size - rank)
-    if schedule == "interleaved_zero_bubble":  # kept until the weight half, which waits for idle time
-        return min(num, 2 * size)
-    if schedule in SPLIT_BACKWARD:
+    if schedule in ("zbv", "dualpipev"):
         return min(num, size + (0.5 if schedule == "dualpipev" else 0.0))
-    return min(num, (2 * (size - 1 - rank) + size + 1) / 2)
+    later = rank if schedule == "interleaved_zero_bubble" else 0
+    return min(num, (2 * (size - 1 - rank) + size + 1 + later) / 2)

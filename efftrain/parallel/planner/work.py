@@ -48,6 +48,8 @@ class Work:
         reduced_bytes: Of activations that the tensor axis adds up, forward and backward together; one entry each.
         divided_operators: Operators that run on divided tensors.
         output_bytes: What goes on to the next stage.
+        handed_bytes: Of what stages get from their neighbors, both ways, and of logits: kept of every micro-batch until
+            a step ends.
     """
 
     forward: tuple[Operation, ...]
@@ -60,6 +62,7 @@ class Work:
     reduced_bytes: tuple[int, ...]
     divided_operators: int
     output_bytes: int
+    handed_bytes: int = 0
 
     @property
     def num_parameters(self) -> int:
@@ -96,6 +99,7 @@ def measure_work(
     with_loss: bool = True,
     bf16: bool = False,
     checkpointing: Checkpointing = "none",
+    blocks: Sequence[str] | None = None,
 ) -> Work:
     """Run a part of a model on tensors without memory.
 
@@ -107,6 +111,7 @@ def measure_work(
         with_loss: The part ends in a mean cross-entropy; else in a tensor for the next stage.
         bf16: It runs under autocast.
         checkpointing: What is computed again in the backward pass.
+        blocks: Names of the part's blocks, if it is a stage of a model.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         # A tensor without memory for each of its own; whatever else the part holds is copied.
@@ -116,7 +121,7 @@ def measure_work(
         kept |= {id(buffer): mode.from_tensor(buffer) for buffer in part.buffers()}
         local = copy.deepcopy(part, kept)
         _divide(local, styles or {}, size)
-        recompute(local, checkpointing)
+        recompute(local, checkpointing, blocks)
         whole = _WithLoss(local) if with_loss else local
         example = mode.from_tensor(inputs)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
