@@ -33,7 +33,8 @@ def parse_codec(text: str) -> Codec:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"codec {text!r}: {error}. Write it like 'TopK(0.01) >> Int8(block=256)'.") from error
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ConfigError(f"codec {text!r}: {reason}. Write it like 'TopK(0.01) >> Int8(block=256)'.") from error
 
 
 def format_codec(codec: Codec) -> str:

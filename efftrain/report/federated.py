@@ -131,7 +131,8 @@ def _rounds_table(rounds: Sequence[Row]) -> Table:
 def _participation(result: Row) -> str:
     text = f"{result['clients_trained']} of {result['clients_selected']} trainings became part of the model."
     if result["rounds_abandoned"]:
-        text += f" {result['rounds_abandoned']} rounds had too few replies and were abandoned."
+        abandoned = result["rounds_abandoned"]
+        text += f" Abandoned for too few replies: {abandoned} {'round' if abandoned == 1 else 'rounds'}."
     return text
 
 

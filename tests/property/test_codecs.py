@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import struct
 import zlib
 
@@ -39,7 +40,7 @@ from efftrain.compression.compact import add_slot, fill_slot, slot_bytes
 from efftrain.compression.entries import Entries
 from efftrain.compression.indices import decode_indices, encode_indices, index_bytes
 from efftrain.compression.sparsify import largest
-from efftrain.errors import NonFiniteError, PayloadError
+from efftrain.errors import ConfigError, NonFiniteError, PayloadError
 
 Floats = npt.NDArray[np.float32]
 
@@ -533,6 +534,21 @@ def test_any_bytes_at_all(data: bytes) -> None:
 @given(codecs())
 def test_text_and_codec_are_the_same(codec: Codec) -> None:
     assert parse_codec(format_codec(codec)) == codec
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "codec '': invalid syntax. Write it like"),
+        ("Int8(", "codec 'Int8(': '(' was never closed. Write it like"),
+        ("Toppk()", "codec 'Toppk' is unknown; nearest is 'TopK'. Known: "),
+        ("Int8(block=0)", "block"),
+        ("__import__('os')", "codec '__import__' is unknown"),
+    ],
+)
+def test_a_text_that_is_no_codec_is_explained(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse_codec(text)
 
 
 @pytest.mark.parametrize(

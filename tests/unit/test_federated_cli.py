@@ -289,5 +289,5 @@ def test_the_page_of_a_run_without_devices_and_with_abandoned_rounds() -> None:
     [worst] = federated_page(result, [one], clients).sections[-1].tables
     assert worst.rows == [("1", "-", "1", "2.000", "+0.500"), ("0", "-", "2", "1.000", "-0.500")]
     page = federated_page(result, [one], [])
-    assert "1 rounds had too few replies" in page.sections[1].text
+    assert "Abandoned for too few replies: 1 round." in page.sections[1].text
     assert [section.title for section in page.sections] == ["Learning", "Who took part", "Devices"]
