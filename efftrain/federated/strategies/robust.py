@@ -25,9 +25,15 @@ _NUM_SAMPLES = "num-examples"
 
 
 class Around(Strategy):
-    """What stays as the inner strategy has it: evaluation and the summary."""
+    """What stays as the inner strategy has it: whom it asks, evaluation and the summary."""
 
     _inner: Strategy
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the inner strategy."""
+        return self._inner.configure_train(server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -65,7 +71,7 @@ class Ruled(Around):
     ) -> Iterable[Message]:
         """As the inner strategy; the model is remembered, updates are counted from it."""
         self._sent = arrays
-        return self._inner.configure_train(server_round, arrays, config, grid)
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -103,12 +109,6 @@ class AllButLiars(Around):
     def __init__(self, inner: MultiKrum) -> None:
         self._inner = inner
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the inner strategy."""
-        return self._inner.configure_train(server_round, arrays, config, grid)
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -136,12 +136,6 @@ class Bucketing(Around):
 
     def __init__(self, inner: Strategy, size: int, seed: int) -> None:
         self._inner, self._size, self._seed = inner, size, seed
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the inner strategy."""
-        return self._inner.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
