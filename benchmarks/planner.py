@@ -383,7 +383,7 @@ def main() -> int:
             key=lambda row: list(MODELS).index(row["model"]),
         )
         machines = before["hardware"] | machines
-        command = f"{before['command']}`, then `{command} --models {' '.join(args.models)}"
+        command = f"{before['command']}` of {before['date']}, then `{command} --models {' '.join(args.models)}"
     report = {
         "command": command,
         "date": args.date,

@@ -145,9 +145,7 @@ def replicated(
     exposed = max(clock - backward_s - codec_s, stolen)
     # As GradSync counts: what goes between nodes.
     sent = sum(num_bytes for num_bytes, wire in messages if wire is link or sync.node_size == 1)
-    # DDP's buckets are the gradients; autograd makes each one elsewhere first.
-    single = 4 * max(parameter.size for parameter in parameters) if by_ddp else 0
-    return Exchange(codec_s, max(0.0, exposed), sent, single + sum(bucket.buffer_bytes for bucket in buckets))
+    return Exchange(codec_s, max(0.0, exposed), sent, sum(bucket.buffer_bytes for bucket in buckets))
 
 
 def sharded(
