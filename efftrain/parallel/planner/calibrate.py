@@ -312,7 +312,9 @@ def _with(hardware: Hardware, figures: Mapping[str, Any]) -> Hardware:
 
 
 def _matrix_gflops(device: torch.device, dtype: torch.dtype) -> float:
-    size = 512 if device.type == "cpu" else 4096
+    size = 4096
+    if device.type == "cpu":  # many have no bf16 and take dozens of times as long
+        size = 512 if dtype == torch.float32 else 256
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _typical(lambda: a @ b, device) / 1e9
 
