@@ -449,9 +449,7 @@ def _rates(ratios: Reals) -> Factors:
     """Shifts are kept in a byte: what is below ``2^-97`` moves no weight and is 0."""
     factors = fix(ratios)
     if (factors.shift < -128).any():
-        raise CompileError(
-            f"a learning rate of {ratios.max():.3g} a unit of a weight cannot be a shift; take a smaller one"
-        )
+        raise CompileError(f"the learning rate is too large: a step would be {ratios.max():.3g} units of a parameter")
     tiny = factors.shift > 127
     return Factors(np.where(tiny, 0, factors.multiplier), np.where(tiny, 0, factors.shift))
 

@@ -63,10 +63,10 @@ def divided(
         around = loss_parallel
     classes = _Classes(tensor_plan, axes.mesh["tensor"]) if tensor_plan is not None else None
     counts = axes.place("tensor") == 0
+    recompute(model, plan.checkpointing)  # after the cuts: what was traced is the model itself
+    if plan.compile:
+        compile_blocks(model)
     if plan.pipeline == 1:
-        recompute(model, plan.checkpointing)
-        if plan.compile:
-            compile_blocks(model)
         if tensor_plan is not None:
             divide(model, tensor_plan, axes.mesh["tensor"])
         if tensor_plan is not None or step.precision == "float8":
@@ -80,9 +80,6 @@ def divided(
             precision=step.precision,
         )
         return model, exchange, _OneOfMany(whole_model, around, classes, counts)
-    recompute(model, plan.checkpointing)  # after the cut: what is traced is the model itself
-    if plan.compile:
-        compile_blocks(model)
     own = stages_of(axes.place("pipeline"), plan.pipeline, plan.schedule)
     part = part_of(model, {name for number in own for name in cuts[number].names})
     stages: dict[int, nn.Module] = {number: cuts[number].build(model) for number in own}
